@@ -1,0 +1,45 @@
+# `make quickstart` and `make test` work on a fresh clone: each makes the virtual
+# environment if it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+
+.PHONY: help quickstart test test-slow check format
+help:
+	@echo "make quickstart   train, score and talk on the embedded corpus (5 min)"
+	@echo "make test         lint, types, layers, spelling and the fast tests"
+	@echo "make test-slow    the long tests; needs the real dataset"
+	@echo "make format       format the code"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: $(VENV)/installed
+	$(BIN)/empdg train --config=configs/quickstart.py --workdir=$(RUN)
+	$(BIN)/empdg evaluate --workdir=$(RUN) --split=test
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/lint-imports
+	$(BIN)/pyrefly check
+
+test: check
+	$(BIN)/pytest -n 2 --dist loadfile
+
+test-slow: $(VENV)/installed-dev
+	$(BIN)/pytest -m slow
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

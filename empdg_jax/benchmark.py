@@ -1,0 +1,254 @@
+"""What this machine makes of the training step and of decoding."""
+
+import functools
+import json
+import pathlib
+import platform
+import resource
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from empdg_jax import config as config_lib
+from empdg_jax import evaluate, parallel, steps
+from empdg_jax.config import Config, InputError
+from empdg_jax.data import pipeline
+from empdg_jax.data.pipeline import Batch, Encoded, Shape
+from empdg_jax.data.prepare import Dataset
+from empdg_jax.models import registry
+from empdg_jax.train_state import create_optimizer, create_train_state
+
+_MATRIX = 2048  # Rows and columns of the matrix product.
+_STREAM = 2**26  # Elements of the streamed arrays: 256 MB each, beyond caches.
+
+
+def _seconds(run: Callable[[], Any], repeats: int) -> float:
+  """Returns the median time of a call, after one that is not counted."""
+  jax.block_until_ready(run())
+  times = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    times.append(time.perf_counter() - start)
+  return statistics.median(times)
+
+
+def matmul_flops() -> float:
+  """Measures float32 matrix products, in FLOP/s of one device."""
+  a = jnp.ones((_MATRIX, _MATRIX))
+  product = jax.jit(lambda a: a @ a)
+  return 2 * _MATRIX**3 / _seconds(lambda: product(a), 10)
+
+
+def stream_bandwidth() -> float:
+  """Measures `a = a + 2 b` over large arrays, in bytes/s of one device."""
+  a, b = jnp.ones(_STREAM), jnp.ones(_STREAM)
+  update = jax.jit(lambda a, b: a + 2.0 * b, donate_argnums=0)
+
+  def run() -> jax.Array:
+    nonlocal a
+    a = update(a, b)
+    return a
+
+  return 3 * 4 * _STREAM / _seconds(run, 10)
+
+
+def mle_step_floor(
+  flops: float, parameters: int, peak: float, bandwidth: float
+) -> float:
+  """Returns the least time that a step of Adam could take, in seconds.
+
+  Its arithmetic at the peak of matrix products, then seven passes over arrays
+  of the parameters' size: parameters, gradients and two moments are read,
+  parameters and moments written.
+
+  Args:
+    flops: Floating-point operations of the step.
+    parameters: How many.
+    peak: FLOP/s.
+    bandwidth: Bytes/s.
+
+  >>> mle_step_floor(2e9, 1_000_000, peak=1e11, bandwidth=2.8e9)
+  0.03
+  """
+  return flops / peak + 7 * 4 * parameters / bandwidth
+
+
+def _batches_by_shape(
+  encoded: Sequence[Encoded], config: Config, shapes: Sequence[Shape]
+) -> list[tuple[int, Shape, Batch]]:
+  """Returns for each shape its batches in an epoch and one of them."""
+  plan = pipeline.BatchPlan(encoded, shapes, config.train.batch_size)
+  epoch = plan.shuffled_epoch(config.train.seed, 0)
+  counts = Counter(shape for shape, _ in epoch)
+  first = {shape: index for shape, index in reversed(epoch)}
+  return [
+    (
+      count,
+      shape,
+      pipeline.collate(encoded, first[shape], shape, config.train.batch_size),
+    )
+    for shape, count in counts.most_common()
+  ]
+
+
+def _peak_memory() -> int:
+  """Returns the most memory that this process has had, in bytes."""
+  kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return kibibytes * (1 if platform.system() == "Darwin" else 1024)
+
+
+def benchmark(
+  dataset: Dataset,
+  config: Config,
+  console: Console,
+  repeats: int = 20,
+) -> dict[str, Any]:
+  """Measures the training step by shape, and greedy decoding.
+
+  Args:
+    dataset: Whose shapes to use.
+    config: Of the system.
+    console: Shows progress.
+    repeats: Timed steps a shape.
+
+  Returns:
+    A JSON value; times are medians in seconds.
+  """
+  peak, bandwidth = matmul_flops(), stream_bandwidth()
+  model = registry.create_model(config.model, len(dataset.vocabulary))
+  optimizer = create_optimizer(config.train, config.model.emb_dim)
+  state = create_train_state(model, optimizer, config.train.seed)
+  params = parallel.unreplicate(parallel.replicate(state.params))
+  parameters = sum(x.size for x in jax.tree.leaves(params))
+  state = parallel.replicate(state)
+  key = parallel.replicate_key(jax.random.key(config.train.seed))
+  p_mle_step = parallel.pmap(
+    functools.partial(steps.mle_step, model=model, optimizer=optimizer),
+    donate_state=True,
+  )
+  shapes = []
+  by_shape = _batches_by_shape(dataset.encoded("train"), config, dataset.shapes)
+  devices = jax.local_device_count()
+  for count, shape, batch in track(
+    by_shape, "Timing the MLE step", console=console, transient=True
+  ):
+    sharded = parallel.shard(batch)
+    compiled = p_mle_step.lower(state, sharded, key).compile()
+    flops = parallel.step_flops(compiled)
+
+    def step(sharded: Batch = sharded) -> Any:
+      nonlocal state
+      state, sums = p_mle_step(state, sharded, key)
+      return state, sums
+
+    seconds = _seconds(step, repeats)
+    floor = mle_step_floor(flops, parameters, peak, bandwidth)
+    shapes.append(
+      {
+        "context": shape.context,
+        "emotion": shape.emotion,
+        "target": shape.target,
+        "batches_per_epoch": count,
+        "step_seconds": seconds,
+        "examples_per_second": config.train.batch_size / seconds,
+        "flops": flops * devices,
+        "flops_per_second": flops * devices / seconds,
+        "floor_seconds": floor,
+        "times_floor": seconds / floor,
+      }
+    )
+  memory = _peak_memory()
+  del state
+
+  system = evaluate.System(config, dataset.vocabulary, params)
+  valid = dataset.encoded("valid")
+  batch_size = config.eval.batch_size
+  console.print("Compiling the decoding step", style="dim")
+  list(system.respond(valid, batch_size))  # Compiles.
+  start = time.perf_counter()
+  responses = list(system.respond(valid, batch_size))
+  decoding = time.perf_counter() - start
+  return {
+    "device": jax.devices()[0].device_kind,
+    "devices": devices,
+    "model": config.model.name,
+    "parameters": parameters,
+    "vocab_size": len(dataset.vocabulary),
+    "batch_size": config.train.batch_size,
+    "matmul_flops_per_second": peak,
+    "stream_bytes_per_second": bandwidth,
+    "mle_step": shapes,
+    "epoch_seconds": sum(
+      s["step_seconds"] * s["batches_per_epoch"] for s in shapes
+    ),
+    "greedy_decoding": {
+      "responses": len(responses),
+      "seconds": decoding,
+      "responses_per_second": len(responses) / decoding,
+      "mean_tokens": float(np.mean([len(r.tokens) for _, r in responses])),
+    },
+    "training_peak_memory_bytes": memory,
+    "peak_memory_bytes": _peak_memory(),
+  }
+
+
+def print_benchmark(values: dict[str, Any], console: Console) -> None:
+  """Prints what `benchmark` returned."""
+  console.print(
+    f"{values['devices']} x {values['device']}; {values['model']}, "
+    f"{values['parameters']:,} parameters; matrix product "
+    f"{values['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s, stream "
+    f"{values['stream_bytes_per_second'] / 1e9:.1f} GB/s",
+    highlight=False,
+  )
+  table = Table(title=f"MLE step, batches of {values['batch_size']}")
+  for column in (
+    "context", "target", "batches", "ms", "examples/s", "GFLOP/s", "floor ms",
+    "x floor",
+  ):  # fmt: skip
+    table.add_column(column, justify="right")
+  for shape in values["mle_step"]:
+    table.add_row(
+      str(shape["context"]),
+      str(shape["target"]),
+      f"{shape['batches_per_epoch']:,}",
+      f"{1e3 * shape['step_seconds']:.0f}",
+      f"{shape['examples_per_second']:.0f}",
+      f"{shape['flops_per_second'] / 1e9:.0f}",
+      f"{1e3 * shape['floor_seconds']:.0f}",
+      f"{shape['times_floor']:.2f}",
+    )
+  console.print(table)
+  greedy = values["greedy_decoding"]
+  console.print(
+    f"An epoch: {values['epoch_seconds'] / 60:.1f} min. Greedy decoding: "
+    f"{greedy['responses']:,} responses in {greedy['seconds']:.1f} s, "
+    f"{greedy['responses_per_second']:.0f} a second. Peak memory: training "
+    f"{values['training_peak_memory_bytes'] / 2**30:.2f} GiB, in all "
+    f"{values['peak_memory_bytes'] / 2**30:.2f} GiB",
+    highlight=False,
+  )
+
+
+def write_benchmark(values: dict[str, Any], path: pathlib.Path) -> None:
+  """Writes the values as JSON.
+
+  Raises:
+    InputError: The file cannot be written.
+  """
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with config_lib.atomic_path(path) as temporary:
+      temporary.write_text(json.dumps(values, indent=2) + "\n")
+  except OSError as error:
+    raise InputError(f"--output={path}: cannot write ({error})") from error

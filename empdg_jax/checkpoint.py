@@ -1,0 +1,229 @@
+"""The run folder: configuration, vocabulary, checkpoints (Orbax)."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from empdg_jax import config as config_lib
+from empdg_jax.config import Config, InputError
+from empdg_jax.data import vocab
+from empdg_jax.data.vocab import Vocabulary
+from empdg_jax.train_state import TrainState
+
+LATEST, BEST = "latest", "best"
+
+
+def write_run(
+  workdir: pathlib.Path, config: Config, vocabulary: Vocabulary
+) -> None:
+  """Starts a run folder, or checks that the one there is of the same run.
+
+  Args:
+    workdir: The folder.
+    config: The run's configuration.
+    vocabulary: Its vocabulary.
+
+  Raises:
+    InputError: The folder cannot be written, or holds another run.
+  """
+  check_same_config(workdir, config)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / "vocab.txt").exists():
+      with config_lib.atomic_path(workdir / "vocab.txt") as path:
+        vocabulary.save(path)
+    elif vocab.load_vocabulary(workdir / "vocab.txt") != vocabulary:
+      raise InputError(
+        f"{workdir}/vocab.txt differs from the data's vocabulary: the data "
+        "have changed; use another --workdir"
+      )
+    # Last, since it marks the folder as a run's.
+    with config_lib.atomic_path(workdir / "config.json") as path:
+      path.write_text(config_lib.to_json(config), encoding="utf-8")
+  except OSError as error:
+    raise InputError(f"--workdir={workdir}: cannot write ({error})") from error
+
+
+def check_same_config(workdir: pathlib.Path, config: Config) -> None:
+  """Raises InputError if `workdir` holds a run of another configuration."""
+  if not (workdir / "config.json").exists():
+    return
+  theirs = config_lib.flatten(read_config(workdir))
+  ours = config_lib.flatten(config)
+  different = [name for name in ours if ours[name] != theirs[name]]
+  if different:
+    name = different[0]
+    raise InputError(
+      f"--workdir={workdir} holds a run with config.{name}={theirs[name]!r}, "
+      f"not {ours[name]!r}"
+      + (f" ({len(different)} fields differ)" if len(different) > 1 else "")
+      + "; use another --workdir, or that run's configuration"
+    )
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+  """Reads a run folder's configuration.
+
+  Raises:
+    InputError: There is none, or it is malformed.
+  """
+  path = workdir / "config.json"
+  try:
+    text = path.read_text(encoding="utf-8")
+  except OSError as error:
+    raise InputError(
+      f"--workdir={workdir} is no run folder ({error.strerror}: config.json); "
+      "'empdg train' makes one"
+    ) from error
+  return config_lib.from_json(text, str(path))
+
+
+class Checkpoints:
+  """The latest and the best checkpoint of a run, written in the background."""
+
+  def __init__(self, workdir: pathlib.Path, *, create: bool = False) -> None:
+    """Opens `workdir/checkpoints`.
+
+    Args:
+      workdir: The run folder.
+      create: Whether to make the folder if it is missing.
+    """
+    self._root = workdir.absolute() / "checkpoints"
+    self._managers = {
+      kind: ocp.CheckpointManager(
+        self._root / kind,
+        options=ocp.CheckpointManagerOptions(max_to_keep=1, create=create),
+      )
+      for kind in (LATEST, BEST)
+      if create or (self._root / kind).is_dir()
+    }
+
+  def save(
+    self, kind: str, state: TrainState, progress: dict[str, Any]
+  ) -> None:
+    """Begins to write a checkpoint; the arrays may be changed afterwards.
+
+    Args:
+      kind: `LATEST` or `BEST`.
+      state: NumPy arrays, as `parallel.unreplicate` gives them.
+      progress: A JSON value: where data and training stand.
+    """
+    optimizer = {"step": state.step, "opt_state": state.opt_state}
+    self._managers[kind].save(
+      int(state.step),
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(_arrays(state.params)),
+        optimizer=ocp.args.StandardSave(_arrays(optimizer)),
+        progress=ocp.args.JsonSave(progress),
+      ),
+    )
+
+  def wait(self) -> None:
+    """Waits until everything is written."""
+    for manager in self._managers.values():
+      manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, then frees what the managers hold."""
+    for manager in self._managers.values():
+      manager.close()
+
+  def step(self, kind: str) -> int | None:
+    """Returns the step of a checkpoint, None if there is none."""
+    manager = self._managers.get(kind)
+    return None if manager is None else manager.latest_step()
+
+  def restore_params(self, kind: str, like: Any) -> Any:
+    """Reads parameters.
+
+    Args:
+      kind: `LATEST` or `BEST`.
+      like: Parameters of the expected shapes.
+
+    Returns:
+      NumPy arrays.
+
+    Raises:
+      InputError: There is no such checkpoint, or its shapes differ.
+    """
+    step = self.step(kind)
+    if step is None:
+      raise InputError(
+        f"{self._root} holds no {kind} checkpoint; 'empdg train' writes one"
+      )
+    return self._restore(kind, step, "params", like)
+
+  def restore(
+    self, kind: str, like: TrainState
+  ) -> tuple[TrainState, dict[str, Any]]:
+    """Reads what `save` was given; see `restore_params`."""
+    params = self.restore_params(kind, like.params)
+    step = self.step(kind)
+    assert step is not None
+    rest = self._restore(
+      kind, step, "optimizer", {"step": like.step, "opt_state": like.opt_state}
+    )
+    progress = self._managers[kind].restore(
+      step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
+    )["progress"]
+    return TrainState(params=params, **rest), progress
+
+  def _restore(self, kind: str, step: int, item: str, like: Any) -> Any:
+    where = f"{self._root / kind / str(step)}"
+    try:
+      tree = self._managers[kind].restore(
+        step,
+        args=ocp.args.Composite(
+          **{item: ocp.args.StandardRestore(_arrays(like))}
+        ),
+      )[item]
+    except (ValueError, KeyError, OSError) as error:
+      reason = str(error).splitlines()[0] if str(error) else repr(error)
+      raise InputError(
+        f"{where}: not a checkpoint of this configuration ({reason})"
+      ) from error
+    expected = jax.tree_util.tree_leaves_with_path(like)
+    for (path, leaf), found in zip(
+      expected, jax.tree.leaves(tree), strict=True
+    ):
+      if np.shape(leaf) != np.shape(found):
+        raise InputError(
+          f"{where}: {jax.tree_util.keystr(path)} has shape {np.shape(found)};"
+          f" this configuration needs {np.shape(leaf)}"
+        )
+    return tree
+
+
+def _arrays(tree: Any) -> Any:
+  """Returns NumPy arrays; blank ones where only a shape is given."""
+  return jax.tree.map(
+    lambda x: (
+      np.empty(x.shape, x.dtype)
+      if isinstance(x, jax.ShapeDtypeStruct)
+      else np.asarray(x)
+    ),
+    tree,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a run folder holds besides its checkpoints."""
+
+  workdir: pathlib.Path
+  config: Config
+  vocabulary: Vocabulary
+
+
+def open_run(workdir: pathlib.Path) -> Run:
+  """Reads a run folder's configuration and vocabulary.
+
+  Raises:
+    InputError: It is no run folder, or a file in it is malformed.
+  """
+  config = read_config(workdir)
+  return Run(workdir, config, vocab.load_vocabulary(workdir / "vocab.txt"))

@@ -1,0 +1,236 @@
+"""The configuration: typed, every field with its unit and source."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+
+class InputError(ValueError):
+  """Something given from outside is wrong; its message is one clear line."""
+
+
+@dataclasses.dataclass
+class DataConfig:
+  """What is read and how it becomes batches (DESIGN: data)."""
+
+  # "official" (downloaded), "sample" (the embedded corpus), or the path of an
+  # archive or folder in the official CSV format.
+  source: str = "official"
+  # Where prepared datasets are kept; "" is a folder in the user's cache.
+  data_dir: str = ""
+  # "empdg": 20,724 / 2,972 / 2,713 examples with user feedback (the paper);
+  # "all_turns": every listener turn (Lin et al., 2019).
+  example_set: str = "empdg"
+  # "nrclex", or a lexicon file (see `data/lexicon.py`).
+  lexicon: str = "nrclex"
+  # Pre-trained word vectors in GloVe's text format (may be gzipped); "": none.
+  vectors: str = ""
+  # Splits whose words make the vocabulary: "train", or "all" (the published
+  # protocol).
+  vocab_scope: str = "train"
+  # The batches' padded lengths in tokens: a context with its CLS, its
+  # emotional words with their LAB, a target with its EOS. An example goes to
+  # the first that holds it. What the last cannot hold is cut: of contexts the
+  # oldest tokens, of targets the end. The default suits the real data.
+  shapes: tuple[tuple[int, int, int], ...] = (
+    (16, 10, 8),
+    (24, 14, 8),
+    (16, 10, 12),
+    (20, 12, 14),
+    (32, 16, 12),
+    (24, 14, 16),
+    (20, 12, 22),
+    (40, 20, 16),
+    (32, 16, 24),
+    (64, 28, 14),
+    (24, 14, 32),
+    (48, 22, 24),
+    (56, 24, 36),
+    (80, 32, 28),
+    (96, 36, 48),
+    (160, 48, 48),
+    (160, 48, 100),
+  )
+
+
+@dataclasses.dataclass
+class ModelConfig:
+  """The generator (paper §4.1; sizes of Lin et al., 2019)."""
+
+  name: str = "empdg_wo_d"  # A key of `models/registry.py`.
+  emb_dim: int = 300  # d.
+  num_layers: int = 1  # L, of each encoder and of the decoder.
+  num_heads: int = 2
+  key_value_depth: int = 40  # Of all heads together.
+  filter_size: int = 50  # The feed-forward layers' hidden units.
+  norm_order: str = "pre"  # "pre" | "post" (eqs. 2-6, 10-12 as printed).
+  feed_forward: str = "conv"  # "conv" (kernel 3) | "dense" (the paper's words).
+  pointer_generator: bool = True  # Copy from both contexts; False: eq. 13.
+  tie_embeddings: bool = False  # Output projection = embedding, transposed.
+  dropout_rate: float = 0.1
+  emotion_loss_weight: float = 1.0  # gamma 1 of eq. 15.
+  generation_loss_weight: float = 1.0  # gamma 2 of eq. 15.
+  label_smoothing: float = 0.1  # Probability spread over the vocabulary.
+
+
+@dataclasses.dataclass
+class TrainConfig:
+  """Training (paper §4.3, §5.4)."""
+
+  seed: int = 0
+  batch_size: int = 16  # Examples a step, over all devices.
+  mle_steps: int = 100_000  # At most; early stopping usually ends before.
+  mle_eval_every: int = 2_000  # Steps between validations.
+  mle_patience: int = 3  # Validations without a better one before stopping.
+  learning_rate_factor: float = 1.0  # Of the schedule of Vaswani et al.
+  warmup_steps: int = 8_000
+  adam_b1: float = 0.9
+  adam_b2: float = 0.98
+  adam_eps: float = 1e-9
+  log_every: int = 50  # Steps between lines in metrics.jsonl.
+  checkpoint_every: int = 500  # Steps between checkpoints to resume from.
+
+
+@dataclasses.dataclass
+class EvalConfig:
+  """Evaluation and decoding."""
+
+  batch_size: int = 64  # Examples a step, over all devices.
+  max_decode_steps: int = 30  # Tokens of a response, its EOS included.
+  beam_size: int = 1  # 1 is greedy decoding.
+  length_penalty: float = 0.6  # alpha of Wu et al., 2016, eq. 14; beams only.
+
+
+@dataclasses.dataclass
+class Config:
+  """A whole run."""
+
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+
+_CHOICES = {
+  "data.example_set": ("empdg", "all_turns"),
+  "data.vocab_scope": ("train", "all"),
+  "model.norm_order": ("pre", "post"),
+  "model.feed_forward": ("conv", "dense"),
+}
+_MAY_BE_ZERO = {
+  "train.seed",
+  "model.dropout_rate",
+  "model.emotion_loss_weight",
+  "model.label_smoothing",
+  "eval.length_penalty",
+}
+
+
+def flatten(config: Config) -> dict[str, Any]:
+  """Returns every field by its dotted name, as in `data.source`."""
+  return {
+    f"{section}.{name}": value
+    for section, fields in dataclasses.asdict(config).items()
+    for name, value in fields.items()
+  }
+
+
+def validate(config: Config) -> None:
+  """Checks every field.
+
+  Raises:
+    InputError: Naming the first field that is wrong and what it accepts.
+  """
+  hints = {
+    f"{section.name}.{name}": hint
+    for section in dataclasses.fields(config)
+    for name, hint in typing.get_type_hints(section.type).items()
+  }
+  for name, value in flatten(config).items():
+    expected = typing.get_origin(hints[name]) or hints[name]
+    if expected is float and type(value) is int:
+      continue
+    if type(value) is not expected:
+      raise InputError(f"config.{name}={value!r}: expected {expected.__name__}")
+    if name in _CHOICES and value not in _CHOICES[name]:
+      raise InputError(
+        f"config.{name}={value!r}: expected one of " + ", ".join(_CHOICES[name])
+      )
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and (value < 0 or (value == 0 and name not in _MAY_BE_ZERO)):
+      raise InputError(f"config.{name}={value!r}: expected more than 0")
+  model = config.model
+  for name in ("dropout_rate", "label_smoothing"):
+    if getattr(model, name) >= 1:
+      raise InputError(f"config.model.{name}: expected less than 1")
+  if model.emb_dim % 2:
+    raise InputError(f"config.model.emb_dim={model.emb_dim}: expected even")
+  if model.key_value_depth % model.num_heads:
+    raise InputError(
+      f"config.model.key_value_depth={model.key_value_depth}: expected a "
+      f"multiple of config.model.num_heads={model.num_heads}"
+    )
+  shapes = config.data.shapes
+  if not shapes or any(len(s) != 3 or min(s) < 2 for s in shapes):
+    raise InputError(
+      "config.data.shapes: expected triples (context, emotion, target) of "
+      "lengths of at least 2"
+    )
+  if shapes[-1] != tuple(max(axis) for axis in zip(*shapes, strict=True)):
+    raise InputError("config.data.shapes: the last must be the longest")
+
+
+def to_json(config: Config) -> str:
+  """Returns the configuration as it stands in a run folder."""
+  return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, where: str) -> Config:
+  """Reads what `to_json` wrote.
+
+  Args:
+    text: The JSON text.
+    where: What to call it in messages.
+
+  Returns:
+    The configuration, validated.
+
+  Raises:
+    InputError: It is no JSON, or a field is unknown or wrong.
+  """
+  try:
+    values = json.loads(text)
+    shapes = values["data"]["shapes"]
+    values["data"]["shapes"] = tuple(tuple(shape) for shape in shapes)
+    config = Config(
+      DataConfig(**values["data"]),
+      ModelConfig(**values["model"]),
+      TrainConfig(**values["train"]),
+      EvalConfig(**values["eval"]),
+    )
+  except (ValueError, TypeError, KeyError) as error:
+    raise InputError(f"{where}: not a run's configuration ({error})") from error
+  validate(config)
+  return config
+
+
+def cache_dir() -> pathlib.Path:
+  """Returns the product's folder in the user's cache."""
+  root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(root) / "empdg"
+
+
+@contextlib.contextmanager
+def atomic_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a temporary path beside `path` that becomes it on success."""
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    yield temporary
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""From EmpatheticDialogues to batches of token ids."""

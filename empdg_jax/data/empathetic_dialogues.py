@@ -1,0 +1,218 @@
+"""EmpatheticDialogues (Rashkin et al., 2019) as a TFDS dataset.
+
+The records are the raw conversations. Nothing here needs TensorFlow: the files
+are ArrayRecord, read through `as_data_source`.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import tarfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from empdg_jax.config import InputError
+from empdg_jax.data import sample_corpus
+
+OFFICIAL_URL = (
+  "https://dl.fbaipublicfiles.com/parlai/empatheticdialogues/"
+  "empatheticdialogues.tar.gz"
+)
+SPLITS = ("train", "valid", "test")
+EMOTIONS = (
+  "afraid", "angry", "annoyed", "anticipating", "anxious", "apprehensive",
+  "ashamed", "caring", "confident", "content", "devastated", "disappointed",
+  "disgusted", "embarrassed", "excited", "faithful", "furious", "grateful",
+  "guilty", "hopeful", "impressed", "jealous", "joyful", "lonely", "nostalgic",
+  "prepared", "proud", "sad", "sentimental", "surprised", "terrified",
+  "trusting",
+)  # fmt: skip
+_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance"
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+  """One conversation as recorded.
+
+  Attributes:
+    id: The dataset's `conv_id`.
+    emotion: The label the speaker was given, an index into `EMOTIONS`.
+    situation: What the speaker wrote of the situation beforehand.
+    utterances: The turns; the speaker begins.
+    speakers: Who wrote each turn.
+  """
+
+  id: str
+  emotion: int
+  situation: str
+  utterances: tuple[str, ...]
+  speakers: tuple[int, ...]
+
+
+def read_csv(data: bytes, name: str) -> Iterator[Conversation]:
+  """Parses one split in the official format.
+
+  A field is never quoted and a stray `"` is text, so lines are split at commas
+  alone; commas of the text are written `_comma_`.
+
+  Args:
+    data: The file's content.
+    name: What to call the file in messages.
+
+  Yields:
+    The conversations in the file's order.
+
+  Raises:
+    InputError: Naming file and line, if a row is malformed or there is none.
+  """
+  rows: list[list[str]] = []
+  header, *lines = data.removesuffix(b"\n").split(b"\n")
+  if not header.startswith(_HEADER.encode()):
+    raise InputError(f"{name}:1: expected the header '{_HEADER},selfeval,tags'")
+  for number, line in enumerate(lines, start=2):
+    row = _parse_row(line.removesuffix(b"\r"), f"{name}:{number}")
+    if rows and rows[0][0] != row[0]:
+      yield _conversation(rows)
+      rows = []
+    rows.append(row)
+  if not rows:
+    raise InputError(
+      f"{name}: the split is empty; expected rows below the header"
+    )
+  yield _conversation(rows)
+
+
+def _parse_row(line: bytes, where: str) -> list[str]:
+  try:
+    fields = line.decode("utf-8").split(",")
+  except UnicodeDecodeError as error:
+    raise InputError(f"{where}: not UTF-8 text ({error.reason})") from error
+  if len(fields) not in (8, 9):  # The official files' optional candidates: 9.
+    raise InputError(f"{where}: {len(fields)} fields; expected 8")
+  fields = [field.replace("_comma_", ",") for field in fields]
+  if fields[2] not in EMOTIONS:
+    raise InputError(
+      f"{where}: unknown emotion label {fields[2]!r}; expected one of "
+      + ", ".join(EMOTIONS)
+    )
+  if not fields[4].isdecimal():
+    raise InputError(f"{where}: speaker_idx {fields[4]!r} is no number")
+  if not fields[5].strip():
+    raise InputError(f"{where}: the utterance is empty")
+  return fields
+
+
+def _conversation(rows: list[list[str]]) -> Conversation:
+  identifier, _, emotion, situation = rows[0][:4]
+  return Conversation(
+    id=identifier,
+    emotion=EMOTIONS.index(emotion),
+    situation=situation,
+    utterances=tuple(row[5] for row in rows),
+    speakers=tuple(int(row[4]) for row in rows),
+  )
+
+
+def read_source(path: pathlib.Path) -> Mapping[str, bytes]:
+  """Returns the three splits' CSV files of an archive or a folder.
+
+  Raises:
+    InputError: The path is neither, or a split is missing.
+  """
+  files = {}
+  try:
+    if path.is_dir():
+      for split in SPLITS:
+        if (path / f"{split}.csv").is_file():
+          files[split] = (path / f"{split}.csv").read_bytes()
+    else:
+      with tarfile.open(path) as archive:
+        for member in archive:
+          split = pathlib.PurePosixPath(member.name).name.removesuffix(".csv")
+          if split in SPLITS and (content := archive.extractfile(member)):
+            files[split] = content.read()
+  except (OSError, EOFError, tarfile.TarError) as error:
+    raise InputError(
+      f"config.data.source: cannot read {str(path)!r} ({error}); give "
+      "'official', 'sample', an archive like empatheticdialogues.tar.gz, or a "
+      "folder with train.csv, valid.csv and test.csv"
+    ) from error
+  for split in SPLITS:
+    if split not in files:
+      raise InputError(f"{path}: holds no {split}.csv")
+  return files
+
+
+class EmpatheticDialogues(tfds.core.GeneratorBasedBuilder):
+  """The TFDS builder; one builder config a source, named by its content."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  pkg_dir_path = pathlib.Path(__file__).parent  # Where checksums.tsv lies.
+
+  def __init__(self, *, source: str, data_dir: str | os.PathLike[str]) -> None:
+    """Creates the builder.
+
+    Args:
+      source: `"official"`, `"sample"`, or a path to an archive or a folder.
+      data_dir: Where prepared datasets are kept.
+
+    Raises:
+      InputError: The path cannot be read or lacks a split.
+    """
+    self._files: Mapping[str, bytes] | None = None
+    if source not in ("official", "sample"):
+      self._files = read_source(pathlib.Path(source))
+    elif source == "sample":
+      self._files = sample_corpus.csv_files()
+    self._source = source
+    name = "official"
+    if self._files is not None:
+      digest = hashlib.sha256(b"".join(self._files[s] for s in SPLITS))
+      kind = "sample" if source == "sample" else "local"
+      name = f"{kind}-{digest.hexdigest()[:16]}"
+    super().__init__(
+      data_dir=data_dir,
+      config=tfds.core.BuilderConfig(name=name, version=self.VERSION),
+      file_format="array_record",
+    )
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description="Dialogues about emotional situations, 32 emotion labels.",
+      features=tfds.features.FeaturesDict(
+        {
+          "id": tfds.features.Text(),
+          "emotion": tfds.features.ClassLabel(names=list(EMOTIONS)),
+          "situation": tfds.features.Text(),
+          "utterances": tfds.features.Sequence(tfds.features.Text()),
+          "speakers": tfds.features.Sequence(
+            tfds.features.Scalar(dtype=np.int32)
+          ),
+        }
+      ),
+      homepage="https://github.com/facebookresearch/EmpatheticDialogues",
+      disable_shuffling=True,
+    )
+
+  def _split_generators(
+    self, dl_manager: tfds.download.DownloadManager
+  ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+    if self._files is None:
+      folder = dl_manager.download_and_extract(OFFICIAL_URL)
+      self._files = read_source(pathlib.Path(str(folder)))
+    return {
+      split: self._generate_examples(self._files[split], split)
+      for split in SPLITS
+    }
+
+  def _generate_examples(
+    self, data: bytes, split: str
+  ) -> Iterator[tuple[int, dict[str, Any]]]:
+    name = f"{self._source}: {split}.csv"
+    for key, conversation in enumerate(read_csv(data, name)):
+      yield key, dataclasses.asdict(conversation)

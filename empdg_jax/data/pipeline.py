@@ -1,0 +1,311 @@
+"""From examples to batches of ids: few shapes, one global order (Grain)."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, SupportsIndex
+
+import grain
+import numpy as np
+
+from empdg_jax.data import examples, vocab
+from empdg_jax.data.vocab import Vocabulary
+
+Array = Any  # NumPy's in the pipeline, JAX's inside compiled steps.
+
+
+class Shape(NamedTuple):
+  """The padded lengths of a batch."""
+
+  context: int
+  emotion: int
+  target: int
+
+
+class Encoded(NamedTuple):
+  """One example as ids.
+
+  Attributes:
+    context: `CLS x1 .. xm`, the latest tokens where some had to be cut.
+    state: The dialogue state of each context token: CLS, USR or SYS.
+    emotion_context: `LAB w1 .. we`.
+    target: `y1 .. yn EOS`.
+    emotion: The emotion label.
+    words: The context's tokens as text, for copied unknown words.
+    emotion_words: The emotional context's tokens as text.
+    cut: How many tokens of context, emotional context, target were cut.
+  """
+
+  context: list[int]
+  state: list[int]
+  emotion_context: list[int]
+  target: list[int]
+  emotion: int
+  words: tuple[str, ...]
+  emotion_words: tuple[str, ...]
+  cut: tuple[int, int, int]
+
+
+class Batch(NamedTuple):
+  """A batch; B examples padded to one `Shape` (M, E, N).
+
+  Attributes:
+    context: Context ids, `[B, M]` int32.
+    state: Dialogue-state ids, `[B, M]` int32.
+    emotion_context: Emotional context ids, `[B, E]` int32.
+    target: Target ids, `[B, N]` int32.
+    emotion: Emotion labels, `[B]` int32.
+    mask: 1 for an example, 0 for filling, `[B]` float32.
+    position: Position in the global batch, `[B]` int32.
+    index: Position of the example in its split, `[B]` int32.
+  """
+
+  context: Array
+  state: Array
+  emotion_context: Array
+  target: Array
+  emotion: Array
+  mask: Array
+  position: Array
+  index: Array
+
+
+def encode(
+  context: Sequence[examples.Utterance],
+  target: Sequence[str],
+  emotion: int,
+  vocabulary: Vocabulary,
+  longest: Shape,
+) -> Encoded:
+  """Turns one example into ids, cut to the longest lengths.
+
+  Args:
+    context: The turns before the target, the speaker's first.
+    target: The target's tokens.
+    emotion: The emotion label.
+    vocabulary: Tokens to ids.
+    longest: The lengths that no part may exceed.
+
+  Returns:
+    The example's ids.
+  """
+  turns = [
+    (token, vocab.SYS if turn % 2 else vocab.USR, emotional)
+    for turn, utterance in enumerate(context)
+    for token, emotional in zip(
+      utterance.tokens, utterance.emotional, strict=True
+    )
+  ]
+  kept = turns[max(0, len(turns) - longest.context + 1) :]
+  emotional = [token for token, _, flag in kept if flag]
+  emotion_words = emotional[max(0, len(emotional) - longest.emotion + 1) :]
+  kept_target = target[: longest.target - 1]
+  words = tuple(token for token, _, _ in kept)
+  return Encoded(
+    context=[vocab.CLS, *vocabulary.encode(words)],
+    state=[vocab.CLS, *(state for _, state, _ in kept)],
+    emotion_context=[vocab.LAB, *vocabulary.encode(emotion_words)],
+    target=[*vocabulary.encode(kept_target), vocab.EOS],
+    emotion=emotion,
+    words=words,
+    emotion_words=tuple(emotion_words),
+    cut=(
+      len(turns) - len(kept),
+      len(emotional) - len(emotion_words),
+      len(target) - len(kept_target),
+    ),
+  )
+
+
+def collate(
+  encoded: Sequence[Encoded],
+  index: np.ndarray,
+  shape: Shape,
+  batch_size: int,
+  rows: slice = slice(None),
+) -> Batch:
+  """Pads examples to one shape.
+
+  Args:
+    encoded: All examples of the split.
+    index: Which of them make the global batch, at most `batch_size`.
+    shape: The padded lengths.
+    batch_size: The global batch size B; missing examples repeat the first one
+      with mask 0.
+    rows: The rows of the global batch that this host needs.
+
+  Returns:
+    This host's rows of the batch.
+  """
+  position = np.arange(batch_size, dtype=np.int32)[rows]
+  mask = (position < len(index)).astype(np.float32)
+  index = np.resize(index, batch_size).astype(np.int32)[rows]
+  chosen = [encoded[i] for i in index]
+
+  def pad(sequences: Iterator[list[int]], length: int) -> np.ndarray:
+    array = np.full((len(chosen), length), vocab.PAD, np.int32)
+    for row, ids in zip(array, sequences, strict=True):
+      row[: len(ids)] = ids
+    return array
+
+  return Batch(
+    context=pad((e.context for e in chosen), shape.context),
+    state=pad((e.state for e in chosen), shape.context),
+    emotion_context=pad((e.emotion_context for e in chosen), shape.emotion),
+    target=pad((e.target for e in chosen), shape.target),
+    emotion=np.array([e.emotion for e in chosen], np.int32),
+    mask=mask,
+    position=position,
+    index=index,
+  )
+
+
+class BatchPlan:
+  """Which examples make which global batch: a function of (seed, epoch)."""
+
+  def __init__(
+    self, encoded: Sequence[Encoded], shapes: Sequence[Shape], batch_size: int
+  ) -> None:
+    """Assigns every example to the cheapest shape that holds it.
+
+    Args:
+      encoded: The examples.
+      shapes: The padded lengths; the last one holds every example.
+      batch_size: Examples in a global batch.
+    """
+    self._shapes = tuple(shapes)
+    self._batch_size = batch_size
+    lengths = np.array(
+      [(len(e.context), len(e.emotion_context), len(e.target)) for e in encoded]
+    )
+    # Whether shape s holds example i -> [examples, shapes]
+    self._fits = np.all(lengths[:, None] <= np.array(shapes)[None], axis=-1)
+
+  @property
+  def batches_per_epoch(self) -> int:
+    """The number of batches in an epoch, the same in every epoch."""
+    return -(-len(self._fits) // self._batch_size)
+
+  def epoch(self, order: np.ndarray) -> list[tuple[Shape, np.ndarray]]:
+    """Cuts the examples, taken in `order`, into batches of one shape.
+
+    What does not fill a batch of its shape moves on to the next shape that
+    holds it, so that only the very last batch may have fewer examples.
+
+    Args:
+      order: Indices of the examples.
+
+    Returns:
+      Shape and examples of each batch, the shapes in ascending order.
+    """
+    batches = []
+    first = self._fits[order].argmax(axis=1)
+    pools = [list(order[first == s]) for s in range(len(self._shapes))]
+    for s, (shape, pool) in enumerate(zip(self._shapes, pools, strict=True)):
+      last = s + 1 == len(self._shapes)
+      full = len(pool) if last else len(pool) - len(pool) % self._batch_size
+      for start in range(0, full, self._batch_size):
+        batches.append(
+          (shape, np.array(pool[start : min(start + self._batch_size, full)]))
+        )
+      for example in pool[full:]:
+        pools[s + 1 + self._fits[example, s + 1 :].argmax()].append(example)
+    return batches
+
+  def shuffled_epoch(
+    self, seed: int, epoch: int
+  ) -> list[tuple[Shape, np.ndarray]]:
+    """Returns the epoch's batches: examples and batches shuffled."""
+    rng = np.random.default_rng((seed, epoch))
+    batches = self.epoch(rng.permutation(len(self._fits)))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class _TrainBatches:
+  """Random access to the endless sequence of training batches."""
+
+  def __init__(
+    self,
+    encoded: Sequence[Encoded],
+    plan: BatchPlan,
+    seed: int,
+    batch_size: int,
+    rows: slice,
+  ) -> None:
+    self._encoded, self._plan = encoded, plan
+    self._batch_size, self._rows = batch_size, rows
+    # Two epochs, since prefetching crosses their border.
+    self._epoch = functools.lru_cache(2)(
+      functools.partial(plan.shuffled_epoch, seed)
+    )
+
+  def __len__(self) -> int:
+    return self._plan.batches_per_epoch * 1_000_000  # Epochs; "endless".
+
+  def __getitem__(self, record_key: SupportsIndex) -> Batch:
+    step = record_key.__index__()
+    epoch, position = divmod(step, self._plan.batches_per_epoch)
+    shape, index = self._epoch(epoch)[position]
+    return collate(self._encoded, index, shape, self._batch_size, self._rows)
+
+
+def host_rows(batch_size: int, host: int, num_hosts: int) -> slice:
+  """Returns the rows of a global batch that one host reads."""
+  return slice(
+    batch_size * host // num_hosts, batch_size * (host + 1) // num_hosts
+  )
+
+
+def train_batches(
+  encoded: Sequence[Encoded],
+  shapes: Sequence[Shape],
+  *,
+  batch_size: int,
+  seed: int,
+  host: int = 0,
+  num_hosts: int = 1,
+) -> grain.DatasetIterator:
+  """Returns the endless, checkpointable iterator over training batches.
+
+  Args:
+    encoded: The examples.
+    shapes: The padded lengths; the last holds every example.
+    batch_size: Global batch size.
+    seed: Of the order, with the epoch's number.
+    host: This host's number.
+    num_hosts: How many hosts share each global batch.
+
+  Returns:
+    An iterator of `Batch`; `get_state` gives its position, a JSON value that
+    does not depend on the hosts.
+  """
+  source: Any = _TrainBatches(
+    encoded,
+    BatchPlan(encoded, shapes, batch_size),
+    seed,
+    batch_size,
+    host_rows(batch_size, host, num_hosts),
+  )
+  dataset = grain.MapDataset.source(source).to_iter_dataset(
+    grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+  )
+  return iter(dataset)
+
+
+def eval_shapes(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+  """Returns the few shapes that evaluation uses, so that less is compiled."""
+  return tuple(shapes[::-3][::-1])
+
+
+def eval_batches(
+  encoded: Sequence[Encoded],
+  shapes: Sequence[Shape],
+  *,
+  batch_size: int,
+  host: int = 0,
+  num_hosts: int = 1,
+) -> Iterator[Batch]:
+  """Yields batches that hold every example once, the last one masked."""
+  rows = host_rows(batch_size, host, num_hosts)
+  plan = BatchPlan(encoded, shapes, batch_size)
+  for shape, index in plan.epoch(np.arange(len(encoded))):
+    yield collate(encoded, index, shape, batch_size, rows)

@@ -1,0 +1,72 @@
+"""Pre-trained word vectors for the embedding table."""
+
+import gzip
+import pathlib
+
+import numpy as np
+
+from empdg_jax.config import InputError
+from empdg_jax.data.vocab import SPECIAL_TOKENS, Vocabulary
+
+
+def random_embeddings(
+  vocab_size: int, dim: int, rng: np.random.Generator
+) -> np.ndarray:
+  """Returns small normal values, `[vocab_size, dim]` float32.
+
+  Small beside the vectors' own (about 0.4): special tokens such as CLS are
+  among them, and what attention adds to theirs must not drown.
+  """
+  return rng.normal(0.0, 0.01, (vocab_size, dim)).astype(np.float32)
+
+
+def load_vectors(
+  path: str, vocabulary: Vocabulary, dim: int, rng: np.random.Generator
+) -> tuple[np.ndarray, float]:
+  """Reads vectors in GloVe's text format: a word and its numbers a line.
+
+  Args:
+    path: The file, gzipped if its name ends in `.gz`.
+    vocabulary: The words to look for.
+    dim: The embedding's size d; vectors may have fewer dimensions.
+    rng: Draws the dimensions and words that the file lacks.
+
+  Returns:
+    Embeddings, `[len(vocabulary), dim]` float32, and the share of the
+    vocabulary's words (special tokens aside) found in the file.
+
+  Raises:
+    InputError: The file cannot be read, a line is ragged or holds something
+      else than numbers, or the vectors are longer than `dim`.
+  """
+  embeddings = random_embeddings(len(vocabulary), dim, rng)
+  width = 0
+  found: set[int] = set()
+  try:
+    opened = gzip.open if path.endswith(".gz") else open
+    with opened(pathlib.Path(path), "rt", encoding="utf-8") as lines:
+      for number, line in enumerate(lines, start=1):
+        word, *values = line.rstrip("\n").split(" ")
+        width = width or len(values)
+        if len(values) != width or not values:
+          raise InputError(
+            f"{path}:{number}: {len(values)} numbers; expected {width or 1}"
+            " as on the first line"
+          )
+        if width > dim:
+          raise InputError(
+            f"{path}: vectors of {width} numbers do not fit "
+            f"config.model.emb_dim={dim}"
+          )
+        if (token := vocabulary.ids.get(word)) is not None:
+          try:
+            embeddings[token, :width] = np.array(values, np.float32)
+          except ValueError as error:
+            raise InputError(f"{path}:{number}: {error}") from error
+          found.add(token)
+  except (OSError, EOFError, UnicodeDecodeError) as error:
+    raise InputError(
+      f"config.data.vectors: cannot read {path!r} ({error}); give a file in "
+      "GloVe's text format, or '' for none"
+    ) from error
+  return embeddings, len(found) / (len(vocabulary) - len(SPECIAL_TOKENS))

@@ -1,0 +1,388 @@
+"""Scoring, responding, and the files that an evaluation writes."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+from rich.table import Table
+
+from empdg_jax import checkpoint, metrics, parallel, steps
+from empdg_jax import config as config_lib
+from empdg_jax.config import Config, InputError
+from empdg_jax.data import pipeline, prepare, text, vocab
+from empdg_jax.data.empathetic_dialogues import EMOTIONS
+from empdg_jax.data.pipeline import Batch, Encoded, Shape
+from empdg_jax.data.vocab import Vocabulary
+from empdg_jax.models import registry
+from empdg_jax.train_state import init_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+  """What the system makes of a context.
+
+  Attributes:
+    tokens: The response, without EOS.
+    emotions: The probability of every emotion, `[32]`.
+    cut: How many of the context's oldest tokens it did not see.
+  """
+
+  tokens: tuple[str, ...]
+  emotions: np.ndarray
+  cut: int
+
+  @property
+  def emotion(self) -> str:
+    """The likeliest emotion."""
+    return EMOTIONS[int(self.emotions.argmax())]
+
+
+def sum_metrics(values: Iterable[dict[str, Any]]) -> dict[str, float]:
+  """Adds up replicated metric sums of several steps, in float64."""
+  totals: dict[str, float] = {}
+  for step in values:
+    for name, value in step.items():
+      totals[name] = totals.get(name, 0.0) + float(np.asarray(value)[0])
+  return totals
+
+
+def average_metrics(sums: dict[str, float]) -> dict[str, float]:
+  """Divides sums by their counts: loss, perplexities, accuracy."""
+  return {
+    "loss": sums["loss"] / sums["examples"],
+    "perplexity": float(np.exp(sums["nll"] / sums["tokens"])),
+    "perplexity_per_example": float(
+      np.exp(sums["mean_nll"] / sums["examples"])
+    ),
+    "emotion_accuracy": sums["emotion_correct"] / sums["examples"],
+  }
+
+
+def validate(
+  p_eval_step: Callable[..., Any], params: Any, batches: Sequence[Batch]
+) -> dict[str, float]:
+  """Scores a split with teacher forcing.
+
+  Args:
+    p_eval_step: The compiled `steps.eval_step`.
+    params: Replicated parameters.
+    batches: The split's batches.
+
+  Returns:
+    See `average_metrics`.
+  """
+  sums = [p_eval_step(params, parallel.shard(batch))[0] for batch in batches]
+  return average_metrics(sum_metrics(sums))
+
+
+def response_tokens(
+  ids: np.ndarray,
+  copied_from: np.ndarray,
+  words: Sequence[str],
+  vocabulary: Vocabulary,
+) -> tuple[str, ...]:
+  """Turns ids into tokens up to EOS; an UNK becomes the word it copies.
+
+  Args:
+    ids: `[max_steps]`.
+    copied_from: The source position that an UNK copies, `[max_steps]`.
+    words: The source's tokens by position, as `source_words` gives them.
+    vocabulary: Ids to tokens.
+
+  Returns:
+    The tokens.
+  """
+  tokens = []
+  for token, position in zip(ids, copied_from, strict=True):
+    if token in (vocab.EOS, vocab.PAD):
+      break
+    unknown = token == vocab.UNK and position >= 0
+    tokens.append(words[position] if unknown else vocabulary.tokens[token])
+  return tuple(tokens)
+
+
+def source_words(encoded: Encoded, shape: Shape) -> list[str]:
+  """Returns the text at each position of the decoder's source."""
+  context = ["CLS", *encoded.words]
+  context += ["PAD"] * (shape.context - len(context))
+  return [*context, "LAB", *encoded.emotion_words]
+
+
+class System:
+  """A trained system: its compiled steps, its parameters, its data rules."""
+
+  def __init__(
+    self, config: Config, vocabulary: Vocabulary, params: Any
+  ) -> None:
+    """Compiles nothing yet; each shape is compiled at its first batch.
+
+    Args:
+      config: The run's configuration.
+      vocabulary: The run's vocabulary.
+      params: The model's parameters, not replicated.
+    """
+    self.config = config
+    self.vocabulary = vocabulary
+    self.shapes = tuple(Shape(*shape) for shape in config.data.shapes)
+    self.eval_shapes = pipeline.eval_shapes(self.shapes)
+    self.params = parallel.replicate(params)
+    model = registry.create_model(config.model, len(vocabulary))
+    self.p_eval_step = parallel.pmap(
+      functools.partial(steps.eval_step, model=model)
+    )
+    self.p_predict_step = parallel.pmap(
+      functools.partial(steps.predict_step, model=model, config=config.eval)
+    )
+
+  def respond(
+    self, encoded: Sequence[Encoded], batch_size: int
+  ) -> Iterator[tuple[int, Response]]:
+    """Writes a response to each context.
+
+    Args:
+      encoded: The contexts; targets are not looked at.
+      batch_size: Contexts a step.
+
+    Yields:
+      Each example's index and response, batch by batch.
+    """
+    # Targets do not matter here, so batches are made by context alone.
+    blank = [e._replace(target=[vocab.EOS]) for e in encoded]
+    shapes = _context_shapes(self.eval_shapes)
+    for batch in pipeline.eval_batches(blank, shapes, batch_size=batch_size):
+      prediction = parallel.unshard(
+        self.p_predict_step(self.params, parallel.shard(batch))
+      )
+      shape = Shape(batch.context.shape[1], batch.emotion_context.shape[1], 1)
+      for row, index in enumerate(batch.index):
+        if batch.mask[row]:
+          example = encoded[index]
+          yield (
+            int(index),
+            Response(
+              response_tokens(
+                prediction.tokens[row],
+                prediction.copied_from[row],
+                source_words(example, shape),
+                self.vocabulary,
+              ),
+              prediction.emotion_probs[row],
+              example.cut[0],
+            ),
+          )
+
+  def score(
+    self, encoded: Sequence[Encoded]
+  ) -> Iterator[tuple[int, float, int]]:
+    """Yields each example's index, token NLL in all, and token count."""
+    batch_size = self.config.eval.batch_size
+    for batch in pipeline.eval_batches(
+      encoded, self.eval_shapes, batch_size=batch_size
+    ):
+      _, values = self.p_eval_step(self.params, parallel.shard(batch))
+      values = parallel.unshard(values)
+      for row, index in enumerate(batch.index):
+        if batch.mask[row]:
+          yield (
+            int(index),
+            float(values["nll"][row]),
+            int(values["tokens"][row]),
+          )
+
+
+def _context_shapes(shapes: Sequence[Shape]) -> list[Shape]:
+  """Returns the distinct context lengths, ascending, the longest last."""
+  return sorted({Shape(s.context, s.emotion, 1) for s in shapes})
+
+
+def load_system(
+  workdir: pathlib.Path, config: Config | None = None, kind: str | None = None
+) -> System:
+  """Loads a run folder's system.
+
+  Args:
+    workdir: The run folder.
+    config: The run's configuration with other `eval` fields, or None.
+    kind: Which checkpoint; None takes the best, or the latest if there has
+      been no validation yet.
+
+  Returns:
+    The system.
+
+  Raises:
+    InputError: The folder holds no run, no checkpoint, or one of other shapes.
+  """
+  run = checkpoint.open_run(workdir)
+  config = config or run.config
+  model = registry.create_model(config.model, len(run.vocabulary))
+  like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  checkpoints = checkpoint.Checkpoints(workdir)
+  if kind is None:
+    best = checkpoints.step(checkpoint.BEST) is not None
+    kind = checkpoint.BEST if best else checkpoint.LATEST
+  params = checkpoints.restore_params(kind, like)
+  checkpoints.close()
+  return System(config, run.vocabulary, params)
+
+
+def evaluate_split(
+  system: System, split: str, folder: pathlib.Path, console: Console
+) -> dict[str, Any]:
+  """Scores and answers every example of a split, and writes both files.
+
+  Args:
+    system: What to evaluate.
+    split: The split's name.
+    folder: Where `predictions.jsonl` and `metrics.json` go.
+    console: Shows progress.
+
+  Returns:
+    The content of `metrics.json`.
+
+  Raises:
+    InputError: The data or the folder cannot be used.
+  """
+  dataset = prepare.load_dataset(system.config.data, system.vocabulary)
+  examples, encoded = dataset.examples[split], dataset.encoded(split)
+  scores, responses = {}, {}
+  with Progress(
+    *Progress.get_default_columns(),
+    TextColumn("{task.fields[rate]}"),
+    console=console,
+    transient=True,
+    disable=not console.is_terminal,
+  ) as bar:
+    task = bar.add_task("Scoring", total=len(examples), rate="")
+    for index, nll, tokens in system.score(encoded):
+      scores[index] = nll, tokens
+      bar.advance(task)
+    task = bar.add_task("Responding", total=len(examples), rate="")
+    batch_size = system.config.eval.batch_size
+    for index, response in system.respond(encoded, batch_size):
+      responses[index] = response
+      speed = bar.tasks[task].speed or 0.0
+      bar.update(task, advance=1, rate=f"{speed:.0f} responses/s")
+  lines = []
+  for index, example in enumerate(examples):
+    nll, tokens = scores[index]
+    lines.append(
+      {
+        "id": example.id,
+        "emotion": EMOTIONS[example.emotion],
+        "predicted_emotion": responses[index].emotion,
+        "context": [" ".join(turn.tokens) for turn in example.context],
+        "emotion_words": list(encoded[index].emotion_words),
+        "reference": " ".join(example.target.tokens),
+        "response": " ".join(responses[index].tokens),
+        "nll": nll,
+        "tokens": tokens,
+      }
+    )
+  values = {
+    "model": system.config.model.name,
+    "split": split,
+    **metrics.text_metrics(lines, len(system.vocabulary)),
+  }
+  write_evaluation(folder, lines, values)
+  return values
+
+
+def print_metrics(values: dict[str, Any], console: Console) -> None:
+  """Prints the content of a `metrics.json` as a table."""
+  table = Table(title=f"{values['model']} on {values['split']}")
+  table.add_column("metric")
+  table.add_column("value", justify="right")
+  for name, value in values.items():
+    if name not in ("model", "split"):
+      form = "{:.4f}" if name == "emotion_accuracy" else "{:,.2f}"
+      table.add_row(
+        name, form.format(value) if isinstance(value, float) else str(value)
+      )
+  console.print(table)
+
+
+def print_samples(path: pathlib.Path, count: int, console: Console) -> None:
+  """Prints some replies of a `predictions.jsonl`, each to another emotion."""
+  shown: dict[str, dict[str, Any]] = {}
+  for line in read_predictions(path):
+    shown.setdefault(line["emotion"], line)
+  for line in list(shown.values())[:count]:
+    user = text.join_tokens(line["context"][-1].split())
+    reply = text.join_tokens(line["response"].split())
+    console.print(
+      f"[bold]{line['emotion']}[/bold] (perceived {line['predicted_emotion']})"
+    )
+    console.print(f"  user:  {user}", markup=False, highlight=False)
+    console.print(f"  empdg: {reply}", markup=False, highlight=False)
+
+
+def vocab_size_of(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> int:
+  """Returns V for predictions: of the run they lie in, else their own words.
+
+  Args:
+    path: The file; `RUN/eval/SPLIT/predictions.jsonl` lies in a run.
+    lines: Its lines.
+
+  Returns:
+    The size of the run's vocabulary, or the number of distinct tokens.
+  """
+  vocabulary = path.absolute().parents[2] / "vocab.txt"
+  if path.absolute().parents[1].name == "eval" and vocabulary.is_file():
+    return len(vocab.load_vocabulary(vocabulary))
+  texts = [line["response"] for line in lines]
+  texts += [line["reference"] for line in lines if "reference" in line]
+  return max(2, len({token for line in texts for token in line.split()}))
+
+
+def write_evaluation(
+  folder: pathlib.Path,
+  lines: Sequence[dict[str, Any]],
+  values: dict[str, Any],
+) -> None:
+  """Writes `predictions.jsonl`, then `metrics.json`, each whole or not at all.
+
+  Raises:
+    InputError: The folder cannot be written.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with config_lib.atomic_path(folder / "predictions.jsonl") as path:
+      path.write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+        encoding="utf-8",
+      )
+    with config_lib.atomic_path(folder / "metrics.json") as path:
+      path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+  except OSError as error:
+    raise InputError(f"{folder}: cannot write ({error})") from error
+
+
+def read_predictions(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Reads a `predictions.jsonl`.
+
+  Raises:
+    InputError: Naming the line that is no JSON object with a `response`.
+  """
+  try:
+    rows = path.read_text(encoding="utf-8").splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(f"--predictions={path}: cannot read ({error})") from error
+  lines = []
+  for number, row in enumerate(rows, start=1):
+    try:
+      line = json.loads(row)
+    except ValueError as error:
+      raise InputError(f"{path}:{number}: no JSON ({error})") from error
+    if not isinstance(line, dict) or not isinstance(line.get("response"), str):
+      raise InputError(f"{path}:{number}: expected an object with a 'response'")
+    lines.append(line)
+  if not lines:
+    raise InputError(f"{path}: holds no prediction")
+  return lines

@@ -1,0 +1,425 @@
+"""The `empdg` command: the only file with flags.
+
+Sub-commands import what they need when they run, so that `--help` and
+mistakes in flags answer at once.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import pathlib
+import platform
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from empdg_jax import config as config_lib
+from empdg_jax.config import Config, InputError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+@dataclasses.dataclass(frozen=True)
+class _Command:
+  """A sub-command.
+
+  Attributes:
+    summary: What it does, in a line.
+    example: Command lines that work.
+    flags: Names of its flags.
+    run: Does it; returns the exit status.
+  """
+
+  summary: str
+  example: str
+  flags: tuple[str, ...]
+  run: Callable[[flags.FlagValues], int]
+
+
+def _define(name: str, values: flags.FlagValues, argv: list[str]) -> None:
+  """Defines one flag, alike for every sub-command that has it."""
+  strings = {
+    "workdir": "the run folder",
+    "split": "train, valid or test",
+    "input": "contexts, one JSON object a line; '-' is standard input",
+    "predictions": "a predictions.jsonl",
+    "output": "where to write the figures; by default benchmark.json",
+    "checkpoint": "best or latest; by default the best",
+  }
+  defaults = {"split": "test", "input": "-"}
+  integers = {
+    "samples": (6, "how many replies to show, each to another emotion"),
+    "vocab_size": (
+      None,
+      "V of EAD; by default the run's vocabulary or the file's distinct tokens",
+    ),
+  }
+  if name == "config":
+    config_flags.DEFINE_config_file(
+      "config", None, "a file of configs/", flag_values=values, sys_argv=argv
+    )
+  elif name in integers:
+    default, help_text = integers[name]
+    flags.DEFINE_integer(
+      name, default, help_text, lower_bound=0, flag_values=values
+    )
+  else:
+    flags.DEFINE_string(
+      name, defaults.get(name), strings[name], flag_values=values
+    )
+
+
+def _config(values: flags.FlagValues) -> Config:
+  """Returns the validated configuration that the flags give."""
+  if values.config is None:
+    raise InputError(
+      "--config is missing; give a file such as --config=configs/quickstart.py"
+    )
+  config = values.config
+  if not isinstance(config, Config):
+    raise InputError("--config: get_config() must return an empdg_jax Config")
+  config_lib.validate(config)
+  return config
+
+
+def _workdir(values: flags.FlagValues) -> pathlib.Path:
+  if not values.workdir:
+    raise InputError("--workdir is missing; give the run folder")
+  return pathlib.Path(values.workdir)
+
+
+def _use_compilation_cache() -> None:
+  """Keeps compiled steps in the user's cache, unless JAX was told otherwise."""
+  import jax
+
+  if jax.config.values["jax_compilation_cache_dir"] is None:
+    folder = config_lib.cache_dir() / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _prepare(values: flags.FlagValues) -> int:
+  config = _config(values)
+  from rich.console import Console
+
+  from empdg_jax.data import prepare, report
+
+  report.print_report(prepare.load_dataset(config.data), config, Console())
+  return 0
+
+
+def _train(values: flags.FlagValues) -> int:
+  workdir = _workdir(values)
+  if values.config is None and (workdir / "config.json").exists():
+    from empdg_jax import checkpoint
+
+    config = checkpoint.read_config(workdir)
+  else:
+    config = _config(values)
+  _use_compilation_cache()
+  from empdg_jax import train
+
+  return 0 if train.train(config, workdir) else INTERRUPTED
+
+
+def _load_system(values: flags.FlagValues) -> Any:
+  """Loads the run of --workdir, with the `eval` fields of --config if given."""
+  if values.checkpoint not in (None, "best", "latest"):
+    raise InputError(
+      f"--checkpoint={values.checkpoint}: expected best or latest"
+    )
+  workdir = _workdir(values)
+  from empdg_jax import checkpoint
+
+  config = run = checkpoint.read_config(workdir)
+  if values.config is not None:
+    given = _config(values)
+    config = dataclasses.replace(run, eval=given.eval)
+    checkpoint.check_same_config(
+      workdir, dataclasses.replace(given, eval=run.eval)
+    )
+  _use_compilation_cache()
+  from empdg_jax import evaluate
+
+  return evaluate.load_system(workdir, config, values.checkpoint)
+
+
+def _evaluate(values: flags.FlagValues) -> int:
+  if values.split not in ("train", "valid", "test"):
+    raise InputError(
+      f"--split={values.split}: expected one of train, valid, test"
+    )
+  system = _load_system(values)
+  from rich.console import Console
+
+  from empdg_jax import evaluate
+
+  folder = _workdir(values) / "eval" / values.split
+  console = Console()
+  metrics = evaluate.evaluate_split(system, values.split, folder, console)
+  evaluate.print_metrics(metrics, console)
+  evaluate.print_samples(folder / "predictions.jsonl", values.samples, console)
+  workdir = values.workdir
+  console.print(
+    f"Written to {folder}. Next: empdg chat --workdir={workdir}",
+    soft_wrap=True, highlight=False,
+  )  # fmt: skip
+  return 0
+
+
+def _metrics(values: flags.FlagValues) -> int:
+  if not values.predictions:
+    raise InputError("--predictions is missing; give a predictions.jsonl")
+  from empdg_jax import evaluate, metrics
+
+  path = pathlib.Path(values.predictions)
+  lines = evaluate.read_predictions(path)
+  size = values.vocab_size or evaluate.vocab_size_of(path, lines)
+  print(json.dumps(metrics.text_metrics(lines, size), indent=2))
+  return 0
+
+
+def _generate(values: flags.FlagValues) -> int:
+  source = values.input
+  try:
+    lines = (
+      sys.stdin
+      if source == "-"
+      else pathlib.Path(source).read_text(encoding="utf-8").splitlines()
+    )
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(f"--input={source}: cannot read ({error})") from error
+  system = _load_system(values)
+  from empdg_jax import respond
+
+  failed = total = 0
+  batch_size = system.config.eval.batch_size
+  for answer in respond.generate(respond.Responder(system), lines, batch_size):
+    print(json.dumps(answer, ensure_ascii=False), flush=True)
+    total += 1
+    failed += "error" in answer
+  if failed:
+    raise InputError(
+      f"{failed} of {total} lines of {source!r} could not be answered; each "
+      "says why in its 'error' field"
+    )
+  return 0
+
+
+def _chat(values: flags.FlagValues) -> int:
+  system = _load_system(values)
+  from rich.console import Console
+
+  from empdg_jax import respond
+
+  respond.chat(respond.Responder(system), Console(), sys.stdin)
+  return 0
+
+
+def _benchmark(values: flags.FlagValues) -> int:
+  config = _config(values)
+  _use_compilation_cache()
+  from rich.console import Console
+
+  from empdg_jax import benchmark
+  from empdg_jax.data import prepare
+
+  console = Console()
+  dataset = prepare.load_dataset(config.data)
+  results = benchmark.benchmark(dataset, config, console)
+  benchmark.print_benchmark(results, console)
+  path = pathlib.Path(values.output or "benchmark.json")
+  benchmark.write_benchmark(results, path)
+  console.print(f"Written to {path}")
+  return 0
+
+
+_COMMANDS = {
+  "prepare": _Command(
+    "build and check the data; print counts, coverage, cuts and padding",
+    "empdg prepare --config=configs/quickstart.py\n"
+    "empdg prepare --config=configs/empdg_wo_d.py "
+    "--config.data.source=empatheticdialogues.tar.gz",
+    ("config",),
+    _prepare,
+  ),
+  "train": _Command(
+    "train a system; the same command resumes",
+    "empdg train --config=configs/quickstart.py --workdir=runs/quickstart\n"
+    "empdg train --config=configs/empdg_wo_d.py --config.train.seed=1 "
+    "--workdir=runs/empdg_wo_d-1",
+    ("config", "workdir"),
+    _train,
+  ),
+  "evaluate": _Command(
+    "score and answer a split; write predictions and metrics",
+    "empdg evaluate --workdir=runs/quickstart --split=test\n"
+    "empdg evaluate --workdir=runs/quickstart --config=configs/quickstart.py "
+    "--config.eval.beam_size=4",
+    ("config", "workdir", "split", "checkpoint", "samples"),
+    _evaluate,
+  ),
+  "metrics": _Command(
+    "recompute text metrics from a predictions file alone",
+    "empdg metrics --predictions=runs/quickstart/eval/test/predictions.jsonl",
+    ("predictions", "vocab_size"),
+    _metrics,
+  ),
+  "generate": _Command(
+    "answer contexts: one JSON object a line in, one out",
+    """echo '{"context": ["I lost my job today."]}' | """
+    "empdg generate --workdir=runs/quickstart",
+    ("config", "workdir", "checkpoint", "input"),
+    _generate,
+  ),
+  "chat": _Command(
+    "talk with a trained system; it shows the emotion it perceives",
+    "empdg chat --workdir=runs/quickstart",
+    ("config", "workdir", "checkpoint"),
+    _chat,
+  ),
+  "benchmark": _Command(
+    "time training steps and decoding on this machine; write JSON",
+    "empdg benchmark --config=configs/empdg_wo_d.py --output=benchmark.json",
+    ("config", "output"),
+    _benchmark,
+  ),
+}
+
+
+def _usage() -> str:
+  lines = ["usage: empdg COMMAND [--flag=value ...]", "", "commands:"]
+  lines += [f"  {name:<10} {c.summary}" for name, c in _COMMANDS.items()]
+  lines += [
+    "",
+    "'empdg COMMAND --help' explains a command. Every field of the",
+    "configuration is a flag behind --config, such as --config.train.seed=1.",
+  ]
+  return "\n".join(lines)
+
+
+def _command_help(name: str, values: flags.FlagValues) -> str:
+  command = _COMMANDS[name]
+  lines = [f"empdg {name}: {command.summary}", "", "flags:"]
+  lines += [f"  --{flag:<12} {values[flag].help}" for flag in command.flags]
+  lines += ["", "examples:", textwrap.indent(command.example, "  ")]
+  if "config" in command.flags:
+    lines += ["", "fields of --config and their defaults:"]
+    lines += [
+      f"  --config.{field}={value}"
+      for field, value in config_lib.flatten(Config()).items()
+    ]
+  return "\n".join(lines)
+
+
+def _parse(name: str, argv: list[str]) -> flags.FlagValues:
+  """Returns the sub-command's flags.
+
+  Raises:
+    InputError: A flag or a field of the configuration is wrong.
+  """
+  values = flags.FlagValues()
+  # The configuration's file must be known before its fields.
+  argv = sorted(argv, key=lambda arg: not arg.startswith("--config="))
+  for flag in _COMMANDS[name].flags:
+    _define(flag, values, argv)
+  if {"--help", "-h", "-help"} & set(argv):
+    print(_command_help(name, values))
+    raise SystemExit(0)
+  for arg in argv:
+    _check_config_argument(arg)
+  try:
+    rest = values([name, *argv])[1:]
+  except (flags.Error, ValueError, TypeError) as error:
+    raise InputError(
+      f"{str(error).splitlines()[0]}; see 'empdg {name} --help'"
+    ) from error
+  except Exception as error:  # Whatever the configuration file raises.
+    raise InputError(f"--config: {error!r}") from error
+  if rest:
+    raise InputError(
+      f"unexpected argument {rest[0]!r}; flags are written --name=value"
+    )
+  return values
+
+
+def _check_config_argument(arg: str) -> None:
+  """Raises InputError for a missing file or an unknown field."""
+  name, _, value = arg.partition("=")
+  if name == "--config" and not pathlib.Path(value.split(":")[0]).is_file():
+    raise InputError(f"--config={value}: no such file; see configs/")
+  if name.startswith("--config."):
+    field = name.removeprefix("--config.")
+    fields = list(config_lib.flatten(Config()))
+    if field not in fields:
+      near = difflib.get_close_matches(field, fields, n=1, cutoff=0.0)[0]
+      raise InputError(
+        f"config.{field}: no such field; did you mean config.{near}?"
+      )
+
+
+def _use_large_pages() -> None:
+  """Restarts the process once with an allocator that suits large arrays.
+
+  On Linux, glibc's malloc gives large blocks back to the system as soon as
+  they are free, so that every training step would fault in its working memory
+  anew, page by small page; these settings are read only when a process starts.
+  """
+  if platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
+    return
+  os.environ["GLIBC_TUNABLES"] = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:"
+    "glibc.malloc.trim_threshold=17179869184"
+  )
+  os.execv(
+    sys.executable, [sys.executable, "-m", "empdg_jax.main", *sys.argv[1:]]
+  )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line.
+
+  Args:
+    argv: The arguments; by default the process's.
+
+  Returns:
+    The exit status: 0, 2 for a mistake in what was given, 130 after an
+    interruption that saved its work.
+  """
+  arguments = list(sys.argv[1:] if argv is None else argv)
+  if not arguments or arguments[0] in ("--help", "-h", "help"):
+    print(_usage())
+    return 0
+  name, *rest = arguments
+  try:
+    if name not in _COMMANDS:
+      raise InputError(
+        f"unknown command {name!r}; expected one of " + ", ".join(_COMMANDS)
+      )
+    return _COMMANDS[name].run(_parse(name, rest))
+  except InputError as error:
+    print(f"empdg: {error}", file=sys.stderr)
+    return USAGE_ERROR
+  except OSError as error:  # A full disk, most likely.
+    print(f"empdg: {error}", file=sys.stderr)
+    return USAGE_ERROR
+  except KeyboardInterrupt:
+    return INTERRUPTED
+
+
+def run() -> None:
+  """Is the `empdg` command."""
+  logging.set_verbosity(logging.ERROR)
+  if len(sys.argv) > 1 and sys.argv[1] in ("train", "evaluate", "benchmark"):
+    _use_large_pages()
+  sys.exit(main())
+
+
+if __name__ == "__main__":
+  run()

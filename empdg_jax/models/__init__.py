@@ -1,0 +1,1 @@
+"""Layers, encoders, decoders and the systems made of them."""

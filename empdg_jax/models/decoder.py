@@ -1,0 +1,201 @@
+"""The Transformer decoder (paper eqs. 10-12), whole sequences or a step."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from empdg_jax.config import ModelConfig
+from empdg_jax.models import layers
+
+
+class Memory(NamedTuple):
+  """What the decoder attends to, projected once a response.
+
+  Attributes:
+    keys_values: Each layer's keys and values of the contexts,
+      `[batch, heads, memory_length, depth]`.
+    mask: True at real tokens, `[batch, memory_length]`.
+  """
+
+  keys_values: tuple[tuple[jax.Array, jax.Array], ...]
+  mask: jax.Array
+
+
+class LayerCache(NamedTuple):
+  """What a layer remembers of the positions before.
+
+  Attributes:
+    keys: `[batch, heads, max_steps, depth]`.
+    values: The same shape.
+    feed_forward: See `layers.FeedForward.init_cache`.
+  """
+
+  keys: jax.Array
+  values: jax.Array
+  feed_forward: tuple[jax.Array, ...]
+
+
+class DecoderLayer(nn.Module):
+  """Causal self-attention, attention to the contexts, feed-forward."""
+
+  config: ModelConfig
+
+  def setup(self) -> None:
+    """Creates the three sub-layers."""
+    c = self.config
+    self.self_attention = layers.MultiHeadAttention(
+      c.num_heads, c.key_value_depth, c.emb_dim
+    )
+    self.cross_attention = layers.MultiHeadAttention(
+      c.num_heads, c.key_value_depth, c.emb_dim
+    )
+    self.feed_forward = layers.FeedForward(
+      c.filter_size, c.emb_dim, c.feed_forward, True, c.dropout_rate
+    )
+    self.self_residual = layers.Residual(c.norm_order, c.dropout_rate)
+    self.cross_residual = layers.Residual(c.norm_order, c.dropout_rate)
+    self.feed_forward_residual = layers.Residual(c.norm_order, c.dropout_rate)
+
+  def keys_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Projects the contexts for `cross_attention`."""
+    return self.cross_attention.keys_values(memory)
+
+  def __call__(
+    self,
+    x: jax.Array,
+    memory: tuple[jax.Array, jax.Array],
+    memory_mask: jax.Array,
+    keys: jax.Array | None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Transforms all positions at once; see `Decoder.__call__`."""
+    y = self.self_residual.before(x)
+    causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
+    y, _ = self.self_attention(y, y, causal)
+    x = self.self_residual.after(x, y, keys)
+    y = self.cross_residual.before(x)
+    y, weights = self.cross_attention.attend(
+      y, *memory, memory_mask[:, None, None, :]
+    )
+    x = self.cross_residual.after(x, y, keys)
+    y = self.feed_forward_residual.before(x)
+    # Causal layers never see the padding behind a response.
+    y = self.feed_forward(y, jnp.ones(x.shape[:2], bool), keys)
+    return self.feed_forward_residual.after(x, y, keys), weights
+
+  def init_cache(self, batch: int, max_steps: int) -> LayerCache:
+    """Returns an empty cache."""
+    c = self.config
+    depth = c.key_value_depth // c.num_heads
+    zeros = jnp.zeros((batch, c.num_heads, max_steps, depth))
+    return LayerCache(
+      zeros, zeros, self.feed_forward.init_cache(batch, zeros.dtype)
+    )
+
+  def step(
+    self,
+    x: jax.Array,
+    memory: tuple[jax.Array, jax.Array],
+    memory_mask: jax.Array,
+    cache: LayerCache,
+    index: jax.Array,
+  ) -> tuple[jax.Array, jax.Array, LayerCache]:
+    """Transforms the one position `index`; see `Decoder.step`."""
+    y = self.self_residual.before(x)
+    k, v = self.self_attention.keys_values(y)
+    keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, index, axis=2)
+    values = jax.lax.dynamic_update_slice_in_dim(cache.values, v, index, axis=2)
+    seen = jnp.arange(keys.shape[2]) <= index
+    y, _ = self.self_attention.attend(y, keys, values, seen)
+    x = self.self_residual.after(x, y, None)
+    y = self.cross_residual.before(x)
+    y, weights = self.cross_attention.attend(
+      y, *memory, memory_mask[:, None, None, :]
+    )
+    x = self.cross_residual.after(x, y, None)
+    y = self.feed_forward_residual.before(x)
+    y, feed_forward = self.feed_forward.step(y, cache.feed_forward)
+    x = self.feed_forward_residual.after(x, y, None)
+    return x, weights, LayerCache(keys, values, feed_forward)
+
+
+class Decoder(nn.Module):
+  """A stack of decoder layers; positions are added here."""
+
+  config: ModelConfig
+
+  def setup(self) -> None:
+    """Creates the layers."""
+    c = self.config
+    self.layers = [DecoderLayer(c) for _ in range(c.num_layers)]
+    self.dropout = layers.Dropout(c.dropout_rate)
+    if c.norm_order == "pre":
+      self.norm = nn.LayerNorm()
+
+  def _last_norm(self, x: jax.Array) -> jax.Array:
+    return self.norm(x) if self.config.norm_order == "pre" else x
+
+  def project_memory(self, memory: jax.Array, mask: jax.Array) -> Memory:
+    """Projects contexts `[batch, memory_length, d]` for all layers."""
+    return Memory(
+      tuple(layer.keys_values(memory) for layer in self.layers), mask
+    )
+
+  def __call__(
+    self, x: jax.Array, memory: Memory, keys: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Decodes with teacher forcing.
+
+    Args:
+      x: The decoder's inputs, `[batch, length, d]`.
+      memory: The projected contexts.
+      keys: Dropout keys, `[batch]`, or None for evaluation.
+
+    Returns:
+      Outputs `[batch, length, d]`, and the last layer's attention to the
+      contexts, `[batch, length, memory_length]`.
+    """
+    x += layers.sinusoidal_positions(x.shape[1], x.shape[2])
+    x = self.dropout(x, keys)
+    attention = []
+    for layer, keys_values in zip(self.layers, memory.keys_values, strict=True):
+      x, weights = layer(x, keys_values, memory.mask, keys)
+      attention.append(weights)
+    return self._last_norm(x), attention[-1]
+
+  def init_cache(self, batch: int, max_steps: int) -> tuple[LayerCache, ...]:
+    """Returns every layer's empty cache."""
+    return tuple(layer.init_cache(batch, max_steps) for layer in self.layers)
+
+  def step(
+    self,
+    x: jax.Array,
+    memory: Memory,
+    cache: tuple[LayerCache, ...],
+    index: jax.Array,
+  ) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
+    """Decodes one position.
+
+    Args:
+      x: Its input, `[batch, 1, d]`.
+      memory: The projected contexts.
+      cache: Every layer's cache.
+      index: The position, a scalar.
+
+    Returns:
+      The output `[batch, 1, d]`, the last layer's attention to the contexts
+      `[batch, 1, memory_length]`, and the caches for the next position.
+    """
+    steps = cache[0].keys.shape[2]
+    x += layers.sinusoidal_positions(steps, x.shape[2])[index]
+    new_cache, attention = [], []
+    for layer, keys_values, layer_cache in zip(
+      self.layers, memory.keys_values, cache, strict=True
+    ):
+      x, weights, layer_cache = layer.step(
+        x, keys_values, memory.mask, layer_cache, index
+      )
+      new_cache.append(layer_cache)
+      attention.append(weights)
+    return self._last_norm(x), attention[-1], tuple(new_cache)

@@ -1,0 +1,67 @@
+"""Transformer encoders (paper eqs. 2-3 and 5-6)."""
+
+import flax.linen as nn
+import jax
+
+from empdg_jax.config import ModelConfig
+from empdg_jax.models import layers
+
+
+class EncoderLayer(nn.Module):
+  """Self-attention and feed-forward with residual connections."""
+
+  config: ModelConfig
+
+  def setup(self) -> None:
+    """Creates the two sub-layers."""
+    c = self.config
+    self.attention = layers.MultiHeadAttention(
+      c.num_heads, c.key_value_depth, c.emb_dim
+    )
+    self.feed_forward = layers.FeedForward(
+      c.filter_size, c.emb_dim, c.feed_forward, False, c.dropout_rate
+    )
+    self.attention_residual = layers.Residual(c.norm_order, c.dropout_rate)
+    self.feed_forward_residual = layers.Residual(c.norm_order, c.dropout_rate)
+
+  def __call__(
+    self, x: jax.Array, mask: jax.Array, keys: jax.Array | None
+  ) -> jax.Array:
+    """Transforms `x` `[batch, length, d]`; see `Encoder`."""
+    y = self.attention_residual.before(x)
+    y, _ = self.attention(y, y, mask[:, None, None, :])
+    x = self.attention_residual.after(x, y, keys)
+    y = self.feed_forward_residual.before(x)
+    y = self.feed_forward(y, mask, keys)
+    return self.feed_forward_residual.after(x, y, keys)
+
+
+class Encoder(nn.Module):
+  """A stack of layers over embedded tokens; positions are added here.
+
+  With `norm_order="pre"` a last normalisation follows the stack.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, mask: jax.Array, keys: jax.Array | None
+  ) -> jax.Array:
+    """Encodes a context.
+
+    Args:
+      x: Word plus state embeddings, `[batch, length, d]`.
+      mask: True at real tokens, `[batch, length]`.
+      keys: Dropout keys, `[batch]`, or None for evaluation.
+
+    Returns:
+      `[batch, length, d]`; the first position's vector stands for the whole.
+    """
+    x += layers.sinusoidal_positions(x.shape[1], x.shape[2])
+    x = layers.Dropout(self.config.dropout_rate)(x, keys)
+    for layer in range(self.config.num_layers):
+      x = EncoderLayer(self.config, name=f"layer_{layer}")(x, mask, keys)
+    return (
+      nn.LayerNorm(name="norm")(x) if self.config.norm_order == "pre" else x
+    )

@@ -1,0 +1,226 @@
+"""EmpDG's empathetic generator (paper §4.1, eqs. 1-15)."""
+
+import itertools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from empdg_jax.config import ModelConfig
+from empdg_jax.data import vocab
+from empdg_jax.losses import Pointer, log_mixture
+from empdg_jax.models import decoder, encoders, layers
+
+NUM_EMOTIONS = 32
+# A response never holds these; it may hold UNK, which copies a source word.
+_NEVER_GENERATED = (
+  vocab.PAD,
+  vocab.SOS,
+  vocab.USR,
+  vocab.SYS,
+  vocab.CLS,
+  vocab.LAB,
+)
+
+
+class Inputs(NamedTuple):
+  """A batch of contexts as ids; see `data.pipeline.Batch`."""
+
+  context: jax.Array
+  state: jax.Array
+  emotion_context: jax.Array
+
+
+def _label(inputs: Inputs) -> jax.Array:
+  """Returns LAB, whose embedding is the emotion state, `[batch, 1]`."""
+  return jnp.full_like(inputs.context[:, :1], vocab.LAB)
+
+
+class Encoded(NamedTuple):
+  """What the encoders make of a dialogue.
+
+  Attributes:
+    emotion_logits: `ep` of eq. 7, `[batch, 32]`.
+    first_input: `e'p`, the decoder's first input, `[batch, d]`.
+    memory: The decoder's projection of `C = [Cu ; Ce]`.
+    source: Ids of the tokens in `C`, `[batch, M + E]`.
+  """
+
+  emotion_logits: jax.Array
+  first_input: jax.Array
+  memory: decoder.Memory
+  source: jax.Array
+
+
+class Cache(NamedTuple):
+  """What decoding remembers between steps.
+
+  Attributes:
+    layers: The decoder's caches.
+    copied_from: For each step the source position that an UNK of that step
+      copies, -1 where there is none, `[batch, max_steps]`.
+  """
+
+  layers: tuple[decoder.LayerCache, ...]
+  copied_from: jax.Array
+
+
+class Generator(nn.Module):
+  """EmpDG's generator.
+
+  Attributes:
+    config: Its sizes and options.
+    vocab_size: V.
+  """
+
+  config: ModelConfig
+  vocab_size: int
+
+  def setup(self) -> None:
+    """Creates embeddings, both encoders, the decoder and the projections."""
+    c = self.config
+    self.embedding = self.param(
+      "embedding",
+      nn.initializers.normal(c.emb_dim**-0.5),
+      (self.vocab_size, c.emb_dim),
+    )
+    self.semantic_encoder = encoders.Encoder(c)
+    self.emotion_encoder = encoders.Encoder(c)
+    self.decoder = decoder.Decoder(c)
+    self.emotion = nn.Dense(NUM_EMOTIONS, use_bias=False)
+    self.emotion_embedding = nn.Dense(c.emb_dim)
+    if c.pointer_generator:
+      self.gate = nn.Dense(1)
+    if not c.tie_embeddings:
+      self.vocab_projection = nn.Dense(self.vocab_size, use_bias=False)
+
+  def _embed(self, *ids: jax.Array) -> list[jax.Array]:
+    """Returns scaled word embeddings, `[batch, length, d]` for each argument.
+
+    All ids are looked up at once: the gradient of a look-up is an array as
+    large as the table, so one is cheaper than several.
+    """
+    table = self.embedding[jnp.concatenate(ids, axis=1)]
+    ends = list(itertools.accumulate(i.shape[1] for i in ids))
+    return jnp.split(table * self.config.emb_dim**0.5, ends[:-1], axis=1)
+
+  def encode(self, inputs: Inputs, keys: jax.Array | None) -> Encoded:
+    """Reads the dialogue (eqs. 1-8).
+
+    Args:
+      inputs: The contexts, `[batch, M]` and `[batch, E]`.
+      keys: Dropout keys, `[batch]`, or None for evaluation.
+
+    Returns:
+      The emotion and what the decoder needs.
+    """
+    embedded = self._embed(
+      inputs.context, inputs.state, inputs.emotion_context, _label(inputs)
+    )
+    return self._encode(inputs, embedded, keys)
+
+  def _encode(
+    self, inputs: Inputs, embedded: list[jax.Array], keys: jax.Array | None
+  ) -> Encoded:
+    """Encodes words, states, emotional words and their one state."""
+    words, states, emotion_words, emotion_state = embedded
+    mask = inputs.context != vocab.PAD
+    emotion_mask = inputs.emotion_context != vocab.PAD
+    semantic = self.semantic_encoder(words + states, mask, keys)
+    emotional = self.emotion_encoder(
+      emotion_words + emotion_state, emotion_mask, keys
+    )
+    emotion_logits = self.emotion(
+      jnp.concatenate([emotional[:, 0], semantic[:, 0]], axis=-1)
+    )
+    memory = self.decoder.project_memory(
+      jnp.concatenate([semantic, emotional], axis=1),
+      jnp.concatenate([mask, emotion_mask], axis=1),
+    )
+    source = jnp.concatenate([inputs.context, inputs.emotion_context], axis=1)
+    return Encoded(
+      emotion_logits, self.emotion_embedding(emotion_logits), memory, source
+    )
+
+  def _output(
+    self, hidden: jax.Array, attention: jax.Array, source: jax.Array
+  ) -> tuple[jax.Array, Pointer | None]:
+    if self.config.tie_embeddings:
+      logits = hidden @ self.embedding.T
+    else:
+      logits = self.vocab_projection(hidden)
+    if not self.config.pointer_generator:
+      return logits, None
+    return logits, Pointer(self.gate(hidden)[..., 0], attention, source)
+
+  def __call__(
+    self, inputs: Inputs, target: jax.Array, keys: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array, Pointer | None]:
+    """Scores a target with teacher forcing.
+
+    Args:
+      inputs: The contexts.
+      target: `y1 .. yn EOS`, `[batch, N]`.
+      keys: Dropout keys, `[batch]`, or None for evaluation.
+
+    Returns:
+      Emotion logits `[batch, 32]`, logits over the vocabulary
+      `[batch, N, V]`, and the pointer, if the model has one.
+    """
+    *embedded, embedded_target = self._embed(
+      inputs.context,
+      inputs.state,
+      inputs.emotion_context,
+      _label(inputs),
+      target[:, :-1],
+    )
+    encoded = self._encode(inputs, embedded, keys)
+    x = jnp.concatenate([encoded.first_input[:, None], embedded_target], axis=1)
+    hidden, attention = self.decoder(x, encoded.memory, keys)
+    return encoded.emotion_logits, *self._output(
+      hidden, attention, encoded.source
+    )
+
+  def init_cache(self, batch: int, max_steps: int) -> Cache:
+    """Returns the empty cache for responses of at most `max_steps` tokens."""
+    return Cache(
+      self.decoder.init_cache(batch, max_steps),
+      jnp.full((batch, max_steps), -1, jnp.int32),
+    )
+
+  def decode_step(
+    self, encoded: Encoded, tokens: jax.Array, cache: Cache, index: jax.Array
+  ) -> tuple[jax.Array, Cache]:
+    """Predicts the token at position `index`.
+
+    Args:
+      encoded: The dialogue.
+      tokens: The tokens chosen one step earlier, `[batch]`; ignored at 0.
+      cache: What the earlier steps left.
+      index: The step, a scalar.
+
+    Returns:
+      Log-probabilities `[batch, V]` with impossible tokens at -1e9, and the
+      cache for the next step.
+    """
+    (embedded,) = self._embed(tokens[:, None])
+    x = jnp.where(index == 0, encoded.first_input[:, None], embedded)
+    hidden, attention, layer_caches = self.decoder.step(
+      x, encoded.memory, cache.layers, index
+    )
+    log_probs = log_mixture(*self._output(hidden, attention, encoded.source))
+    log_probs = (
+      log_probs[:, 0].at[:, _NEVER_GENERATED].set(layers.NEGATIVE_INFINITY)
+    )
+    # UNK stands for the unknown source word most attended to, if any.
+    unknown = encoded.source == vocab.UNK
+    copied_from = jnp.argmax(jnp.where(unknown, attention[:, 0], -1.0), axis=-1)
+    copies = jnp.any(unknown, axis=-1) & self.config.pointer_generator
+    log_probs = log_probs.at[:, vocab.UNK].set(
+      jnp.where(copies, log_probs[:, vocab.UNK], layers.NEGATIVE_INFINITY)
+    )
+    copied_from = jnp.where(copies, copied_from, -1).astype(jnp.int32)
+    return log_probs, Cache(
+      layer_caches, cache.copied_from.at[:, index].set(copied_from)
+    )

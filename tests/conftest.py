@@ -1,0 +1,64 @@
+"""Fixtures of all tests: the embedded corpus and the real data, if there."""
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from empdg_jax.config import Config, DataConfig
+from empdg_jax.data.prepare import Dataset, load_dataset
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+  """The folder with the real dataset, which is not part of the repository."""
+  path = Path(__file__).resolve().parents[2] / "shared" / "data"
+  if not path.exists():
+    pytest.skip("needs ../shared/data, the real dataset")
+  return path
+
+
+@pytest.fixture(scope="session")
+def real_data_config(
+  real_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> DataConfig:
+  """The real dataset with the paper's lexicon; copy before changing it."""
+  return DataConfig(
+    source=str(real_data / "empatheticdialogues.tar.gz"),
+    data_dir=str(tmp_path_factory.mktemp("real")),
+    lexicon=str(real_data / "nrc_words.txt"),
+  )
+
+
+@pytest.fixture(scope="session")
+def real_dataset(real_data_config: DataConfig) -> Dataset:
+  """The real dataset, prepared; this takes about a minute."""
+  return load_dataset(real_data_config)
+
+
+@pytest.fixture(scope="session")
+def sample_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+  """A small model on the embedded corpus; `config` is a copy to change."""
+  config = Config()
+  config.data.source = "sample"
+  config.data.data_dir = str(tmp_path_factory.mktemp("sample"))
+  config.data.shapes = ((24, 14, 16), (48, 24, 24))
+  config.model.emb_dim = 16
+  config.model.key_value_depth = 8
+  config.model.filter_size = 12
+  config.train.batch_size = 8
+  config.train.warmup_steps = 50
+  config.eval.batch_size = 16
+  return config
+
+
+@pytest.fixture
+def config(sample_config: Config) -> Config:
+  """A copy of `sample_config` that a test may change."""
+  return copy.deepcopy(sample_config)
+
+
+@pytest.fixture(scope="session")
+def sample_dataset(sample_config: Config) -> Dataset:
+  """The embedded corpus, prepared."""
+  return load_dataset(sample_config.data)

@@ -1,0 +1,352 @@
+"""Losses, the learning rate and the metrics, against numbers by hand."""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+from empdg_jax import losses, metrics
+from empdg_jax.config import TrainConfig
+from empdg_jax.train_state import create_optimizer, learning_rate
+
+VOCAB = 12
+PAD = 1
+# Repeated words, and padding behind the first row's four.
+SOURCE = np.array([[6, 9, 6, 3, PAD, PAD], [3, 4, 4, 4, 11, 3]])
+# Copied words, words that the source lacks, and padding.
+TARGETS = np.array([[6, 2, 9, PAD], [4, 3, 10, 0]])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+  """Compiles without the optimisations that tiny models do not need."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
+
+
+def draw(seed: int) -> dict[str, np.ndarray]:
+  """Returns random logits, gate logits and attention, none to padding."""
+  rng = np.random.default_rng(seed)
+  weights = rng.random((2, 4, 6)) * (SOURCE != PAD)[:, None]
+  return {
+    "logits": rng.normal(0.0, 2.0, (2, 4, VOCAB)),
+    "gate": rng.normal(0.0, 1.5, (2, 4)),
+    "attention": weights / weights.sum(axis=-1, keepdims=True),
+  }
+
+
+@functools.partial(jax.jit, static_argnames=("pointer", "smoothing"))
+def product(
+  values: dict[str, Any], pointer: bool, smoothing: float
+) -> tuple[jax.Array, jax.Array]:
+  """Returns `token_losses` for drawn values."""
+  v = {name: jnp.asarray(x, jnp.float32) for name, x in values.items()}
+  copies = losses.Pointer(v["gate"], v["attention"], jnp.asarray(SOURCE))
+  return losses.token_losses(
+    v["logits"], jnp.asarray(TARGETS), copies if pointer else None, smoothing
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("pointer", "smoothing"))
+def direct(
+  values: dict[str, Any], pointer: bool, smoothing: float
+) -> jax.Array:
+  """Returns the smoothed loss from all of `log_mixture`."""
+  copies = losses.Pointer(
+    values["gate"], values["attention"], jnp.asarray(SOURCE)
+  )
+  log_probs = losses.log_mixture(values["logits"], copies if pointer else None)
+  wanted = (1.0 - smoothing) * jax.nn.one_hot(TARGETS, VOCAB)
+  return -jnp.sum((wanted + smoothing / VOCAB) * log_probs, axis=-1)
+
+
+def expected_probs(values: dict[str, np.ndarray], row: int) -> np.ndarray:
+  """Returns the reference's mixture for one row."""
+  return reference.mixture(
+    values["logits"][row],
+    1.0 / (1.0 + np.exp(-values["gate"][row])),
+    values["attention"][row],
+    SOURCE[row],
+  )
+
+
+def test_log_mixture_equals_the_reference() -> None:
+  """Repeated source words add up."""
+  values = draw(0)
+  pointer = losses.Pointer(
+    jnp.asarray(values["gate"]), jnp.asarray(values["attention"]), SOURCE
+  )
+  probs = np.exp(losses.log_mixture(jnp.asarray(values["logits"]), pointer))
+  np.testing.assert_allclose(probs.sum(axis=-1), np.ones((2, 4)), atol=1e-5)
+  for row in range(2):
+    np.testing.assert_allclose(
+      probs[row], expected_probs(values, row), rtol=1e-5
+    )
+
+
+def test_log_mixture_by_hand() -> None:
+  """Half generated from four equal words, half copied."""
+  pointer = losses.Pointer(
+    jnp.zeros((1, 1)), jnp.array([[[0.25, 0.25, 0.5]]]), jnp.array([[2, 2, 0]])
+  )
+  log_probs = losses.log_mixture(jnp.zeros((1, 1, 4)), pointer)
+  np.testing.assert_allclose(
+    np.exp(log_probs[0, 0]), [0.375, 0.125, 0.375, 0.125], rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_token_losses_with_pointer(smoothing: float) -> None:
+  """Against the reference's whole distribution, in float64."""
+  values = draw(1)
+  loss, nll = product(values, True, smoothing)
+  for row in range(2):
+    probs = expected_probs(values, row)
+    np.testing.assert_allclose(
+      loss[row],
+      reference.smoothed_losses(probs, TARGETS[row], smoothing),
+      rtol=1e-5,
+    )
+    np.testing.assert_allclose(
+      nll[row], -np.log(probs[np.arange(4), TARGETS[row]]), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_token_losses_without_pointer(smoothing: float) -> None:
+  """The softmax alone."""
+  values = draw(2)
+  loss, nll = product(values, False, smoothing)
+  for row in range(2):
+    probs = np.stack([reference.softmax(x) for x in values["logits"][row]])
+    np.testing.assert_allclose(
+      loss[row],
+      reference.smoothed_losses(probs, TARGETS[row], smoothing),
+      rtol=1e-5,
+    )
+    np.testing.assert_allclose(
+      nll[row], -np.log(probs[np.arange(4), TARGETS[row]]), rtol=1e-5
+    )
+
+
+def test_smoothed_loss_by_hand() -> None:
+  """Probabilities 1/2, 1/4, 1/4 with s = 0.3: the target expects 0.8."""
+  logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25]]]))
+  loss, nll = losses.token_losses(logits, jnp.array([[0]]), None, 0.3)
+  assert float(nll[0, 0]) == pytest.approx(math.log(2), rel=1e-6)
+  # 0.8 ln 2 + 0.1 ln 4 + 0.1 ln 4
+  assert float(loss[0, 0]) == pytest.approx(1.2 * math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("pointer", [True, False])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradient_equals_the_direct_one(
+  pointer: bool, smoothing: float
+) -> None:
+  """With respect to logits, gate and attention."""
+  values = {name: jnp.asarray(x, jnp.float32) for name, x in draw(3).items()}
+  weights = jnp.array([[1.0, 2.0, 0.5, 0.0], [3.0, 1.0, 1.0, 1.0]])
+
+  def total(loss: jax.Array) -> jax.Array:
+    return jnp.sum(loss * weights)
+
+  actual = jax.grad(lambda v: total(product(v, pointer, smoothing)[0]))(values)
+  wanted = jax.grad(lambda v: total(direct(v, pointer, smoothing)))(values)
+  for name in values:
+    assert np.all(np.isfinite(actual[name])), name
+    np.testing.assert_allclose(
+      actual[name], wanted[name], rtol=1e-4, atol=1e-4, err_msg=name
+    )
+  assert np.abs(actual["logits"]).max() > 0.1
+  assert (np.abs(actual["gate"]).max() > 0.1) == pointer
+  assert (np.abs(actual["attention"]).max() > 0.1) == pointer
+
+
+def test_gradient_equals_a_difference_quotient() -> None:
+  """The loss's own slope, by the reference in float64."""
+  values, step = draw(4), 1e-5
+
+  def loss(v: dict[str, np.ndarray]) -> float:
+    return sum(
+      reference.smoothed_losses(expected_probs(v, row), TARGETS[row], 0.1).sum()
+      for row in range(2)
+    )
+
+  grads = jax.grad(lambda v: jnp.sum(product(v, True, 0.1)[0]))(
+    {name: jnp.asarray(x, jnp.float32) for name, x in values.items()}
+  )
+  for name, place in (
+    ("logits", (0, 1, 3)),
+    ("logits", (1, 0, 4)),
+    ("gate", (0, 0)),
+    ("gate", (1, 2)),
+    ("attention", (0, 0, 2)),
+    ("attention", (1, 1, 5)),
+  ):
+    sides = []
+    for sign in (1.0, -1.0):
+      moved = {key: x.copy() for key, x in values.items()}
+      moved[name][place] += sign * step
+      sides.append(loss(moved))
+    slope = (sides[0] - sides[1]) / (2 * step)
+    assert float(grads[name][place]) == pytest.approx(slope, rel=1e-3, abs=1e-4)
+
+
+def test_extreme_values_stay_finite() -> None:
+  """A saturated gate, one-hot attention, a softmax that has decided."""
+  attention = np.zeros((2, 4, 6))
+  attention[:, :, 0] = 1.0
+  gate = np.array([[60.0, -60.0, 60.0, -60.0]] * 2)
+  logits = np.zeros((2, 4, VOCAB))
+  logits[:, :, 5] = 80.0
+  values = {"logits": logits, "gate": gate, "attention": attention}
+  values = {name: jnp.asarray(x, jnp.float32) for name, x in values.items()}
+  loss, grads = jax.value_and_grad(lambda v: jnp.sum(product(v, True, 0.1)[0]))(
+    values
+  )
+  assert np.isfinite(loss)
+  assert all(np.all(np.isfinite(g)) for g in grads.values())
+
+
+def test_emotion_nll_by_hand() -> None:
+  """Each row's own value, and no average over the batch."""
+  logits = jnp.log(jnp.array([[1.0, 3.0, 4.0], [0.5, 0.25, 0.25]]))
+  nll = losses.emotion_nll(logits, jnp.array([1, 2]))
+  np.testing.assert_allclose(nll, [math.log(8 / 3), math.log(4)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("update", "rate"),
+  [
+    # scale = 300 ** -0.5 = 0.0577350
+    (1, 8.0687153e-08),  # scale * 8000 ** -1.5: the first update is not 0.
+    (4_000, 3.2274861e-04),  # Half of the highest.
+    (8_000, 6.4549722e-04),  # scale / sqrt(8000)
+    (32_000, 3.2274861e-04),  # scale / sqrt(32000)
+  ],
+)
+def test_learning_rate_by_hand(update: int, rate: float) -> None:
+  """Warm-up, peak and decay with the paper's sizes."""
+  schedule = learning_rate(TrainConfig(), emb_dim=300)
+  assert float(schedule(update - 1)) == pytest.approx(rate, rel=1e-5)
+
+
+def test_learning_rate_factor() -> None:
+  """The factor scales, and the peak stands at the warm-up's end."""
+  config = TrainConfig(learning_rate_factor=3.0, warmup_steps=4)
+  schedule = learning_rate(config, emb_dim=100)
+  rates = [float(schedule(jnp.int32(n))) for n in range(6)]
+  assert rates[3] == pytest.approx(3.0 * 0.1 * 0.5, rel=1e-6)
+  assert max(rates) == rates[3]
+  assert rates[0] == pytest.approx(rates[3] / 4, rel=1e-6)
+
+
+def test_optimizer_is_adam() -> None:
+  """Two updates by hand: the moments, their correction, the schedule."""
+  config = TrainConfig(warmup_steps=2, adam_b1=0.5, adam_b2=0.75, adam_eps=0.5)
+  optimizer = create_optimizer(config, emb_dim=4)
+  param = jnp.array(1.0)
+  state = optimizer.init(param)
+  rates = (0.5 / 2**1.5, 0.5 / 2**0.5)
+  # Gradients 2 and -1: moments 1, then 0; squares 1, then 1.
+  steps = (
+    (1.0 / 0.5) / (math.sqrt(1.0 / 0.25) + 0.5),
+    (0.0 / 0.75) / (math.sqrt(1.0 / 0.4375) + 0.5),
+  )
+  wanted = 1.0
+  for grad, rate, step in zip((2.0, -1.0), rates, steps, strict=True):
+    update, state = optimizer.update(jnp.array(grad), state, param)
+    param = optax.apply_updates(param, update)
+    wanted -= rate * step
+    assert float(param) == pytest.approx(wanted, rel=1e-6)
+
+
+RESPONSES = ["i am so sorry", "i am glad", "", "sorry"]
+
+
+@pytest.mark.parametrize(
+  ("n", "distinct", "total"), [(1, 5, 8), (2, 4, 5), (3, 3, 3), (4, 1, 1)]
+)
+def test_distinct_by_hand(n: int, distinct: int, total: int) -> None:
+  """Over the split, not a response at a time, and not across responses."""
+  assert metrics.ngram_counts(RESPONSES, n) == (distinct, total)
+  assert metrics.distinct_n(RESPONSES, n) == pytest.approx(
+    100 * distinct / total
+  )
+
+
+def test_expectation_adjusted_distinct_by_hand() -> None:
+  """N = 5, C = 8 and N = 4, C = 5 with V = 10."""
+  assert metrics.ead_n(RESPONSES, 1, 10) == pytest.approx(
+    100 * 5 / (10 * (1 - 0.9**8)), rel=1e-9
+  )
+  assert metrics.ead_n(RESPONSES, 2, 10) == pytest.approx(
+    100 * 4 / (10 * (1 - 0.9**5)), rel=1e-9
+  )
+  # With many words chance repeats none: the plain share.
+  assert metrics.ead_n(RESPONSES, 1, 10**9) == pytest.approx(62.5, rel=1e-6)
+
+
+def test_distinct_of_nothing() -> None:
+  """No n-gram is no division by zero."""
+  assert metrics.distinct_n(["one"], 2) == 0.0
+  assert metrics.ead_n(["one"], 2, 10) == 0.0
+
+
+def test_text_metrics_of_responses_alone() -> None:
+  """Exactly what responses allow; the emotion's accuracy is null."""
+  values = metrics.text_metrics([{"response": r} for r in RESPONSES], 10)
+  assert values == {
+    "examples": 4,
+    "emotion_accuracy": None,
+    "distinct_1": pytest.approx(62.5),
+    "distinct_2": pytest.approx(80.0),
+    "ead_1": pytest.approx(500 / (10 * (1 - 0.9**8))),
+    "ead_2": pytest.approx(400 / (10 * (1 - 0.9**5))),
+    "average_length": 2.0,
+    "vocab_size": 10,
+  }
+
+
+def test_perplexity_protocols_by_hand() -> None:
+  """Over tokens, and the published mean over examples."""
+  lines = [
+    {"response": "a", "nll": 2.0, "tokens": 2},
+    {"response": "b", "nll": 6.0, "tokens": 3},
+  ]
+  values = metrics.text_metrics(lines, 10)
+  assert values["perplexity"] == pytest.approx(math.exp(8 / 5))
+  assert values["perplexity_per_example"] == pytest.approx(math.exp(1.5))
+  del lines[1]["nll"]
+  assert "perplexity" not in metrics.text_metrics(lines, 10)
+
+
+def test_emotion_accuracy_by_hand() -> None:
+  """A fraction if every line has both emotions, else null."""
+  lines: list[dict[str, Any]] = [
+    {"response": "a", "emotion": "sad", "predicted_emotion": p}
+    for p in ("sad", "angry", "sad", "proud")
+  ]
+  assert metrics.text_metrics(lines, 10)["emotion_accuracy"] == 0.5
+  lines[0]["predicted_emotion"] = None
+  assert metrics.text_metrics(lines, 10)["emotion_accuracy"] is None
+
+
+def test_bleu_by_hand() -> None:
+  """100 for identical text; tokens as they are, so "don't." is one."""
+  text = ["i am so sorry don't.", "that is great news , really"]
+  lines = [{"response": t, "reference": t} for t in text]
+  assert metrics.text_metrics(lines, 10)["bleu"] == pytest.approx(100.0)
+  # Precisions 4/5, 3/4, 2/3, 1/2; the reference is a token longer.
+  lines = [{"response": "a b c d e", "reference": "a b c d don't. f"}]
+  expected = 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25 * math.exp(-1 / 5)
+  assert metrics.text_metrics(lines, 10)["bleu"] == pytest.approx(expected)

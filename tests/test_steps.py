@@ -1,0 +1,400 @@
+"""Steps against updates and sums computed directly, on 1, 2 and 8 devices.
+
+Run as a program, `test_steps.py FILE` takes three steps on all devices and
+writes the parameters to FILE.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from reference import CLS, EOS, LAB, PAD, SYS, UNK, USR, Example
+
+from empdg_jax import parallel, steps
+from empdg_jax.config import EvalConfig, ModelConfig, TrainConfig
+from empdg_jax.data.pipeline import Batch
+from empdg_jax.losses import log_mixture
+from empdg_jax.models.generator import Generator, Inputs
+from empdg_jax.train_state import (
+  TrainState,
+  create_optimizer,
+  create_train_state,
+)
+
+VOCAB = 60
+ROWS = 8  # As many as the most devices.
+SHAPE = (12, 6, 8)  # Context, emotional context, target.
+MODEL = Generator(
+  ModelConfig(
+    emb_dim=16,
+    key_value_depth=8,
+    filter_size=12,
+    emotion_loss_weight=0.5,
+    generation_loss_weight=2.0,
+  ),
+  VOCAB,
+)
+# An epsilon that does not blow up the last digits of small gradients.
+TRAIN = TrainConfig(warmup_steps=10, adam_eps=1e-3)
+KEY = jax.random.key(11)
+
+
+class Steps(NamedTuple):
+  """The compiled steps and the state that they begin with.
+
+  Attributes:
+    state: Of one device.
+    mle: `mle_step` over all devices.
+    evaluate: `eval_step` over all devices.
+  """
+
+  state: TrainState
+  mle: Callable[..., Any]
+  evaluate: Callable[..., Any]
+
+
+def make_examples(seed: int) -> tuple[list[Example], np.ndarray]:
+  """Returns `ROWS` random dialogues of all lengths, and their emotions."""
+  rng = np.random.default_rng(seed)
+
+  def words(least: int, most: int) -> list[int]:
+    drawn = rng.integers(8, VOCAB, rng.integers(least, most + 1))
+    return [int(w) if w < VOCAB - 4 else UNK for w in drawn]
+
+  examples = []
+  for _ in range(ROWS):
+    context = words(2, SHAPE[0] - 1)
+    middle = len(context) // 2
+    state = [USR] * middle + [SYS] * (len(context) - middle)
+    examples.append(
+      Example(
+        [CLS, *context],
+        [CLS, *state],
+        [LAB, *words(0, SHAPE[1] - 1)],
+        [*words(1, SHAPE[2] - 1), EOS],
+      )
+    )
+  return examples, rng.integers(0, 32, ROWS)
+
+
+def make_batch(seed: int, real: int = ROWS) -> Batch:
+  """Pads the dialogues of `make_examples`; the first `real` ones count."""
+  examples, emotions = make_examples(seed)
+
+  def pad(sequences: list[Any], length: int) -> np.ndarray:
+    padded = [[*s, *[PAD] * (length - len(s))] for s in sequences]
+    return np.array(padded, np.int32)
+
+  return Batch(
+    context=pad([e.context for e in examples], SHAPE[0]),
+    state=pad([e.state for e in examples], SHAPE[0]),
+    emotion_context=pad([e.emotion_context for e in examples], SHAPE[1]),
+    target=pad([e.target for e in examples], SHAPE[2]),
+    emotion=emotions.astype(np.int32),
+    mask=(np.arange(ROWS) < real).astype(np.float32),
+    position=np.arange(ROWS, dtype=np.int32),
+    index=np.arange(ROWS, dtype=np.int32),
+  )
+
+
+def direct_terms(
+  params: Any, batch: Batch, keys: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Returns the mean `Lg` (eq. 15) and its parts, from whole distributions."""
+  inputs = Inputs(batch.context, batch.state, batch.emotion_context)
+  emotion_logits, logits, pointer = MODEL.apply(
+    {"params": params}, inputs, batch.target, keys
+  )
+  log_probs = log_mixture(logits, pointer)
+  wanted = 0.9 * jax.nn.one_hot(batch.target, VOCAB) + 0.1 / VOCAB
+  real = batch.target != PAD
+  generation = -jnp.sum(jnp.sum(wanted * log_probs, -1) * real, -1)
+  rows = jnp.arange(ROWS)
+  emotion = -jnp.log(jax.nn.softmax(emotion_logits)[rows, batch.emotion])
+  loss = 0.5 * emotion + 2.0 * generation
+  nll = -jnp.sum(
+    jnp.take_along_axis(log_probs, batch.target[..., None], -1)[..., 0] * real,
+    axis=-1,
+  )
+  parts = {
+    "loss": loss,
+    "nll": nll,
+    "tokens": jnp.sum(real, -1),
+    "mean_nll": nll / jnp.sum(real, -1),
+    "emotion_correct": jnp.argmax(emotion_logits, -1) == batch.emotion,
+    "examples": jnp.ones(ROWS),
+  }
+  mean = jnp.sum(loss * batch.mask) / jnp.sum(batch.mask)
+  return mean, {k: jnp.sum(v * batch.mask) for k, v in parts.items()}
+
+
+def flat(params: Any) -> np.ndarray:
+  """Returns all parameters as one float64 vector."""
+  leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(params)]
+  return np.concatenate(leaves)
+
+
+def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
+  """Returns `|a - b| / |b|` in the Euclidean norm."""
+  return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def take(
+  compiled: Steps, state: TrainState, batch: Batch
+) -> tuple[TrainState, dict[str, float]]:
+  """Takes one `mle_step`, from and to a state of one device."""
+  state, metrics = compiled.mle(
+    parallel.replicate(state),
+    parallel.shard(batch),
+    parallel.replicate_key(KEY),
+  )
+  metrics = parallel.unreplicate(metrics)
+  return parallel.unreplicate(state), {k: float(v) for k, v in metrics.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+  """Compiles without the optimisations that tiny models do not need."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Steps:
+  """The steps, compiled once."""
+  optimizer = create_optimizer(TRAIN, MODEL.config.emb_dim)
+  state = create_train_state(MODEL, optimizer, seed=5)
+  return Steps(
+    jax.device_get(state),
+    parallel.pmap(
+      functools.partial(steps.mle_step, model=MODEL, optimizer=optimizer)
+    ),
+    parallel.pmap(functools.partial(steps.eval_step, model=MODEL)),
+  )
+
+
+@pytest.fixture(scope="module")
+def direct() -> Callable[..., Any]:
+  """`(params, batch, keys) -> ` loss and sums, and the loss's gradient."""
+  return jax.jit(jax.value_and_grad(direct_terms, has_aux=True))
+
+
+def keys_of(step: int) -> jax.Array:
+  """Returns the dropout keys: of the root key, the step and the position."""
+  of_step = jax.random.fold_in(KEY, step)
+  return jnp.stack([jax.random.fold_in(of_step, i) for i in range(ROWS)])
+
+
+def test_two_updates_equal_adam(
+  compiled: Steps, direct: Callable[..., Any]
+) -> None:
+  """Adam on `jax.grad` of the direct loss; sums of the metrics."""
+  state, params = compiled.state, compiled.state.params
+  scale = 16**-0.5
+  adam = optax.inject_hyperparams(optax.adam)(1.0, b1=0.9, b2=0.98, eps=1e-3)
+  opt_state = adam.init(params)
+  for step in range(2):
+    batch, before = make_batch(step), params
+    (loss, sums), grads = direct(params, batch, keys_of(step))
+    opt_state.hyperparams["learning_rate"] = scale * (step + 1) * 10**-1.5
+    updates, opt_state = adam.update(grads, opt_state)
+    params = optax.apply_updates(params, updates)
+    state, metrics = take(compiled, state, batch)
+
+    assert int(state.step) == step + 1
+    moved = flat(params) - flat(before)
+    assert np.linalg.norm(moved) > 0.1
+    assert relative_difference(flat(state.params) - flat(before), moved) < 1e-4
+    assert metrics["examples"] == ROWS
+    assert metrics["loss"] / ROWS == pytest.approx(float(loss), rel=1e-5)
+    assert set(metrics) == set(sums)
+    for name, value in sums.items():
+      assert metrics[name] == pytest.approx(float(value), rel=1e-4), name
+
+
+def test_masked_examples_contribute_nothing(
+  compiled: Steps, direct: Callable[..., Any]
+) -> None:
+  """The same update whatever fills the rows, and the mean over the others."""
+  batch, garbage = make_batch(2, real=5), make_batch(3, real=5)
+  other = Batch(
+    *(
+      np.concatenate([a[:5], b[5:]])
+      for a, b in zip(batch, garbage, strict=True)
+    )
+  )
+  assert not np.array_equal(batch.target, other.target)
+  state, metrics = take(compiled, compiled.state, batch)
+  other_state, other_metrics = take(compiled, compiled.state, other)
+  start = flat(compiled.state.params)
+  moved = flat(state.params) - start
+  assert relative_difference(flat(other_state.params) - start, moved) < 1e-5
+  assert metrics == pytest.approx(other_metrics, rel=1e-6)
+
+  (loss, sums), grads = direct(compiled.state.params, batch, keys_of(0))
+  assert metrics["examples"] == 5
+  assert metrics["tokens"] == np.sum(batch.target[:5] != PAD)
+  assert metrics["loss"] / 5 == pytest.approx(float(loss), rel=1e-5)
+  assert metrics["nll"] == pytest.approx(float(sums["nll"]), rel=1e-5)
+  # The first update of Adam: g / (|g| + eps) times the rate.
+  grad = flat(grads)
+  rate = 16**-0.5 * 10**-1.5
+  assert relative_difference(moved, -rate * grad / (np.abs(grad) + 1e-3)) < 1e-4
+
+
+def test_dropout_follows_the_position(compiled: Steps) -> None:
+  """Another position in the global batch draws another mask."""
+  batch = make_batch(4)
+  state, _ = take(compiled, compiled.state, batch)
+  moved = batch._replace(position=batch.position + 1)
+  other, _ = take(compiled, compiled.state, moved)
+  start = flat(compiled.state.params)
+  assert (
+    relative_difference(flat(other.params) - start, flat(state.params) - start)
+    > 0.01
+  )
+
+
+def in_float64(params: Any) -> Any:
+  """Returns the parameters as the reference takes them."""
+  return jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+
+def test_evaluation_equals_the_reference(compiled: Steps) -> None:
+  """Unsmoothed, without dropout, each example and the sums."""
+  params = in_float64(compiled.state.params)
+  examples, emotions = make_examples(6)
+  sums, values = compiled.evaluate(
+    parallel.replicate(compiled.state.params),
+    parallel.shard(make_batch(6, real=5)),
+  )
+  sums, values = parallel.unreplicate(sums), parallel.unshard(values)
+  nlls, correct = [], []
+  for row, example in enumerate(examples):
+    out = reference.generator(params, MODEL.config, example)
+    nlls.append(reference.smoothed_losses(out.probs, example.target, 0.0).sum())
+    correct.append(int(out.emotion_logits.argmax()) == emotions[row])
+    emotion_nll = -np.log(reference.softmax(out.emotion_logits)[emotions[row]])
+    assert values["nll"][row] == pytest.approx(nlls[row], rel=1e-5)
+    assert values["tokens"][row] == len(example.target)
+    assert values["loss"][row] == pytest.approx(
+      0.5 * emotion_nll + 2.0 * nlls[row], rel=1e-5
+    )
+  lengths = [len(e.target) for e in examples]
+  assert float(sums["examples"]) == 5
+  assert float(sums["tokens"]) == sum(lengths[:5])
+  assert float(sums["nll"]) == pytest.approx(sum(nlls[:5]), rel=1e-5)
+  assert float(sums["emotion_correct"]) == sum(correct[:5])
+  assert float(sums["mean_nll"]) == pytest.approx(
+    sum(n / length for n, length in zip(nlls[:5], lengths[:5], strict=True)),
+    rel=1e-5,
+  )
+
+
+def test_prediction_is_the_references_argmax(compiled: Steps) -> None:
+  """Greedy responses, token by token, by the whole equations."""
+  config = EvalConfig(max_decode_steps=5)
+  predict = parallel.pmap(
+    functools.partial(steps.predict_step, model=MODEL, config=config)
+  )
+  prediction = parallel.unshard(
+    predict(
+      parallel.replicate(compiled.state.params), parallel.shard(make_batch(7))
+    )
+  )
+  params = in_float64(compiled.state.params)
+  for row, example in enumerate(make_examples(7)[0]):
+    allowed = [EOS, *range(8, VOCAB)]
+    if UNK in example.source:
+      allowed.append(UNK)
+    tokens: list[int] = []
+    while len(tokens) < 5 and EOS not in tokens:
+      # The token behind the prefix is not looked at.
+      out = reference.generator(
+        params, MODEL.config, example._replace(target=[*tokens, EOS])
+      )
+      tokens.append(max(allowed, key=lambda t, p=out.probs[-1]: p[t]))
+    tokens += [PAD] * (5 - len(tokens))
+    assert prediction.tokens[row].tolist() == tokens
+    np.testing.assert_allclose(
+      prediction.emotion_probs[row],
+      reference.softmax(out.emotion_logits),
+      rtol=1e-4,
+    )
+
+
+def test_any_number_of_devices_gives_the_same_update(tmp_path: Path) -> None:
+  """Three steps with dropout on 1, 2 and 8 devices, a process each."""
+  root = Path(__file__).resolve().parents[1]
+  runs = {}
+  for devices in (1, 2, 8):
+    environment = {
+      **os.environ,
+      "JAX_PLATFORMS": "cpu",
+      "PYTHONPATH": str(root),
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    runs[devices] = subprocess.Popen(
+      [sys.executable, __file__, str(tmp_path / f"{devices}.npz")],
+      env=environment,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+  results = {}
+  for devices, run in runs.items():
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    results[devices] = np.load(tmp_path / f"{devices}.npz")
+    assert results[devices]["devices"] == devices
+  one = results[1]
+  moved = one["end"] - one["start"]
+  assert np.linalg.norm(moved) > 0.1 * np.linalg.norm(one["start"])
+  for devices in (2, 8):
+    other = results[devices]
+    np.testing.assert_array_equal(other["start"], one["start"])
+    assert relative_difference(other["end"], one["end"]) <= 1e-5
+    assert relative_difference(other["end"] - one["start"], moved) <= 1e-5
+    for name in ("loss", "tokens", "examples"):
+      assert other[name] == pytest.approx(one[name], rel=1e-5)
+
+
+def write_three_steps(path: str) -> None:
+  """Takes three steps on all devices, each batch with a masked row.
+
+  Args:
+    path: Where to write the parameters before and after.
+  """
+  jax.config.update("jax_disable_most_optimizations", True)
+  optimizer = create_optimizer(TRAIN, MODEL.config.emb_dim)
+  start = create_train_state(MODEL, optimizer, seed=5)
+  mle_step = parallel.pmap(
+    functools.partial(steps.mle_step, model=MODEL, optimizer=optimizer),
+    donate_state=True,
+  )
+  state, keys = parallel.replicate(start), parallel.replicate_key(KEY)
+  for step in range(3):
+    batch = make_batch(step, real=ROWS - 1)
+    state, metrics = mle_step(state, parallel.shard(batch), keys)
+  np.savez(
+    path,
+    devices=jax.local_device_count(),
+    start=flat(start.params),
+    end=flat(parallel.unreplicate(state).params),
+    **parallel.unreplicate(metrics),
+  )
+
+
+if __name__ == "__main__":
+  write_three_steps(sys.argv[1])

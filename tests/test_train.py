@@ -1,0 +1,226 @@
+"""Training end to end on the embedded corpus: resume, stop, compile once."""
+
+import copy
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from empdg_jax import checkpoint, config as config_lib, train
+from empdg_jax.config import Config, InputError
+
+# A stand-in for `empdg train` whose process the tests can kill.
+_PROGRAM = """
+import os, pathlib, signal, sys
+from empdg_jax import config as config_lib, train
+config = config_lib.from_json(pathlib.Path(sys.argv[1]).read_text(), "config")
+kill_at, number = int(sys.argv[3]), int(sys.argv[4])
+write = train.MetricWriter.write
+
+def write_and_die(self, step, phase, values):
+  write(self, step, phase, values)
+  if step == kill_at:
+    os.kill(os.getpid(), number)
+
+train.MetricWriter.write = write_and_die
+train.train(config, pathlib.Path(sys.argv[2]))
+"""
+
+
+def _losses(workdir: pathlib.Path) -> dict[int, float]:
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  values = [json.loads(line) for line in lines]
+  steps = [v["step"] for v in values if v["name"] == "train/loss"]
+  assert len(steps) == len(set(steps)), "a step is logged twice"
+  return {v["step"]: v["value"] for v in values if v["name"] == "train/loss"}
+
+
+def _short(config: Config) -> Config:
+  config.train.mle_steps = 24
+  config.train.mle_eval_every = 8
+  config.train.checkpoint_every = 3
+  config.train.log_every = 1
+  return config
+
+
+@pytest.fixture(scope="module")
+def trained(
+  sample_config: Config, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, pathlib.Path]:
+  """A run that was never disturbed, and its configuration."""
+  config = _short(copy.deepcopy(sample_config))
+  workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+  assert train.train(config, workdir)
+  return config, workdir
+
+
+def _run(
+  config: Config, workdir: pathlib.Path, kill_at: int, number: int
+) -> subprocess.CompletedProcess[str]:
+  path = workdir.parent / "config-for-the-process.json"
+  path.write_text(config_lib.to_json(config))
+  return subprocess.run(
+    [sys.executable, "-c", _PROGRAM, path, workdir, str(kill_at), str(number)],
+    capture_output=True,
+    text=True,
+    check=False,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+  )
+
+
+def test_run_folder(trained: tuple[Config, pathlib.Path]) -> None:
+  config, workdir = trained
+  assert checkpoint.read_config(workdir) == config
+  assert sorted(_losses(workdir)) == list(range(1, 25))
+  names = {
+    json.loads(line)["name"]
+    for line in (workdir / "metrics.jsonl").read_text().splitlines()
+  }
+  assert names >= {
+    "train/loss",
+    "train/perplexity",
+    "train/emotion_accuracy",
+    "train/learning_rate",
+    "train/examples_per_second",
+    "valid/perplexity",
+    "valid/emotion_accuracy",
+  }
+  assert list((workdir / "tensorboard").iterdir())
+  checkpoints = checkpoint.Checkpoints(workdir)
+  assert checkpoints.step(checkpoint.LATEST) == 24
+  assert checkpoints.step(checkpoint.BEST) in (8, 16, 24)
+
+
+def test_loss_falls(trained: tuple[Config, pathlib.Path]) -> None:
+  losses = _losses(trained[1])
+  first = np.mean([losses[step] for step in range(1, 6)])
+  last = np.mean([losses[step] for step in range(20, 25)])
+  assert last < 0.95 * first
+
+
+@pytest.mark.parametrize("kill_at", [1, 7, 9])
+def test_kill_and_resume_gives_the_same_losses(
+  trained: tuple[Config, pathlib.Path], tmp_path: pathlib.Path, kill_at: int
+) -> None:
+  config, undisturbed = trained
+  workdir = tmp_path / "run"
+  killed = _run(config, workdir, kill_at, signal.SIGKILL)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  assert train.train(config, workdir)
+  expected, losses = _losses(undisturbed), _losses(workdir)
+  assert losses.keys() == expected.keys()
+  np.testing.assert_allclose(
+    list(losses.values()), list(expected.values()), rtol=1e-6
+  )
+
+
+def test_interrupt_saves_and_says_how_to_resume(
+  trained: tuple[Config, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+  config, _ = trained
+  workdir = tmp_path / "run"
+  interrupted = _run(config, workdir, 5, signal.SIGINT)
+  assert interrupted.returncode == 0, interrupted.stderr
+  said = " ".join(interrupted.stdout.split())
+  assert "Stopped and saved at step" in said
+  assert "empdg train" in said
+  checkpoints = checkpoint.Checkpoints(workdir)
+  assert checkpoints.step(checkpoint.LATEST) in (5, 6)
+
+
+def test_nothing_compiles_after_each_shapes_first_batch(
+  config: Config, tmp_path: pathlib.Path
+) -> None:
+  """Every step's compilations are counted by JAX's own event."""
+  compiled: list[str] = []
+  steps: list[tuple[int, int]] = []
+
+  def listen(event: str, seconds: float, **kwargs: object) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append(str(kwargs))
+
+  class Writer(train.MetricWriter):
+    def write(self, step: int, phase: str, values: dict[str, float]) -> None:
+      steps.append((step, len(compiled)))
+      super().write(step, phase, values)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  config = _short(config)
+  config.train.mle_steps, config.train.log_every = 60, 30
+  config.train.mle_eval_every = config.train.checkpoint_every = 30
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "MetricWriter", Writer)
+    train.train(config, tmp_path / "run")
+  # Both shapes and the first validation come within the first half.
+  warm = {count for step, count in steps if step == 30}
+  assert compiled
+  assert steps[-1][1] == max(warm), "something was compiled after warm-up"
+
+
+def test_early_stop_keeps_the_best(
+  config: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  perplexities = iter([9.0, 8.0, 8.5, 8.1, 8.0, 7.0])
+
+  def validate(*args: object) -> dict[str, float]:
+    return {
+      "perplexity": next(perplexities),
+      "perplexity_per_example": 1.0,
+      "emotion_accuracy": 0.5,
+    }
+
+  monkeypatch.setattr(train.evaluate, "validate", validate)
+  config = _short(config)
+  config.train.mle_steps, config.train.mle_eval_every = 100, 2
+  assert train.train(config, tmp_path / "run")
+  checkpoints = checkpoint.Checkpoints(tmp_path / "run")
+  assert checkpoints.step(checkpoint.BEST) == 4
+  assert checkpoints.step(checkpoint.LATEST) == 10  # 3 without a better one.
+
+
+def test_refuses_another_configuration(
+  trained: tuple[Config, pathlib.Path],
+) -> None:
+  config, workdir = trained
+  before = (workdir / "config.json").read_bytes()
+  other = copy.deepcopy(config)
+  other.train.seed = 7
+  with pytest.raises(InputError, match=r"config\.train\.seed=0, not 7"):
+    train.train(other, workdir)
+  assert (workdir / "config.json").read_bytes() == before
+
+
+def test_refuses_checkpoints_of_other_shapes(
+  trained: tuple[Config, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+  config, workdir = trained
+  other = copy.deepcopy(config)
+  other.model.filter_size = 14
+  copied = tmp_path / "run"
+  subprocess.run(["cp", "-r", workdir, copied], check=True)
+  (copied / "config.json").write_text(config_lib.to_json(other))
+  with pytest.raises(InputError, match="needs"):
+    train.train(other, copied)
+
+
+def test_refuses_unwritable_workdir(
+  config: Config, tmp_path: pathlib.Path
+) -> None:
+  (tmp_path / "file").write_text("")
+  with pytest.raises(InputError, match="cannot write"):
+    train.train(config, tmp_path / "file" / "run")
+
+
+def test_refuses_a_batch_that_does_not_divide(
+  config: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(train.jax, "device_count", lambda: 3)
+  with pytest.raises(InputError, match=r"config\.train\.batch_size=8"):
+    train.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
