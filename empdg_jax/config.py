@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import typing
@@ -12,6 +13,10 @@ from typing import Any
 
 class InputError(ValueError):
   """Something given from outside is wrong; its message is one clear line."""
+
+  def __init__(self, message: str) -> None:
+    """Joins the message's lines: errors of libraries may have several."""
+    super().__init__(" ".join(message.splitlines()))
 
 
 @dataclasses.dataclass
@@ -153,15 +158,16 @@ def validate(config: Config) -> None:
   }
   for name, value in flatten(config).items():
     expected = typing.get_origin(hints[name]) or hints[name]
-    if expected is float and type(value) is int:
-      continue
-    if type(value) is not expected:
+    whole = expected is float and type(value) is int
+    if type(value) is not expected and not whole:
       raise InputError(f"config.{name}={value!r}: expected {expected.__name__}")
     if name in _CHOICES and value not in _CHOICES[name]:
       raise InputError(
         f"config.{name}={value!r}: expected one of " + ", ".join(_CHOICES[name])
       )
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and not math.isfinite(value):
+      raise InputError(f"config.{name}={value!r}: expected a finite number")
     if is_number and (value < 0 or (value == 0 and name not in _MAY_BE_ZERO)):
       raise InputError(f"config.{name}={value!r}: expected more than 0")
   model = config.model
@@ -176,7 +182,12 @@ def validate(config: Config) -> None:
       f"multiple of config.model.num_heads={model.num_heads}"
     )
   shapes = config.data.shapes
-  if not shapes or any(len(s) != 3 or min(s) < 2 for s in shapes):
+  if not shapes or not all(
+    type(s) is tuple
+    and len(s) == 3
+    and all(type(length) is int and length >= 2 for length in s)
+    for s in shapes
+  ):
     raise InputError(
       "config.data.shapes: expected triples (context, emotion, target) of "
       "lengths of at least 2"
@@ -205,14 +216,18 @@ def from_json(text: str, where: str) -> Config:
   """
   try:
     values = json.loads(text)
-    shapes = values["data"]["shapes"]
-    values["data"]["shapes"] = tuple(tuple(shape) for shape in shapes)
+    if isinstance(shapes := values["data"]["shapes"], list):
+      values["data"]["shapes"] = tuple(
+        tuple(shape) if isinstance(shape, list) else shape for shape in shapes
+      )
     config = Config(
-      DataConfig(**values["data"]),
-      ModelConfig(**values["model"]),
-      TrainConfig(**values["train"]),
-      EvalConfig(**values["eval"]),
+      DataConfig(**values.pop("data")),
+      ModelConfig(**values.pop("model")),
+      TrainConfig(**values.pop("train")),
+      EvalConfig(**values.pop("eval")),
     )
+    if values:
+      raise ValueError(f"unknown section {', '.join(values)}")
   except (ValueError, TypeError, KeyError) as error:
     raise InputError(f"{where}: not a run's configuration ({error})") from error
   validate(config)

@@ -1,12 +1,30 @@
 """Fixtures of all tests: the embedded corpus and the real data, if there."""
 
 import copy
+import os
 from pathlib import Path
 
+import jax
 import pytest
 
 from empdg_jax.config import Config, DataConfig
 from empdg_jax.data.prepare import Dataset, load_dataset
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fast_compilation(tmp_path_factory: pytest.TempPathFactory) -> None:
+  """Compiles with few optimisations, and the same step only once.
+
+  The environment tells the processes that tests start.
+  """
+  folder = str(tmp_path_factory.mktemp("compiled"))
+  for name, value in (
+    ("jax_disable_most_optimizations", True),
+    ("jax_compilation_cache_dir", folder),
+    ("jax_persistent_cache_min_compile_time_secs", 0),
+  ):
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(scope="session")

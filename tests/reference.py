@@ -55,6 +55,43 @@ class Outputs(NamedTuple):
   probs: np.ndarray
 
 
+def random_params(shapes: Params) -> Params:
+  """Draws parameters none of which is at a neutral value such as 0 or 1.
+
+  Args:
+    shapes: Arrays, or what has their shapes, in nested dictionaries.
+
+  Returns:
+    Arrays of float32 in the same dictionaries.
+  """
+  rng = np.random.default_rng(7)
+
+  def draw(name: str, node: Any) -> Any:
+    if isinstance(node, dict):
+      return {key: draw(key, child) for key, child in node.items()}
+    deviation = np.sqrt(2.0 / sum(node.shape))
+    values = rng.normal(float(name == "scale"), deviation, node.shape)
+    return values.astype(np.float32)
+
+  return draw("", shapes)
+
+
+def in_float64(params: Params) -> Params:
+  """Returns a model's parameters as the functions below take them."""
+  return {
+    name: in_float64(node)
+    if isinstance(node, dict)
+    else np.asarray(node, np.float64)
+    for name, node in params.items()
+  }
+
+
+def pad(sequences: Sequence[Sequence[int]], length: int) -> np.ndarray:
+  """Fills sequences up with PAD, `[len(sequences), length]`."""
+  padded = [[*ids, *[PAD] * (length - len(ids))] for ids in sequences]
+  return np.array(padded, np.int32)
+
+
 def softmax(scores: np.ndarray) -> np.ndarray:
   """Returns the softmax of a vector."""
   weights = np.exp(scores - scores.max())

@@ -11,7 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from reference import CLS, EOS, LAB, PAD, SOS, SYS, UNK, USR, Example
+from reference import (
+  CLS,
+  EOS,
+  LAB,
+  PAD,
+  SOS,
+  SYS,
+  UNK,
+  USR,
+  Example,
+  in_float64,
+  pad,
+)
 
 from empdg_jax.config import ModelConfig
 from empdg_jax.losses import log_mixture
@@ -73,10 +85,6 @@ def make_batch(
   examples: tuple[Example, ...], shape: tuple[int, int, int]
 ) -> tuple[Inputs, jax.Array]:
   """Pads examples to one shape."""
-
-  def pad(sequences: list[Any], length: int) -> jax.Array:
-    return jnp.array([[*s, *[PAD] * (length - len(s))] for s in sequences])
-
   inputs = Inputs(
     pad([e.context for e in examples], shape[0]),
     pad([e.state for e in examples], shape[0]),
@@ -105,19 +113,7 @@ def make_model(
     VOCAB,
   )
   shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  rng = np.random.default_rng(7)
-
-  def draw(path: Any, leaf: Any) -> jax.Array:
-    scale = np.sqrt(2.0 / sum(leaf.shape))
-    mean = 1.0 if path[-1].key == "scale" else 0.0
-    return jnp.asarray(rng.normal(mean, scale, leaf.shape), jnp.float32)
-
-  return model, jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def in_float64(params: Any) -> Any:
-  """Returns the parameters as the reference takes them."""
-  return jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  return model, reference.random_params(shapes)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from empdg_jax import checkpoint, config as config_lib, train
+from empdg_jax import checkpoint, train
+from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
 
 # A stand-in for `empdg train` whose process the tests can kill.

@@ -9,6 +9,7 @@ import hashlib
 import os
 import pathlib
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -99,8 +100,8 @@ def _parse_row(line: bytes, where: str) -> list[str]:
       f"{where}: unknown emotion label {fields[2]!r}; expected one of "
       + ", ".join(EMOTIONS)
     )
-  if not fields[4].isdecimal():
-    raise InputError(f"{where}: speaker_idx {fields[4]!r} is no number")
+  if not fields[4].isdecimal() or len(fields[4]) > 9:  # An int32.
+    raise InputError(f"{where}: speaker_idx {fields[4]!r} is no small number")
   if not fields[5].strip():
     raise InputError(f"{where}: the utterance is empty")
   return fields
@@ -135,7 +136,7 @@ def read_source(path: pathlib.Path) -> Mapping[str, bytes]:
           split = pathlib.PurePosixPath(member.name).name.removesuffix(".csv")
           if split in SPLITS and (content := archive.extractfile(member)):
             files[split] = content.read()
-  except (OSError, EOFError, tarfile.TarError) as error:
+  except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
     raise InputError(
       f"config.data.source: cannot read {str(path)!r} ({error}); give "
       "'official', 'sample', an archive like empatheticdialogues.tar.gz, or a "
@@ -203,7 +204,7 @@ class EmpatheticDialogues(tfds.core.GeneratorBasedBuilder):
     self, dl_manager: tfds.download.DownloadManager
   ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
     if self._files is None:
-      folder = dl_manager.download_and_extract(OFFICIAL_URL)
+      folder = dl_manager.download(OFFICIAL_URL)
       self._files = read_source(pathlib.Path(str(folder)))
     return {
       split: self._generate_examples(self._files[split], split)

@@ -1,6 +1,7 @@
 """From examples to batches of ids: few shapes, one global order (Grain)."""
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -129,8 +130,8 @@ def collate(
     encoded: All examples of the split.
     index: Which of them make the global batch, at most `batch_size`.
     shape: The padded lengths.
-    batch_size: The global batch size B; missing examples repeat the first one
-      with mask 0.
+    batch_size: The global batch size B; missing examples repeat others with
+      mask 0.
     rows: The rows of the global batch that this host needs.
 
   Returns:
@@ -214,10 +215,21 @@ class BatchPlan:
   def shuffled_epoch(
     self, seed: int, epoch: int
   ) -> list[tuple[Shape, np.ndarray]]:
-    """Returns the epoch's batches: examples and batches shuffled."""
+    """Returns the epoch's batches: the examples shuffled, the shapes mixed.
+
+    Each shape's batches lie evenly over the epoch, each at random within its
+    stretch: long runs of short responses, then of long ones, would drag the
+    model to and fro.
+    """
     rng = np.random.default_rng((seed, epoch))
     batches = self.epoch(rng.permutation(len(self._fits)))
-    return [batches[i] for i in rng.permutation(len(batches))]
+    counts = Counter(shape for shape, _ in batches)
+    seen: Counter[Shape] = Counter()
+    times = []
+    for shape, _ in batches:
+      times.append((seen[shape] + rng.random()) / counts[shape])
+      seen[shape] += 1
+    return [batches[i] for i in np.argsort(times, kind="stable")]
 
 
 class _TrainBatches:

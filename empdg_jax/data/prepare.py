@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import pathlib
+import zlib
 
 import rich.progress
 import tensorflow_datasets as tfds
@@ -76,23 +77,29 @@ def load_dataset(
       f"config.data.data_dir: cannot write {str(data_dir)!r} ({error})"
     ) from error
   lexicon = lexicon_lib.load_lexicon(config.lexicon)
-  builder = empathetic_dialogues.EmpatheticDialogues(
-    source=config.source, data_dir=data_dir
-  )
   if config.source != "official":  # Only a download takes long.
     tfds.disable_progress_bar()
   try:
+    builder = empathetic_dialogues.EmpatheticDialogues(
+      source=config.source, data_dir=data_dir
+    )
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints as it goes.
-      builder.download_and_prepare()
-  except (OSError, tfds.download.DownloadError) as error:
+      builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(
+          force_checksums_validation=True
+        )
+      )
+    raw = {
+      split: _read_conversations(builder, split)
+      for split in empathetic_dialogues.SPLITS
+    }
+  except InputError:
+    raise
+  except Exception as error:  # TFDS and its readers have no common class.
     raise InputError(
       f"config.data.source: {config.source!r} could not be prepared in "
       f"{data_dir} ({error})"
     ) from error
-  raw = {
-    split: _read_conversations(builder, split)
-    for split in empathetic_dialogues.SPLITS
-  }
   dialogues = _annotate(raw, builder.builder_config.name, data_dir, lexicon)
   split_examples = {
     split: examples.build_examples(dialogues[split], config.example_set)
@@ -153,11 +160,16 @@ def _annotate(
   digest = hashlib.sha256("\n".join(sorted(lexicon)).encode()).hexdigest()[:16]
   path = data_dir / "tokenized" / f"{name}-{digest}-v{_RULES_VERSION}.json.gz"
   if path.exists():
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-      return {
-        split: [_from_json(d) for d in dialogues]
-        for split, dialogues in json.load(file).items()
-      }
+    try:
+      with gzip.open(path, "rt", encoding="utf-8") as file:
+        return {
+          split: [_from_json(d) for d in dialogues]
+          for split, dialogues in json.load(file).items()
+        }
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+      raise InputError(
+        f"{path}: damaged ({error}); delete it and it is made again"
+      ) from error
   joined = {s: examples.join_dialogues(c) for s, c in raw.items()}
   tokenizer = text.Tokenizer()
   dialogues: dict[str, list[Dialogue]] = {}

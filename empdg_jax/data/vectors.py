@@ -2,6 +2,7 @@
 
 import gzip
 import pathlib
+import zlib
 
 import numpy as np
 
@@ -14,10 +15,13 @@ def random_embeddings(
 ) -> np.ndarray:
   """Returns small normal values, `[vocab_size, dim]` float32.
 
-  Small beside the vectors' own (about 0.4): special tokens such as CLS are
-  among them, and what attention adds to theirs must not drown.
+  Words get values of about a fourth of the vectors' own. Special tokens get
+  smaller ones still: CLS and LAB gather what attention brings to their
+  position, which must not drown in their own embedding.
   """
-  return rng.normal(0.0, 0.01, (vocab_size, dim)).astype(np.float32)
+  embeddings = rng.normal(0.0, 0.1, (vocab_size, dim))
+  embeddings[: len(SPECIAL_TOKENS)] *= 0.1
+  return embeddings.astype(np.float32)
 
 
 def load_vectors(
@@ -63,10 +67,14 @@ def load_vectors(
             embeddings[token, :width] = np.array(values, np.float32)
           except ValueError as error:
             raise InputError(f"{path}:{number}: {error}") from error
+          if not np.isfinite(embeddings[token]).all():
+            raise InputError(f"{path}:{number}: expected finite numbers")
           found.add(token)
-  except (OSError, EOFError, UnicodeDecodeError) as error:
+  except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
     raise InputError(
       f"config.data.vectors: cannot read {path!r} ({error}); give a file in "
       "GloVe's text format, or '' for none"
     ) from error
+  if not width:
+    raise InputError(f"{path}: holds no vector")
   return embeddings, len(found) / (len(vocabulary) - len(SPECIAL_TOKENS))
