@@ -1,6 +1,5 @@
 """What this machine makes of the training step and of decoding."""
 
-import functools
 import json
 import pathlib
 import platform
@@ -131,11 +130,8 @@ def benchmark(
   params = parallel.unreplicate(parallel.replicate(state.params))
   parameters = sum(x.size for x in jax.tree.leaves(params))
   state = parallel.replicate(state)
-  key = parallel.replicate_key(jax.random.key(config.train.seed))
-  p_mle_step = parallel.pmap(
-    functools.partial(steps.mle_step, model=model, optimizer=optimizer),
-    donate_state=True,
-  )
+  key = parallel.replicate(jax.random.key(config.train.seed))
+  p_mle_step = steps.pmap_mle_step(model, optimizer)
   shapes = []
   by_shape = _batches_by_shape(dataset.encoded("train"), config, dataset.shapes)
   devices = jax.local_device_count()

@@ -1,7 +1,6 @@
 """Scoring, responding, and the files that an evaluation writes."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,7 +48,7 @@ def sum_metrics(values: Iterable[dict[str, Any]]) -> dict[str, float]:
   totals: dict[str, float] = {}
   for step in values:
     for name, value in step.items():
-      totals[name] = totals.get(name, 0.0) + float(np.asarray(value)[0])
+      totals[name] = totals.get(name, 0.0) + float(parallel.unreplicate(value))
   return totals
 
 
@@ -134,12 +133,8 @@ class System:
     self.eval_shapes = pipeline.eval_shapes(self.shapes)
     self.params = parallel.replicate(params)
     model = registry.create_model(config.model, len(vocabulary))
-    self.p_eval_step = parallel.pmap(
-      functools.partial(steps.eval_step, model=model)
-    )
-    self.p_predict_step = parallel.pmap(
-      functools.partial(steps.predict_step, model=model, config=config.eval)
-    )
+    self.p_eval_step = steps.pmap_eval_step(model)
+    self.p_predict_step = steps.pmap_predict_step(model, config.eval)
 
   def respond(
     self, encoded: Sequence[Encoded], batch_size: int

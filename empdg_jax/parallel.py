@@ -1,7 +1,7 @@
 """Data parallelism: the one file that names `pmap`.
 
-Compiled steps take arrays with a leading axis over this host's devices, called
-`"batch"` inside.
+Compiled steps take the state as it is, the same on all devices, and a batch
+with a leading axis over this host's devices, called `"batch"` inside.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXIS = "batch"
 
 
-def pmap(step: Callable[..., Any], *, donate_state: bool = False) -> Any:
+def pmap(
+  step: Callable[..., Any],
+  *,
+  in_axes: tuple[int | None, ...],
+  out_axes: int | None | tuple[int | None, ...],
+  donate_state: bool = False,
+) -> Any:
   """Compiles a step for all devices.
 
+  What is replicated has the axis None: it keeps its own shape, so that XLA can
+  update a donated state in place. (With a leading axis of devices its CPU
+  backend copies every array.) What is sharded has the axis 0, over this host's
+  devices.
+
   Args:
-    step: A function of replicated state and sharded batch, maybe more
-      replicated arguments.
+    step: The function of one device, which may use `psum`.
+    in_axes: None or 0 for each argument.
+    out_axes: None or 0 for each result.
     donate_state: Whether the first argument's memory may be reused for the
       result.
 
@@ -27,7 +39,11 @@ def pmap(step: Callable[..., Any], *, donate_state: bool = False) -> Any:
     The compiled step.
   """
   return jax.pmap(
-    step, axis_name=AXIS, donate_argnums=(0,) if donate_state else ()
+    step,
+    axis_name=AXIS,
+    in_axes=in_axes,
+    out_axes=out_axes,
+    donate_argnums=(0,) if donate_state else (),
   )
 
 
@@ -40,34 +56,17 @@ def psum(tree: Any) -> Any:
   return tree if jax.lax.axis_size(AXIS) == 1 else jax.lax.psum(tree, AXIS)
 
 
-def _sharding() -> NamedSharding:
-  """Returns the sharding whose leading axis is this host's devices."""
-  mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
-  return NamedSharding(mesh, PartitionSpec(AXIS))
-
-
 def replicate(tree: Any) -> Any:
-  """Copies every array to every local device: `[...] -> [devices, ...]`."""
-  devices = jax.local_device_count()
-  return jax.tree.map(
-    lambda x: jax.device_put(
-      np.broadcast_to(x, (devices, *np.shape(x))), _sharding()
-    ),
-    tree,
-  )
-
-
-def replicate_key(key: jax.Array) -> jax.Array:
-  """Copies a random key to every local device."""
-  data = replicate(np.asarray(jax.random.key_data(key)))
-  return jax.random.wrap_key_data(data)
+  """Copies every array to every local device."""
+  mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
+  sharding = NamedSharding(mesh, PartitionSpec())
+  # Never the given memory itself, which a step might be given to reuse.
+  return jax.device_put(tree, sharding, may_alias=False)
 
 
 def unreplicate(tree: Any) -> Any:
-  """Returns the first device's copy as NumPy: `[devices, ...] -> [...]`."""
-  return jax.tree.map(
-    lambda x: np.asarray(x.addressable_shards[0].data)[0], tree
-  )
+  """Returns replicated arrays as NumPy."""
+  return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data), tree)
 
 
 def shard(batch: Any) -> Any:

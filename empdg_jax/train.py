@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import pathlib
 import signal
@@ -206,14 +205,9 @@ class _Trainer:
     self._checkpoints = checkpoints
     self._writer = writer
     self._learning_rate = learning_rate(config.train, config.model.emb_dim)
-    self._key = parallel.replicate_key(jax.random.key(config.train.seed))
-    self._p_mle_step = parallel.pmap(
-      functools.partial(steps.mle_step, model=model, optimizer=optimizer),
-      donate_state=True,
-    )
-    self._p_eval_step = parallel.pmap(
-      functools.partial(steps.eval_step, model=model)
-    )
+    self._key = parallel.replicate(jax.random.key(config.train.seed))
+    self._p_mle_step = steps.pmap_mle_step(model, optimizer)
+    self._p_eval_step = steps.pmap_eval_step(model)
     self._valid_batches = list(
       pipeline.eval_batches(
         dataset.encoded("valid"),

@@ -3,7 +3,6 @@
 As a program, `test_steps.py FILE` writes what `take_three` returns to FILE.
 """
 
-import functools
 import os
 import subprocess
 import sys
@@ -159,10 +158,8 @@ def compile_steps() -> Steps:
   )
   return Steps(
     TrainState(np.int32(0), params, optimizer.init(params)),
-    parallel.pmap(
-      functools.partial(steps.mle_step, model=MODEL, optimizer=optimizer)
-    ),
-    parallel.pmap(functools.partial(steps.eval_step, model=MODEL)),
+    steps.pmap_mle_step(MODEL, optimizer),
+    steps.pmap_eval_step(MODEL),
   )
 
 
@@ -173,7 +170,7 @@ def take(
   state, metrics = compiled.mle(
     parallel.replicate(state),
     parallel.shard(batch),
-    parallel.replicate_key(KEY),
+    parallel.replicate(KEY),
   )
   metrics = parallel.unreplicate(metrics)
   return parallel.unreplicate(state), {k: float(v) for k, v in metrics.items()}
@@ -310,9 +307,7 @@ def test_evaluation_equals_the_reference(compiled: Steps) -> None:
 def test_prediction_is_the_references_argmax(compiled: Steps) -> None:
   """Greedy responses, token by token, by the whole equations."""
   config = EvalConfig(max_decode_steps=5)
-  predict = parallel.pmap(
-    functools.partial(steps.predict_step, model=MODEL, config=config)
-  )
+  predict = steps.pmap_predict_step(MODEL, config)
   prediction = parallel.unshard(
     predict(
       parallel.replicate(compiled.state.params), parallel.shard(make_batch(7))
