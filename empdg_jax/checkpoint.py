@@ -1,7 +1,9 @@
 """The run folder: configuration, vocabulary, checkpoints (Orbax)."""
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -51,6 +53,11 @@ def write_run(
 def check_same_config(workdir: pathlib.Path, config: Config) -> None:
   """Raises InputError if `workdir` holds a run of another configuration."""
   if not (workdir / "config.json").exists():
+    if (workdir / "checkpoints").exists():
+      raise InputError(
+        f"--workdir={workdir} holds checkpoints but no config.json to tell of "
+        "which run; use another --workdir"
+      )
     return
   theirs = config_lib.flatten(read_config(workdir))
   ours = config_lib.flatten(config)
@@ -111,21 +118,37 @@ class Checkpoints:
       kind: `LATEST` or `BEST`.
       state: NumPy arrays, as `parallel.unreplicate` gives them.
       progress: A JSON value: where data and training stand.
+
+    Raises:
+      InputError: This one or the one before could not be written.
     """
     optimizer = {"step": state.step, "opt_state": state.opt_state}
-    self._managers[kind].save(
-      int(state.step),
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(_arrays(state.params)),
-        optimizer=ocp.args.StandardSave(_arrays(optimizer)),
-        progress=ocp.args.JsonSave(progress),
-      ),
-    )
+    with self._writing():
+      self._managers[kind].save(
+        int(state.step),
+        args=ocp.args.Composite(
+          params=ocp.args.StandardSave(_arrays(state.params)),
+          optimizer=ocp.args.StandardSave(_arrays(optimizer)),
+          progress=ocp.args.JsonSave(progress),
+        ),
+      )
 
   def wait(self) -> None:
     """Waits until everything is written."""
-    for manager in self._managers.values():
-      manager.wait_until_finished()
+    with self._writing():
+      for manager in self._managers.values():
+        manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Generator[None]:
+    """Makes one clear error of what goes wrong in the background."""
+    try:
+      yield
+    except (OSError, ValueError) as error:
+      raise InputError(
+        f"{self._root}: cannot write a checkpoint; the last whole one stays "
+        f"({error})"
+      ) from error
 
   def close(self) -> None:
     """Waits, then frees what the managers hold."""

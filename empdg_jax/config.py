@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import typing
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 
@@ -77,7 +77,7 @@ class ModelConfig:
   feed_forward: str = "conv"  # "conv" (kernel 3) | "dense" (the paper's words).
   pointer_generator: bool = True  # Copy from both contexts; False: eq. 13.
   tie_embeddings: bool = False  # Output projection = embedding, transposed.
-  dropout_rate: float = 0.1
+  dropout_rate: float = 0.1  # Of embeddings and of sub-layers' outputs.
   emotion_loss_weight: float = 1.0  # gamma 1 of eq. 15.
   generation_loss_weight: float = 1.0  # gamma 2 of eq. 15.
   label_smoothing: float = 0.1  # Probability spread over the vocabulary.
@@ -241,7 +241,7 @@ def cache_dir() -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def atomic_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def atomic_path(path: pathlib.Path) -> Generator[pathlib.Path]:
   """Yields a temporary path beside `path` that becomes it on success."""
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   try:

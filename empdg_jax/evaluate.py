@@ -328,8 +328,9 @@ def vocab_size_of(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> int:
   Returns:
     The size of the run's vocabulary, or the number of distinct tokens.
   """
-  vocabulary = path.absolute().parents[2] / "vocab.txt"
-  if path.absolute().parents[1].name == "eval" and vocabulary.is_file():
+  folder = path.absolute().parent.parent
+  vocabulary = folder.parent / "vocab.txt"
+  if folder.name == "eval" and vocabulary.is_file():
     return len(vocab.load_vocabulary(vocabulary))
   texts = [line["response"] for line in lines]
   texts += [line["reference"] for line in lines if "reference" in line]
@@ -359,6 +360,15 @@ def write_evaluation(
     raise InputError(f"{folder}: cannot write ({error})") from error
 
 
+_PREDICTION_TYPES = {
+  "reference": str,
+  "emotion": str,
+  "predicted_emotion": str,
+  "nll": int | float,
+  "tokens": int,
+}
+
+
 def read_predictions(path: pathlib.Path) -> list[dict[str, Any]]:
   """Reads a `predictions.jsonl`.
 
@@ -377,6 +387,11 @@ def read_predictions(path: pathlib.Path) -> list[dict[str, Any]]:
       raise InputError(f"{path}:{number}: no JSON ({error})") from error
     if not isinstance(line, dict) or not isinstance(line.get("response"), str):
       raise InputError(f"{path}:{number}: expected an object with a 'response'")
+    for name, kind in _PREDICTION_TYPES.items():
+      value = line.get(name)
+      wrong = value is not None and not isinstance(value, kind)
+      if wrong or (name == "tokens" and value == 0):
+        raise InputError(f"{path}:{number}: {name!r} cannot be {value!r}")
     lines.append(line)
   if not lines:
     raise InputError(f"{path}: holds no prediction")

@@ -181,6 +181,8 @@ def _metrics(values: flags.FlagValues) -> int:
   path = pathlib.Path(values.predictions)
   lines = evaluate.read_predictions(path)
   size = values.vocab_size or evaluate.vocab_size_of(path, lines)
+  if size < 2:
+    raise InputError(f"--vocab_size={size}: expected at least 2")
   print(json.dumps(metrics.text_metrics(lines, size), indent=2))
   return 0
 
@@ -415,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run() -> None:
   """Is the `empdg` command."""
-  logging.set_verbosity(logging.ERROR)
+  logging.set_verbosity(logging.FATAL)  # Errors are raised, and told once.
   if len(sys.argv) > 1 and sys.argv[1] in ("train", "evaluate", "benchmark"):
     _use_large_pages()
   sys.exit(main())

@@ -85,7 +85,9 @@ def _mle_loss(
 
 
 def _global_sums(values: Metrics, mask: jax.Array) -> Metrics:
-  return psum({name: jnp.sum(value * mask) for name, value in values.items()})
+  return psum(
+    {name: jnp.sum(value, where=mask > 0) for name, value in values.items()}
+  )
 
 
 def mle_step(

@@ -7,7 +7,7 @@ import pathlib
 import signal
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -90,7 +90,7 @@ class _Interrupt:
 
 
 @contextlib.contextmanager
-def _catch_interrupts() -> Iterator[_Interrupt]:
+def _catch_interrupts() -> Generator[_Interrupt]:
   interrupt = _Interrupt()
   previous = {
     number: signal.signal(number, interrupt)

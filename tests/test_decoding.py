@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,15 +15,6 @@ EOS, PAD = 0, 1
 VOCAB = 5
 START = VOCAB  # The row of a table that gives the first token.
 IMPOSSIBLE = -1e9
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-  """Compiles without the optimisations that tiny models do not need."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
 
 
 def make_table(rows: int, seed: int) -> np.ndarray:

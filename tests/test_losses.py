@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,15 +21,6 @@ PAD = 1
 SOURCE = np.array([[6, 9, 6, 3, PAD, PAD], [3, 4, 4, 4, 11, 3]])
 # Copied words, words that the source lacks, and padding.
 TARGETS = np.array([[6, 2, 9, PAD], [4, 3, 10, 0]])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-  """Compiles without the optimisations that tiny models do not need."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
 
 
 def draw(seed: int) -> dict[str, np.ndarray]:

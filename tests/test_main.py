@@ -243,6 +243,7 @@ def test_chat_keeps_the_dialogue(
     (["metrics"], "--predictions is missing"),
     (["metrics", "--predictions=/nowhere"], "/nowhere"),
     (["metrics", f"--predictions={__file__}"], "test_main.py:1: no JSON"),
+    (["metrics", "--predictions=zero.jsonl"], "zero.jsonl:1: 'tokens'"),
   ],
 )
 def test_mistakes_get_one_clear_line(
@@ -254,6 +255,7 @@ def test_mistakes_get_one_clear_line(
 ) -> None:
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  (tmp_path / "zero.jsonl").write_text('{"response": "a", "tokens": 0}')
   assert says in _fails(capsys, *argv)
   assert not (tmp_path / "x").exists()
 

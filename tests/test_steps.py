@@ -6,7 +6,7 @@ As a program, `test_steps.py FILE` writes what `take_three` returns to FILE.
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,15 +174,6 @@ def take(
   )
   metrics = parallel.unreplicate(metrics)
   return parallel.unreplicate(state), {k: float(v) for k, v in metrics.items()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-  """Compiles without the optimisations that tiny models do not need."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

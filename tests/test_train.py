@@ -210,12 +210,34 @@ def test_refuses_checkpoints_of_other_shapes(
     train.train(other, copied)
 
 
+def test_refuses_checkpoints_of_an_unknown_run(
+  config: Config, tmp_path: pathlib.Path
+) -> None:
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(InputError, match=r"no config\.json"):
+    train.train(config, tmp_path)
+
+
 def test_refuses_unwritable_workdir(
   config: Config, tmp_path: pathlib.Path
 ) -> None:
   (tmp_path / "file").write_text("")
   with pytest.raises(InputError, match="cannot write"):
     train.train(config, tmp_path / "file" / "run")
+
+
+def test_a_full_disk_ends_training_with_one_line(
+  config: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Orbax's writer fails in the background as on a full disk."""
+
+  def fail(*args: object, **kwargs: object) -> None:
+    raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+  monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", fail)
+  with pytest.raises(InputError, match="No space left") as error:
+    train.train(_short(config), tmp_path / "run")
+  assert "\n" not in str(error.value)
 
 
 def test_refuses_a_batch_that_does_not_divide(

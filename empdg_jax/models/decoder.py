@@ -52,7 +52,7 @@ class DecoderLayer(nn.Module):
       c.num_heads, c.key_value_depth, c.emb_dim
     )
     self.feed_forward = layers.FeedForward(
-      c.filter_size, c.emb_dim, c.feed_forward, True, c.dropout_rate
+      c.filter_size, c.emb_dim, c.feed_forward, True
     )
     self.self_residual = layers.Residual(c.norm_order, c.dropout_rate)
     self.cross_residual = layers.Residual(c.norm_order, c.dropout_rate)
@@ -81,7 +81,7 @@ class DecoderLayer(nn.Module):
     x = self.cross_residual.after(x, y, keys)
     y = self.feed_forward_residual.before(x)
     # Causal layers never see the padding behind a response.
-    y = self.feed_forward(y, jnp.ones(x.shape[:2], bool), keys)
+    y = self.feed_forward(y, jnp.ones(x.shape[:2], bool))
     return self.feed_forward_residual.after(x, y, keys), weights
 
   def init_cache(self, batch: int, max_steps: int) -> LayerCache:

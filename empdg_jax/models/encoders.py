@@ -19,7 +19,7 @@ class EncoderLayer(nn.Module):
       c.num_heads, c.key_value_depth, c.emb_dim
     )
     self.feed_forward = layers.FeedForward(
-      c.filter_size, c.emb_dim, c.feed_forward, False, c.dropout_rate
+      c.filter_size, c.emb_dim, c.feed_forward, False
     )
     self.attention_residual = layers.Residual(c.norm_order, c.dropout_rate)
     self.feed_forward_residual = layers.Residual(c.norm_order, c.dropout_rate)
@@ -32,7 +32,7 @@ class EncoderLayer(nn.Module):
     y, _ = self.attention(y, y, mask[:, None, None, :])
     x = self.attention_residual.after(x, y, keys)
     y = self.feed_forward_residual.before(x)
-    y = self.feed_forward(y, mask, keys)
+    y = self.feed_forward(y, mask)
     return self.feed_forward_residual.after(x, y, keys)
 
 

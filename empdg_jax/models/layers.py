@@ -130,20 +130,17 @@ class FeedForward(nn.Module):
     kind: `"conv"` (Lin et al., 2019) or `"dense"` (the paper's words).
     causal: Whether a convolution sees the current and earlier positions only,
       and not also the next one.
-    dropout_rate: Of the hidden units.
   """
 
   filter_size: int
   dim: int
   kind: str
   causal: bool
-  dropout_rate: float
 
   def setup(self) -> None:
     """Creates both layers; a convolution is a dense layer over windows."""
     self.hidden = nn.Dense(self.filter_size)
     self.output = nn.Dense(self.dim)
-    self.dropout = Dropout(self.dropout_rate)
 
   def _windows(self, x: jax.Array) -> jax.Array:
     if self.kind == "dense":
@@ -152,23 +149,19 @@ class FeedForward(nn.Module):
     x = jnp.pad(x, ((0, 0), (2, 0) if self.causal else (1, 1), (0, 0)))
     return jnp.concatenate([x[:, i : i + length] for i in range(3)], axis=-1)
 
-  def __call__(
-    self, x: jax.Array, mask: jax.Array, keys: jax.Array | None
-  ) -> jax.Array:
+  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
     """Transforms `x` `[batch, length, features]`.
 
     Args:
       x: The input.
       mask: `[batch, length]`; a convolution sees zeros at other positions.
-      keys: Dropout keys, `[batch]`.
 
     Returns:
       `[batch, length, dim]`.
     """
     real = mask[..., None]
     hidden = nn.relu(self.hidden(self._windows(jnp.where(real, x, 0.0))))
-    hidden = self.dropout(jnp.where(real, hidden, 0.0), keys)
-    return self.output(self._windows(hidden))
+    return self.output(self._windows(jnp.where(real, hidden, 0.0)))
 
   def init_cache(self, batch: int, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
     """Returns the two positions before the first, for both layers."""
