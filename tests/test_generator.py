@@ -309,7 +309,7 @@ def test_dropout_differs_between_sites_and_keys(dropped: Dropped) -> None:
   """Embeddings and sub-layers each draw their own mask for each key."""
   one = (EXAMPLES[0],) * 3
   _, seen = dropped.call(*make_batch(one, SHAPE), KEYS)
-  assert len(seen) == 4 + 4 + 5  # Two encoders of a layer, a decoder of one.
+  assert len(seen) == 3 + 3 + 4  # Two encoders of a layer, a decoder of one.
   masks = {}
   for path, (x, y) in seen.items():
     x, y = np.asarray(x), np.asarray(y)
