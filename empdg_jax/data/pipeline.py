@@ -219,7 +219,7 @@ class BatchPlan:
 
     Each shape's batches lie evenly over the epoch, each at random within its
     stretch: long runs of short responses, then of long ones, would drag the
-    model to and fro.
+    model back and forth.
     """
     rng = np.random.default_rng((seed, epoch))
     batches = self.epoch(rng.permutation(len(self._fits)))
