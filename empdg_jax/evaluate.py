@@ -308,7 +308,8 @@ def print_samples(path: pathlib.Path, count: int, console: Console) -> None:
   shown: dict[str, dict[str, Any]] = {}
   for line in read_predictions(path):
     shown.setdefault(line["emotion"], line)
-  for line in list(shown.values())[:count]:
+  stride = max(1, len(shown) // max(1, count))  # Neighbours may be alike.
+  for line in list(shown.values())[::stride][:count]:
     user = text.join_tokens(line["context"][-1].split())
     reply = text.join_tokens(line["response"].split())
     console.print(
