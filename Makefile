@@ -5,11 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help quickstart test test-slow check format
+.PHONY: help quickstart test check format
 help:
 	@echo "make quickstart   train, score and talk on the embedded corpus (5 min)"
 	@echo "make test         lint, types, layers, spelling and the fast tests"
-	@echo "make test-slow    the long tests; needs the real dataset"
 	@echo "make format       format the code"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -36,9 +35,6 @@ check: $(VENV)/installed-dev
 
 test: check
 	$(BIN)/pytest -n 2 --dist loadfile
-
-test-slow: $(VENV)/installed-dev
-	$(BIN)/pytest -m slow
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

@@ -1,5 +1,6 @@
 """What this machine makes of the training step and of decoding."""
 
+import functools
 import json
 import pathlib
 import platform
@@ -27,29 +28,42 @@ from empdg_jax.models import registry
 from empdg_jax.train_state import create_optimizer, create_train_state
 
 _MATRIX = 2048  # Rows and columns of the matrix product.
-_STREAM = 2**26  # Elements of the streamed arrays: 256 MB each, beyond caches.
+_STREAM = 2**25  # Elements of the streamed arrays: 128 MB each, beyond caches.
 
 
-def _seconds(run: Callable[[], Any], repeats: int) -> float:
-  """Returns the median time of a call, after one that is not counted."""
-  jax.block_until_ready(run())
-  times = []
-  for _ in range(repeats):
-    start = time.perf_counter()
+def _median_seconds(
+  runs: Sequence[Callable[[], Any]], rounds: int, console: Console
+) -> list[float]:
+  """Times several calls in turn, so that all meet the machine's same moods.
+
+  Args:
+    runs: The calls; the first round of each compiles and is not counted.
+    rounds: How often each is timed.
+    console: Shows progress.
+
+  Returns:
+    Each call's median time.
+  """
+  times: list[list[float]] = [[] for _ in runs]
+  for run in track(runs, "Compiling", console=console, transient=True):
     jax.block_until_ready(run())
-    times.append(time.perf_counter() - start)
-  return statistics.median(times)
+  for _ in track(range(rounds), "Timing", console=console, transient=True):
+    for run, seconds in zip(runs, times, strict=True):
+      start = time.perf_counter()
+      jax.block_until_ready(run())
+      seconds.append(time.perf_counter() - start)
+  return [statistics.median(seconds) for seconds in times]
 
 
-def matmul_flops() -> float:
-  """Measures float32 matrix products, in FLOP/s of one device."""
+def _matrix_product() -> Callable[[], jax.Array]:
+  """Returns a float32 matrix product of `2 * _MATRIX ** 3` operations."""
   a = jnp.ones((_MATRIX, _MATRIX))
   product = jax.jit(lambda a: a @ a)
-  return 2 * _MATRIX**3 / _seconds(lambda: product(a), 10)
+  return lambda: product(a)
 
 
-def stream_bandwidth() -> float:
-  """Measures `a = a + 2 b` over large arrays, in bytes/s of one device."""
+def _stream() -> Callable[[], jax.Array]:
+  """Returns `a = a + 2 b`, which moves `3 * 4 * _STREAM` bytes."""
   a, b = jnp.ones(_STREAM), jnp.ones(_STREAM)
   update = jax.jit(lambda a, b: a + 2.0 * b, donate_argnums=0)
 
@@ -58,7 +72,7 @@ def stream_bandwidth() -> float:
     a = update(a, b)
     return a
 
-  return 3 * 4 * _STREAM / _seconds(run, 10)
+  return run
 
 
 def mle_step_floor(
@@ -110,7 +124,7 @@ def benchmark(
   dataset: Dataset,
   config: Config,
   console: Console,
-  repeats: int = 20,
+  rounds: int = 20,
 ) -> dict[str, Any]:
   """Measures the training step by shape, and greedy decoding.
 
@@ -118,12 +132,11 @@ def benchmark(
     dataset: Whose shapes to use.
     config: Of the system.
     console: Shows progress.
-    repeats: Timed steps a shape.
+    rounds: Timed steps a shape.
 
   Returns:
     A JSON value; times are medians in seconds.
   """
-  peak, bandwidth = matmul_flops(), stream_bandwidth()
   model = registry.create_model(config.model, len(dataset.vocabulary))
   optimizer = create_optimizer(config.train, config.model.emb_dim)
   state = create_train_state(model, optimizer, config.train.seed)
@@ -132,22 +145,32 @@ def benchmark(
   state = parallel.replicate(state)
   key = parallel.replicate(jax.random.key(config.train.seed))
   p_mle_step = steps.pmap_mle_step(model, optimizer)
-  shapes = []
   by_shape = _batches_by_shape(dataset.encoded("train"), config, dataset.shapes)
+
+  def step(batch: Batch) -> Any:
+    nonlocal state
+    state, sums = p_mle_step(state, batch, key)
+    return state, sums
+
+  batches = [parallel.shard(batch) for _, _, batch in by_shape]
+  product_seconds, stream_seconds, *step_seconds = _median_seconds(
+    [
+      _matrix_product(),
+      _stream(),
+      *(functools.partial(step, batch) for batch in batches),
+    ],
+    rounds,
+    console,
+  )
+  peak = 2 * _MATRIX**3 / product_seconds
+  bandwidth = 3 * 4 * _STREAM / stream_seconds
   devices = jax.local_device_count()
-  for count, shape, batch in track(
-    by_shape, "Timing the MLE step", console=console, transient=True
+  shapes = []
+  for (count, shape, _), batch, seconds in zip(
+    by_shape, batches, step_seconds, strict=True
   ):
-    sharded = parallel.shard(batch)
-    compiled = p_mle_step.lower(state, sharded, key).compile()
+    compiled = p_mle_step.lower(state, batch, key).compile()
     flops = parallel.step_flops(compiled)
-
-    def step(sharded: Batch = sharded) -> Any:
-      nonlocal state
-      state, sums = p_mle_step(state, sharded, key)
-      return state, sums
-
-    seconds = _seconds(step, repeats)
     floor = mle_step_floor(flops, parameters, peak, bandwidth)
     shapes.append(
       {
