@@ -144,7 +144,7 @@ def benchmark(
   parameters = sum(x.size for x in jax.tree.leaves(params))
   state = parallel.replicate(state)
   key = parallel.replicate(jax.random.key(config.train.seed))
-  p_mle_step = steps.pmap_mle_step(model, optimizer)
+  p_mle_step = steps.compile_mle_step(model, optimizer)
   by_shape = _batches_by_shape(dataset.encoded("train"), config, dataset.shapes)
 
   def step(batch: Batch) -> Any:

@@ -133,8 +133,8 @@ class System:
     self.eval_shapes = pipeline.eval_shapes(self.shapes)
     self.params = parallel.replicate(params)
     model = registry.create_model(config.model, len(vocabulary))
-    self.p_eval_step = steps.pmap_eval_step(model)
-    self.p_predict_step = steps.pmap_predict_step(model, config.eval)
+    self.p_eval_step = steps.compile_eval_step(model)
+    self.p_predict_step = steps.compile_predict_step(model, config.eval)
 
   def respond(
     self, encoded: Sequence[Encoded], batch_size: int

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXIS = "batch"
 
 
-def pmap(
+def compile_step(
   step: Callable[..., Any],
   *,
   in_axes: tuple[int | None, ...],

@@ -1,4 +1,4 @@
-"""Pure steps: `(state, batch, key) -> (state, metrics)`, for `parallel.pmap`.
+"""Pure steps: `(state, batch, key) -> (state, metrics)`, and their compilation.
 
 Metrics are sums over the global batch with their counts; divide at the end.
 """
@@ -16,7 +16,7 @@ from empdg_jax.config import EvalConfig, ModelConfig
 from empdg_jax.data import vocab
 from empdg_jax.data.pipeline import Batch
 from empdg_jax.models.generator import Inputs
-from empdg_jax.parallel import pmap, psum
+from empdg_jax.parallel import compile_step, psum
 from empdg_jax.train_state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -196,11 +196,11 @@ def predict_step(
   return Prediction(tokens, cache.copied_from, emotion_probs)
 
 
-def pmap_mle_step(
+def compile_mle_step(
   model: nn.Module, optimizer: optax.GradientTransformation
 ) -> Any:
   """Returns `mle_step` for all devices; it donates its state."""
-  return pmap(
+  return compile_step(
     functools.partial(mle_step, model=model, optimizer=optimizer),
     in_axes=(None, 0, None),
     out_axes=(None, None),
@@ -208,18 +208,18 @@ def pmap_mle_step(
   )
 
 
-def pmap_eval_step(model: nn.Module) -> Any:
+def compile_eval_step(model: nn.Module) -> Any:
   """Returns `eval_step` for all devices."""
-  return pmap(
+  return compile_step(
     functools.partial(eval_step, model=model),
     in_axes=(None, 0),
     out_axes=(None, 0),
   )
 
 
-def pmap_predict_step(model: nn.Module, config: EvalConfig) -> Any:
+def compile_predict_step(model: nn.Module, config: EvalConfig) -> Any:
   """Returns `predict_step` for all devices."""
-  return pmap(
+  return compile_step(
     functools.partial(predict_step, model=model, config=config),
     in_axes=(None, 0),
     out_axes=0,

@@ -206,8 +206,8 @@ class _Trainer:
     self._writer = writer
     self._learning_rate = learning_rate(config.train, config.model.emb_dim)
     self._key = parallel.replicate(jax.random.key(config.train.seed))
-    self._p_mle_step = steps.pmap_mle_step(model, optimizer)
-    self._p_eval_step = steps.pmap_eval_step(model)
+    self._p_mle_step = steps.compile_mle_step(model, optimizer)
+    self._p_eval_step = steps.compile_eval_step(model)
     self._valid_batches = list(
       pipeline.eval_batches(
         dataset.encoded("valid"),

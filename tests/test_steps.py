@@ -158,8 +158,8 @@ def compile_steps() -> Steps:
   )
   return Steps(
     TrainState(np.int32(0), params, optimizer.init(params)),
-    steps.pmap_mle_step(MODEL, optimizer),
-    steps.pmap_eval_step(MODEL),
+    steps.compile_mle_step(MODEL, optimizer),
+    steps.compile_eval_step(MODEL),
   )
 
 
@@ -298,7 +298,7 @@ def test_evaluation_equals_the_reference(compiled: Steps) -> None:
 def test_prediction_is_the_references_argmax(compiled: Steps) -> None:
   """Greedy responses, token by token, by the whole equations."""
   config = EvalConfig(max_decode_steps=5)
-  predict = steps.pmap_predict_step(MODEL, config)
+  predict = steps.compile_predict_step(MODEL, config)
   prediction = parallel.unshard(
     predict(
       parallel.replicate(compiled.state.params), parallel.shard(make_batch(7))
