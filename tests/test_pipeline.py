@@ -448,7 +448,7 @@ def load_vectors(path: Path, dim: int = 4) -> tuple[np.ndarray, float]:
 
 @pytest.mark.parametrize("name", ["vectors.txt", "vectors.txt.gz"])
 def test_vectors(name: str, tmp_path: Path) -> None:
-  """Found words get the file's numbers, the rest small random ones."""
+  """Found words get the file's numbers, scaled; the rest small random ones."""
   path = tmp_path / name
   content = b"b 5 -6.5 7e1\nzebra 1 1 1\na .25 8 9\nUNK 40 40 40\n"
   path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
@@ -457,8 +457,11 @@ def test_vectors(name: str, tmp_path: Path) -> None:
 
   assert embeddings.shape == (12, 4)
   assert embeddings.dtype == np.float32
-  np.testing.assert_array_equal(embeddings[8, :3], [0.25, 8, 9])
-  np.testing.assert_array_equal(embeddings[9, :3], [5, -6.5, 70])
+  numbers = np.array([[0.25, 8, 9], [5, -6.5, 70]])
+  size = np.sqrt(np.mean(numbers**2))
+  np.testing.assert_allclose(
+    embeddings[8:10, :3], numbers * 4**-0.5 / size, rtol=1e-6
+  )
   assert coverage == 0.5
   rest = np.concatenate(
     [embeddings[8:10, 3], embeddings[[*range(8), 10, 11]].ravel()]

@@ -15,11 +15,11 @@ def random_embeddings(
 ) -> np.ndarray:
   """Returns small normal values, `[vocab_size, dim]` float32.
 
-  Words get values of about a fourth of the vectors' own. Special tokens get
-  smaller ones still: CLS and LAB gather what attention brings to their
-  position, which must not drown in their own embedding.
+  Words get values of a fourth of `load_vectors`' scale. Special tokens get a
+  tenth of that: CLS and LAB gather what attention brings to their position,
+  which must not drown in their own embedding.
   """
-  embeddings = rng.normal(0.0, 0.1, (vocab_size, dim))
+  embeddings = rng.normal(0.0, 0.25 * dim**-0.5, (vocab_size, dim))
   embeddings[: len(SPECIAL_TOKENS)] *= 0.1
   return embeddings.astype(np.float32)
 
@@ -28,6 +28,11 @@ def load_vectors(
   path: str, vocabulary: Vocabulary, dim: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, float]:
   """Reads vectors in GloVe's text format: a word and its numbers a line.
+
+  They are scaled to a root mean square of `dim ** -0.5`, so that the model's
+  `sqrt(dim)` makes them of size 1. At GloVe's own size they would be ten times
+  as large, and for thousands of steps little that a layer adds would count
+  beside them.
 
   Args:
     path: The file, gzipped if its name ends in `.gz`.
@@ -77,4 +82,7 @@ def load_vectors(
     ) from error
   if not width:
     raise InputError(f"{path}: holds no vector")
+  rows = sorted(found)
+  if rows and (size := np.sqrt(np.mean(embeddings[rows, :width] ** 2))):
+    embeddings[rows, :width] *= dim**-0.5 / size
   return embeddings, len(found) / (len(vocabulary) - len(SPECIAL_TOKENS))

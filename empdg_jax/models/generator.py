@@ -93,7 +93,14 @@ class Generator(nn.Module):
     if c.pointer_generator:
       self.gate = nn.Dense(1)
     if not c.tie_embeddings:
-      self.vocab_projection = nn.Dense(self.vocab_size, use_bias=False)
+      # Glorot's bound, a sixth of the layer's default, gives every word almost
+      # the same chance at first: words that are never targets keep what they
+      # are given, and must not take probability from the others.
+      self.vocab_projection = nn.Dense(
+        self.vocab_size,
+        use_bias=False,
+        kernel_init=nn.initializers.xavier_uniform(),
+      )
 
   def _embed(self, *ids: jax.Array) -> list[jax.Array]:
     """Returns scaled word embeddings, `[batch, length, d]` for each argument.
