@@ -1,5 +1,6 @@
 """What this machine makes of the training step and of decoding."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -25,7 +26,14 @@ from empdg_jax.data import pipeline
 from empdg_jax.data.pipeline import Batch, Encoded, Shape
 from empdg_jax.data.prepare import Dataset
 from empdg_jax.models import registry
-from empdg_jax.train_state import create_optimizer, create_train_state
+from empdg_jax.models.adversary import Adversary
+from empdg_jax.train_state import (
+  TrainState,
+  create_critics_optimizer,
+  create_critics_state,
+  create_optimizer,
+  create_train_state,
+)
 
 _MATRIX = 2048  # Rows and columns of the matrix product.
 _STREAM = 2**25  # Elements of the streamed arrays: 128 MB each, beyond caches.
@@ -114,6 +122,58 @@ def _batches_by_shape(
   ]
 
 
+def _adversarial_steps(
+  dataset: Dataset,
+  config: Config,
+  names: tuple[str, ...],
+  model: Any,
+  params: Any,
+  batch: Any,
+  key: Any,
+) -> dict[str, Callable[[], Any]]:
+  """Returns the steps of phases 2 and 3 on one batch, by signal."""
+  taken: dict[str, Callable[[], Any]] = {}
+  for signal in ("straight_through", "expected"):
+    train = dataclasses.replace(config.train, generator_signal=signal)
+    adversary = Adversary(
+      registry.create_critic(config.model),
+      dataset.emotional_table(),
+      config.model.max_emotional_words,
+      train,
+    )
+    optimizer = create_optimizer(train, config.model.emb_dim)
+    critics_optimizer = create_critics_optimizer(train)
+    critics = parallel.replicate(
+      create_critics_state(adversary.critic, names, critics_optimizer, 0)
+    )
+    generator = parallel.replicate(
+      TrainState(jnp.int32(0), params, optimizer.init(params))
+    )
+    judge = steps.compile_discriminator_step(
+      model, adversary, critics_optimizer
+    )
+    generate = steps.compile_adversarial_generator_step(
+      model, adversary, optimizer
+    )
+    states = {"critics": critics, "generator": generator}
+
+    def of_critics(states: Any = states, judge: Any = judge) -> Any:
+      states["critics"], sums = judge(
+        states["critics"], states["generator"].params, batch, key
+      )
+      return sums
+
+    def of_generator(states: Any = states, generate: Any = generate) -> Any:
+      states["generator"], sums = generate(
+        states["generator"], states["critics"].params, batch, key
+      )
+      return sums
+
+    taken[f"discriminator, {signal}"] = of_critics
+    taken[f"generator, {signal}"] = of_generator
+  return taken
+
+
 def _peak_memory() -> int:
   """Returns the most memory that this process has had, in bytes."""
   kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -162,6 +222,21 @@ def benchmark(
     rounds,
     console,
   )
+  memory = _peak_memory()
+  adversarial = {}
+  if names := registry.critic_names(config.model):
+    steps_taken = _adversarial_steps(
+      dataset, config, names, model, params, batches[0], key
+    )
+    mle_seconds, *seconds = _median_seconds(
+      [functools.partial(step, batches[0]), *steps_taken.values()],
+      rounds,
+      console,
+    )
+    adversarial = {
+      name: {"step_seconds": s, "times_mle_step": s / mle_seconds}
+      for name, s in zip(steps_taken, seconds, strict=True)
+    }
   peak = 2 * _MATRIX**3 / product_seconds
   bandwidth = 3 * 4 * _STREAM / stream_seconds
   devices = jax.local_device_count()
@@ -186,7 +261,6 @@ def benchmark(
         "times_floor": seconds / floor,
       }
     )
-  memory = _peak_memory()
   del state
 
   system = evaluate.System(config, dataset.vocabulary, params)
@@ -210,6 +284,7 @@ def benchmark(
     "epoch_seconds": sum(
       s["step_seconds"] * s["batches_per_epoch"] for s in shapes
     ),
+    "adversarial_steps": adversarial,
     "greedy_decoding": {
       "responses": len(responses),
       "seconds": decoding,
@@ -248,6 +323,17 @@ def print_benchmark(values: dict[str, Any], console: Console) -> None:
       f"{shape['times_floor']:.2f}",
     )
   console.print(table)
+  if values["adversarial_steps"]:
+    table = Table(title="Adversarial steps on the most frequent shape")
+    for column in ("step", "ms", "x MLE step"):
+      table.add_column(column, justify="left" if column == "step" else "right")
+    for name, step in values["adversarial_steps"].items():
+      table.add_row(
+        name,
+        f"{1e3 * step['step_seconds']:.0f}",
+        f"{step['times_mle_step']:.2f}",
+      )
+    console.print(table)
   greedy = values["greedy_decoding"]
   console.print(
     f"An epoch: {values['epoch_seconds'] / 60:.1f} min. Greedy decoding: "

@@ -17,6 +17,18 @@ from empdg_jax.data.vocab import Vocabulary
 from empdg_jax.train_state import TrainState
 
 LATEST, BEST = "latest", "best"
+# What a generator's parameters mean, besides their shapes.
+_GENERATOR_FIELDS = (
+  "emb_dim",
+  "num_layers",
+  "num_heads",
+  "key_value_depth",
+  "filter_size",
+  "norm_order",
+  "feed_forward",
+  "pointer_generator",
+  "tie_embeddings",
+)
 
 
 def write_run(
@@ -110,25 +122,37 @@ class Checkpoints:
     }
 
   def save(
-    self, kind: str, state: TrainState, progress: dict[str, Any]
+    self,
+    kind: str,
+    step: int,
+    generator: TrainState,
+    critics: TrainState | None,
+    progress: dict[str, Any],
   ) -> None:
     """Begins to write a checkpoint; the arrays may be changed afterwards.
 
     Args:
       kind: `LATEST` or `BEST`.
-      state: NumPy arrays, as `parallel.unreplicate` gives them.
+      step: The run's updates so far.
+      generator: NumPy arrays, as `parallel.unreplicate` gives them.
+      critics: The same of the critics, if the system has any.
       progress: A JSON value: where data and training stand.
 
     Raises:
       InputError: This one or the one before could not be written.
     """
-    optimizer = {"step": state.step, "opt_state": state.opt_state}
+    trees = {"params": generator.params, "optimizer": _optimizer(generator)}
+    if critics is not None:
+      trees["critics"] = critics.params
+      trees["critics_optimizer"] = _optimizer(critics)
     with self._writing():
       self._managers[kind].save(
-        int(state.step),
+        step,
         args=ocp.args.Composite(
-          params=ocp.args.StandardSave(_arrays(state.params)),
-          optimizer=ocp.args.StandardSave(_arrays(optimizer)),
+          **{
+            name: ocp.args.StandardSave(_arrays(tree))
+            for name, tree in trees.items()
+          },
           progress=ocp.args.JsonSave(progress),
         ),
       )
@@ -173,29 +197,39 @@ class Checkpoints:
     Raises:
       InputError: There is no such checkpoint, or its shapes differ.
     """
+    return self._restore(kind, "params", like)
+
+  def restore_generator(self, kind: str, like: TrainState) -> TrainState:
+    """Reads the generator that `save` was given; see `restore_params`."""
+    params = self.restore_params(kind, like.params)
+    return TrainState(
+      params=params, **self._restore(kind, "optimizer", _optimizer(like))
+    )
+
+  def restore_critics(
+    self, kind: str, like: TrainState | None
+  ) -> TrainState | None:
+    """Reads the critics that `save` was given; see `restore_params`."""
+    if like is None:
+      return None
+    params = self._restore(kind, "critics", like.params)
+    return TrainState(
+      params=params,
+      **self._restore(kind, "critics_optimizer", _optimizer(like)),
+    )
+
+  def restore_progress(self, kind: str) -> dict[str, Any]:
+    """Reads the progress that `save` was given."""
+    return self._managers[kind].restore(
+      self.step(kind), args=ocp.args.Composite(progress=ocp.args.JsonRestore())
+    )["progress"]
+
+  def _restore(self, kind: str, item: str, like: Any) -> Any:
     step = self.step(kind)
     if step is None:
       raise InputError(
         f"{self._root} holds no {kind} checkpoint; 'empdg train' writes one"
       )
-    return self._restore(kind, step, "params", like)
-
-  def restore(
-    self, kind: str, like: TrainState
-  ) -> tuple[TrainState, dict[str, Any]]:
-    """Reads what `save` was given; see `restore_params`."""
-    params = self.restore_params(kind, like.params)
-    step = self.step(kind)
-    assert step is not None
-    rest = self._restore(
-      kind, step, "optimizer", {"step": like.step, "opt_state": like.opt_state}
-    )
-    progress = self._managers[kind].restore(
-      step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
-    )["progress"]
-    return TrainState(params=params, **rest), progress
-
-  def _restore(self, kind: str, step: int, item: str, like: Any) -> Any:
     where = f"{self._root / kind / str(step)}"
     try:
       tree = self._managers[kind].restore(
@@ -219,6 +253,11 @@ class Checkpoints:
           f" this configuration needs {np.shape(leaf)}"
         )
     return tree
+
+
+def _optimizer(state: TrainState) -> dict[str, Any]:
+  """Returns all of a state but its parameters."""
+  return {"step": state.step, "opt_state": state.opt_state}
 
 
 def _arrays(tree: Any) -> Any:
@@ -250,3 +289,45 @@ def open_run(workdir: pathlib.Path) -> Run:
   """
   config = read_config(workdir)
   return Run(workdir, config, vocab.load_vocabulary(workdir / "vocab.txt"))
+
+
+def restore_generator(
+  workdir: pathlib.Path,
+  config: Config,
+  vocabulary: Vocabulary,
+  like: TrainState,
+) -> TrainState:
+  """Reads the best generator of another run, with its optimiser's state.
+
+  Args:
+    workdir: The other run's folder.
+    config: This run's configuration.
+    vocabulary: Its vocabulary.
+    like: A state of the expected shapes.
+
+  Returns:
+    NumPy arrays.
+
+  Raises:
+    InputError: There is no such run, or its vocabulary, generator or shapes
+      are not this run's.
+  """
+  where = f"config.train.mle_checkpoint={str(workdir)!r}"
+  run = open_run(workdir)
+  if run.vocabulary != vocabulary:
+    raise InputError(
+      f"{where}: its vocabulary of {len(run.vocabulary):,} tokens is not this "
+      f"run's of {len(vocabulary):,}; both need the same config.data"
+    )
+  for name in _GENERATOR_FIELDS:
+    theirs, ours = getattr(run.config.model, name), getattr(config.model, name)
+    if theirs != ours:
+      raise InputError(
+        f"{where}: that run has config.model.{name}={theirs!r}, this one "
+        f"{ours!r}"
+      )
+  checkpoints = Checkpoints(workdir)
+  try:
+    return checkpoints.restore_generator(BEST, like)
+  finally:
+    checkpoints.close()

@@ -61,6 +61,8 @@ class DataConfig:
     (160, 48, 48),
     (160, 48, 100),
   )
+  # The padded length of a user's feedback in tokens; its end is cut.
+  feedback_length: int = 32
 
 
 @dataclasses.dataclass
@@ -81,11 +83,19 @@ class ModelConfig:
   emotion_loss_weight: float = 1.0  # gamma 1 of eq. 15.
   generation_loss_weight: float = 1.0  # gamma 2 of eq. 15.
   label_smoothing: float = 0.1  # Probability spread over the vocabulary.
+  # Of the critics' convolutions, in words; each has an equal share of filters.
+  kernel_widths: tuple[int, ...] = (1, 2, 3)
+  # The emotional critic reads at most so many words of an utterance.
+  max_emotional_words: int = 16
 
 
 @dataclasses.dataclass
 class TrainConfig:
-  """Training (paper §4.3, §5.4)."""
+  """Training in three phases (paper §4.3, §5.4).
+
+  Maximum likelihood first; then, for systems with critics, the critics alone;
+  then both in turn.
+  """
 
   seed: int = 0
   batch_size: int = 16  # Examples a step, over all devices.
@@ -97,8 +107,28 @@ class TrainConfig:
   adam_b1: float = 0.9
   adam_b2: float = 0.98
   adam_eps: float = 1e-9
-  log_every: int = 50  # Steps between lines in metrics.jsonl.
-  checkpoint_every: int = 500  # Steps between checkpoints to resume from.
+  # A run folder whose best generator takes the place of phase 1; "": none.
+  mle_checkpoint: str = ""
+  discriminator_steps: int = 1_000  # Of phase 2.
+  discriminator_learning_rate: float = 1e-4  # Adam's, constant.
+  gradient_penalty_weight: float = 0.1  # beta of eq. 19.
+  adversarial_rounds: int = 5_000  # Of phase 3, at most.
+  d_steps: int = 1  # Critics' steps a round.
+  g_steps: int = 5  # Generator's steps a round.
+  adversarial_eval_every: int = 200  # Rounds between validations.
+  adversarial_patience: int = 3  # Validations without a better one.
+  # What phase 3 keeps the best of: "emotion_accuracy" | "perplexity" |
+  # "perplexity_per_example".
+  selection_metric: str = "emotion_accuracy"
+  # How the critics move the generator: "straight_through" (through responses
+  # it samples), "expected" (through expected embeddings of teacher-forced
+  # words), "constant" (not at all: the scores are added as numbers).
+  generator_signal: str = "straight_through"
+  generator_signal_weight: float = 1.0  # Of -Dsem - Demo beside Lg; paper: 1.
+  sample_steps: int = 20  # Tokens of a sampled response, its EOS included.
+  sample_temperature: float = 1.0  # Of their gradients; see `decoding.py`.
+  log_every: int = 50  # Updates between lines in metrics.jsonl.
+  checkpoint_every: int = 500  # Updates between checkpoints to resume from.
 
 
 @dataclasses.dataclass
@@ -126,9 +156,19 @@ _CHOICES = {
   "data.vocab_scope": ("train", "all"),
   "model.norm_order": ("pre", "post"),
   "model.feed_forward": ("conv", "dense"),
+  "train.selection_metric": (
+    "emotion_accuracy",
+    "perplexity",
+    "perplexity_per_example",
+  ),
+  "train.generator_signal": ("straight_through", "expected", "constant"),
 }
 _MAY_BE_ZERO = {
   "train.seed",
+  "train.discriminator_steps",
+  "train.adversarial_rounds",
+  "train.gradient_penalty_weight",
+  "train.generator_signal_weight",
   "model.dropout_rate",
   "model.emotion_loss_weight",
   "model.label_smoothing",
@@ -181,6 +221,11 @@ def validate(config: Config) -> None:
       f"config.model.key_value_depth={model.key_value_depth}: expected a "
       f"multiple of config.model.num_heads={model.num_heads}"
     )
+  widths = model.kernel_widths
+  if not widths or not all(type(w) is int and w > 0 for w in widths):
+    raise InputError(
+      f"config.model.kernel_widths={widths!r}: expected widths of at least 1"
+    )
   shapes = config.data.shapes
   if not shapes or not all(
     type(s) is tuple
@@ -201,6 +246,13 @@ def to_json(config: Config) -> str:
   return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+def _with_tuples(value: Any) -> Any:
+  """Returns a JSON value with tuples for lists."""
+  if isinstance(value, dict):
+    return {name: _with_tuples(v) for name, v in value.items()}
+  return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
 def from_json(text: str, where: str) -> Config:
   """Reads what `to_json` wrote.
 
@@ -215,11 +267,7 @@ def from_json(text: str, where: str) -> Config:
     InputError: It is no JSON, or a field is unknown or wrong.
   """
   try:
-    values = json.loads(text)
-    if isinstance(shapes := values["data"]["shapes"], list):
-      values["data"]["shapes"] = tuple(
-        tuple(shape) if isinstance(shape, list) else shape for shape in shapes
-      )
+    values = _with_tuples(json.loads(text))
     config = Config(
       DataConfig(**values.pop("data")),
       ModelConfig(**values.pop("model")),
@@ -228,7 +276,7 @@ def from_json(text: str, where: str) -> Config:
     )
     if values:
       raise ValueError(f"unknown section {', '.join(values)}")
-  except (ValueError, TypeError, KeyError) as error:
+  except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise InputError(f"{where}: not a run's configuration ({error})") from error
   validate(config)
   return config

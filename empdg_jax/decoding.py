@@ -1,4 +1,4 @@
-"""Greedy and beam search over a callback and a cache.
+"""Greedy and beam search, and sampling, over a callback and a cache.
 
 The callback `step(tokens, cache, index) -> (log_probs, cache)` takes the
 tokens `[rows]` chosen at the step before and gives log-probabilities
@@ -11,8 +11,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from empdg_jax.rng import exponential
+
 Step = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 _WORST = -1e18
+
+
+def argmax(x: jax.Array) -> jax.Array:
+  """Returns the first largest's index, `[..., vocab] -> [...]`.
+
+  By two plain reductions: XLA's CPU backend does not vectorise `jnp.argmax`.
+  """
+  size = x.shape[-1]
+  largest = x == jnp.max(x, axis=-1, keepdims=True)
+  return jnp.min(jnp.where(largest, jnp.arange(size), size), axis=-1)
 
 
 def greedy_search(
@@ -39,7 +51,7 @@ def greedy_search(
   def body(carry: tuple) -> tuple:
     index, tokens, sequences, ended, cache = carry
     log_probs, cache = step(tokens, cache, index)
-    tokens = jnp.where(ended, pad, jnp.argmax(log_probs, axis=-1))
+    tokens = jnp.where(ended, pad, argmax(log_probs))
     sequences = sequences.at[:, index].set(tokens)
     return index + 1, tokens, sequences, ended | (tokens == eos), cache
 
@@ -155,3 +167,63 @@ def beam_search(
     scores.max(axis=1),
     (jax.tree.map(of_best, cache)),
   )
+
+
+def straight_through_sample(
+  step: Callable[[jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, Any]],
+  cache: Any,
+  keys: jax.Array,
+  vocab_size: int,
+  max_steps: int,
+  temperature: float,
+  *,
+  eos: int,
+  pad: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Draws sequences through which gradients flow (Jang et al., 2017).
+
+  A token is the largest of `log p + Gumbel noise`, which draws it from p; its
+  weights, `softmax((log p + noise) / temperature)`, stand for it in gradients.
+
+  Args:
+    step: `(tokens, weights, cache, index) -> (log_probs, cache)`: as for a
+      search, with the weights `[rows, vocab]` of the tokens.
+    cache: Its first cache.
+    keys: Of each row's noise, `[rows]`.
+    vocab_size: V.
+    max_steps: Tokens a sequence, EOS included.
+    temperature: Of the weights; the lower, the closer to the tokens and the
+      noisier the gradient.
+    eos: The id that ends a sequence.
+    pad: The id that fills a sequence up behind its end.
+
+  Returns:
+    Sequences `[rows, max_steps]`, and their weights
+    `[rows, max_steps, vocab]`.
+  """
+  rows = len(keys)
+
+  def body(carry: tuple, index: jax.Array) -> tuple[tuple, tuple]:
+    tokens, weights, ended, cache = carry
+    log_probs, cache = step(tokens, weights, cache, index)
+    noise = jax.vmap(
+      lambda key: (
+        -jnp.log(exponential(jax.random.fold_in(key, index), vocab_size))
+      )
+    )(keys)
+    noisy = log_probs + noise
+    tokens = jnp.where(ended, pad, argmax(noisy))
+    weights = jax.nn.softmax(noisy / temperature)
+    return (tokens, weights, ended | (tokens == eos), cache), (tokens, weights)
+
+  _, (tokens, weights) = jax.lax.scan(
+    body,
+    (
+      jnp.full((rows,), pad, jnp.int32),
+      jnp.zeros((rows, vocab_size)),
+      jnp.zeros((rows,), bool),
+      cache,
+    ),
+    jnp.arange(max_steps),
+  )
+  return tokens.T, weights.transpose(1, 0, 2)

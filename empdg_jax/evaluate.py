@@ -129,8 +129,8 @@ class System:
     """
     self.config = config
     self.vocabulary = vocabulary
-    self.shapes = tuple(Shape(*shape) for shape in config.data.shapes)
-    self.eval_shapes = pipeline.eval_shapes(self.shapes)
+    self.shapes = pipeline.padded_shapes(config.data)
+    self.eval_shapes = pipeline.coarse_shapes(self.shapes)
     self.params = parallel.replicate(params)
     model = registry.create_model(config.model, len(vocabulary))
     self.p_eval_step = steps.compile_eval_step(model)
@@ -148,8 +148,8 @@ class System:
     Yields:
       Each example's index and response, batch by batch.
     """
-    # Targets do not matter here, so batches are made by context alone.
-    blank = [e._replace(target=[vocab.EOS]) for e in encoded]
+    # Only contexts matter here, so batches are made by them alone.
+    blank = [e._replace(target=[vocab.EOS], feedback=[]) for e in encoded]
     shapes = _context_shapes(self.eval_shapes)
     for batch in pipeline.eval_batches(blank, shapes, batch_size=batch_size):
       prediction = parallel.unshard(

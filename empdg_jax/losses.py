@@ -4,10 +4,12 @@ Every loss returns values of single examples or tokens; the caller masks and
 averages.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 _TINY = 1e-20
 
@@ -131,3 +133,37 @@ def token_losses(
     (1.0 - label_smoothing) * nll - label_smoothing / vocab * total,
     nll,
   )
+
+
+def gradient_penalty(
+  score: Callable[[jax.Array], jax.Array],
+  generated: jax.Array,
+  gold: jax.Array,
+  alpha: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns how far each critic's slope is from 1 (eq. 19).
+
+  `(|| grad D(d') ||_2 - 1) ** 2` at `d' = alpha dN + (1 - alpha) dP`, the norm
+  over time and features together (Gulrajani et al., 2017). May be
+  differentiated in its turn, also where the slope is 0.
+
+  Args:
+    score: D, from `[batch, length, d]` to `[batch]`, each example apart.
+    generated: `dN`, `[batch, length, d]`.
+    gold: `dP`, the same shape.
+    alpha: Between 0 and 1, `[batch]`.
+
+  Returns:
+    The penalty and the norm, `[batch]` each.
+
+  >>> points = jnp.ones((1, 1, 2))
+  >>> plane = lambda x: jnp.sum(3.0 * x[..., 0] + 4.0 * x[..., 1], axis=-1)
+  >>> penalty, norm = gradient_penalty(plane, points, points, jnp.zeros(1))
+  >>> float(penalty[0]), float(norm[0])
+  (16.0, 5.0)
+  """
+  weight = alpha[:, None, None]
+  between = weight * generated + (1.0 - weight) * gold
+  gradient = jax.grad(lambda x: jnp.sum(score(x)))(between)
+  norm = optax.safe_norm(gradient, _TINY, axis=(1, 2))
+  return (norm - 1.0) ** 2, norm

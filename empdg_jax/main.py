@@ -370,13 +370,15 @@ def _use_large_pages() -> None:
   """Restarts the process once with an allocator that suits large arrays.
 
   On Linux, glibc's malloc gives large blocks back to the system as soon as
-  they are free, so that every training step would fault in its working memory
-  anew, page by small page; these settings are read only when a process starts.
+  they are free, and threads' arenas hold none, so that every training step
+  would fault in its working memory anew, page by small page; these settings
+  are read only when a process starts.
   """
   if platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
     return
   os.environ["GLIBC_TUNABLES"] = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:"
+    "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:"
+    "glibc.malloc.mmap_threshold=4294967296:"
     "glibc.malloc.trim_threshold=17179869184"
   )
   os.execv(

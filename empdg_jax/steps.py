@@ -4,6 +4,7 @@ Metrics are sums over the global batch with their counts; divide at the end.
 """
 
 import functools
+import zlib
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,6 +16,8 @@ from empdg_jax import decoding, losses
 from empdg_jax.config import EvalConfig, ModelConfig
 from empdg_jax.data import vocab
 from empdg_jax.data.pipeline import Batch
+from empdg_jax.models import adversary as adversary_lib
+from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.generator import Inputs
 from empdg_jax.parallel import compile_step, psum
 from empdg_jax.train_state import TrainState
@@ -58,9 +61,9 @@ def _mle_loss(
   outputs: Any = model.apply(
     {"params": params}, _inputs(batch), batch.target, keys
   )
-  emotion_logits, logits, pointer = outputs
+  emotion_logits = outputs.encoded.emotion_logits
   loss, nll = losses.token_losses(
-    logits, batch.target, pointer, label_smoothing
+    outputs.logits, batch.target, outputs.pointer, label_smoothing
   )
   is_token = (batch.target != vocab.PAD).astype(loss.dtype)
   tokens = jnp.sum(is_token, axis=-1)
@@ -90,6 +93,38 @@ def _global_sums(values: Metrics, mask: jax.Array) -> Metrics:
   )
 
 
+def _update(
+  state: TrainState,
+  grads: Any,
+  optimizer: optax.GradientTransformation,
+  terms: jax.Array,
+) -> TrainState:
+  """Returns the next state; a loss that is not finite has no gradient."""
+  good = jnp.isfinite(terms)
+  grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  return TrainState(
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    opt_state=opt_state,
+  )
+
+
+def _mle_gradient(
+  params: Any, batch: Batch, keys: jax.Array, model: nn.Module
+) -> tuple[Any, Metrics]:
+  """Returns the gradient of the mean `Lg`, and sums, over the global batch."""
+  count = psum(jnp.sum(batch.mask))
+
+  def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
+    config: ModelConfig = model.config  # Every system has one.
+    loss, values = _mle_loss(params, batch, keys, model, config.label_smoothing)
+    return jnp.sum(loss * batch.mask) / count, values
+
+  grads, values = jax.grad(loss_fn, has_aux=True)(params)
+  return psum(grads), _global_sums(values, batch.mask)
+
+
 def mle_step(
   state: TrainState,
   batch: Batch,
@@ -108,27 +143,150 @@ def mle_step(
     optimizer: Its optimiser.
 
   Returns:
-    The next state, and sums over the global batch.
+    The next state, without the gradient of a loss that is not finite, and sums
+    over the global batch.
   """
   keys = example_keys(key, state.step, batch)
   del key
-  count = psum(jnp.sum(batch.mask))
+  grads, sums = _mle_gradient(state.params, batch, keys, model)
+  return _update(state, grads, optimizer, sums["loss"]), sums
+
+
+def _with_feedback(batch: Batch) -> jax.Array:
+  """Returns 1 for every example that the critics can judge, `[B]`."""
+  return batch.mask * (batch.feedback[:, 0] != vocab.PAD)
+
+
+def discriminator_step(
+  state: TrainState,
+  generator_params: Any,
+  batch: Batch,
+  key: jax.Array,
+  *,
+  model: nn.Module,
+  adversary: Adversary,
+  optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, Metrics]:
+  """Takes one step of the critics (eqs. 18-19); the generator is frozen.
+
+  Args:
+    state: The critics' state; its memory is reused when donated.
+    generator_params: The generator's parameters.
+    batch: This device's examples; those without feedback do not count.
+    key: The run's root key.
+    model: The system's generator.
+    adversary: Its critics.
+    optimizer: The critics' optimiser.
+
+  Returns:
+    The next state, without the gradient of a loss that is not finite, and sums
+    over the global batch; all but the loss are averages over the critics.
+  """
+  # Apart from the generator's keys, whose steps are counted from 0 as well.
+  key = jax.random.fold_in(key, zlib.crc32(b"discriminators"))
+  keys = example_keys(key, state.step, batch)
+  del key
+  response, encoded = adversary_lib.respond(
+    generator_params, _inputs(batch), batch.target, keys, model, adversary
+  )
+  readings = adversary_lib.readings(
+    state.params,
+    encoded,
+    (response, adversary_lib.given(generator_params, batch.target, model)),
+    adversary_lib.given(generator_params, batch.feedback, model),
+    adversary,
+  )
+  judged = _with_feedback(batch)
+  count = jnp.maximum(psum(jnp.sum(judged)), 1.0)
 
   def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
-    loss, values = _mle_loss(
-      params, batch, keys, model, model.config.label_smoothing
-    )
-    return jnp.sum(loss * batch.mask) / count, values
+    values: Metrics = {"examples": jnp.ones_like(judged)}
+    for name, reading in readings.items():
+      alpha_keys = jax.vmap(jax.random.fold_in, (0, None))(
+        keys, zlib.crc32(name.encode())
+      )
+      of_critic = adversary_lib.critic_losses(
+        adversary.critic,
+        params[name],
+        reading,
+        jax.vmap(jax.random.uniform)(alpha_keys),
+        adversary.config.gradient_penalty_weight,
+      )
+      for term, value in of_critic.items():
+        share = 1.0 if term == "loss" else 1.0 / len(readings)
+        values[term] = values.get(term, 0.0) + share * value
+    return jnp.sum(values["loss"] * judged) / count, values
 
   grads, values = jax.grad(loss_fn, has_aux=True)(state.params)
   grads = psum(grads)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  state = TrainState(
-    step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
-    opt_state=opt_state,
-  )
-  return state, _global_sums(values, batch.mask)
+  sums = _global_sums(values, judged)
+  terms = sums["loss"] + optax.tree.norm(grads)
+  return _update(state, grads, optimizer, terms), sums
+
+
+def adversarial_generator_step(
+  state: TrainState,
+  critic_params: Any,
+  batch: Batch,
+  key: jax.Array,
+  *,
+  model: nn.Module,
+  adversary: Adversary,
+  optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, Metrics]:
+  """Takes one step of `Lg - Dsem(dN) - Demo(dN)` (paper §4.2, §4.3).
+
+  The likelihood stays in every step: that is the paper's teacher forcing.
+
+  Args:
+    state: The generator's state; its memory is reused when donated.
+    critic_params: The critics' parameters.
+    batch: This device's examples; the critics skip those without feedback.
+    key: The run's root key.
+    model: The generator.
+    adversary: The critics.
+    optimizer: The generator's optimiser.
+
+  Returns:
+    The next state, without the gradient of a loss that is not finite, and sums
+    over the global batch.
+  """
+  keys = example_keys(key, state.step, batch)
+  del key
+  grads, sums = _mle_gradient(state.params, batch, keys, model)
+  judged = _with_feedback(batch)
+  count = jnp.maximum(psum(jnp.sum(judged)), 1.0)
+
+  def signal_fn(params: Any) -> tuple[jax.Array, jax.Array]:
+    response, encoded = adversary_lib.respond(
+      params, _inputs(batch), batch.target, keys, model, adversary
+    )
+    readings = adversary_lib.readings(
+      critic_params,
+      encoded,
+      (response,),
+      adversary_lib.given(params, batch.feedback, model),
+      adversary,
+    )
+    scores: Any = sum(
+      adversary.critic.apply({"params": critic_params[name]}, reading)[0]
+      for name, reading in readings.items()
+    )
+    return jnp.sum(scores * judged) / count, scores
+
+  signal_grads, scores = jax.grad(signal_fn, has_aux=True)(state.params)
+  signal_grads = psum(signal_grads)
+  norm = optax.tree.norm(signal_grads)
+  weight = adversary.config.generator_signal_weight
+  grads = jax.tree.map(lambda g, s: g - weight * s, grads, signal_grads)
+  sums |= {
+    "signal": psum(jnp.sum(scores, where=judged > 0)),
+    "judged": psum(jnp.sum(judged)),
+    # A sum like the others, to be divided by the examples.
+    "signal_grad_norm": norm * sums["examples"],
+  }
+  terms = sums["loss"] + sums["signal"] + norm
+  return _update(state, grads, optimizer, terms), sums
 
 
 def eval_step(
@@ -223,4 +381,42 @@ def compile_predict_step(model: nn.Module, config: EvalConfig) -> Any:
     functools.partial(predict_step, model=model, config=config),
     in_axes=(None, 0),
     out_axes=0,
+  )
+
+
+def compile_discriminator_step(
+  model: nn.Module,
+  adversary: Adversary,
+  optimizer: optax.GradientTransformation,
+) -> Any:
+  """Returns `discriminator_step` for all devices; it donates its state."""
+  return compile_step(
+    functools.partial(
+      discriminator_step,
+      model=model,
+      adversary=adversary,
+      optimizer=optimizer,
+    ),
+    in_axes=(None, None, 0, None),
+    out_axes=(None, None),
+    donate_state=True,
+  )
+
+
+def compile_adversarial_generator_step(
+  model: nn.Module,
+  adversary: Adversary,
+  optimizer: optax.GradientTransformation,
+) -> Any:
+  """Returns `adversarial_generator_step`; it donates its state."""
+  return compile_step(
+    functools.partial(
+      adversarial_generator_step,
+      model=model,
+      adversary=adversary,
+      optimizer=optimizer,
+    ),
+    in_axes=(None, None, 0, None),
+    out_axes=(None, None),
+    donate_state=True,
   )

@@ -1,31 +1,35 @@
-"""Training: maximum likelihood with validation, early stop and resumption."""
+"""Training in three phases, with validation, early stop and resumption."""
 
-import contextlib
 import dataclasses
-import json
+import math
 import pathlib
-import signal
 import time
-import types
-from collections.abc import Generator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import rich.console
-import rich.progress
-from tensorboardX import SummaryWriter
 
-from empdg_jax import checkpoint, evaluate, parallel, steps
-from empdg_jax import config as config_lib
+from empdg_jax import (
+  checkpoint,
+  evaluate,
+  parallel,
+  steps,
+  terminal,
+  train_state,
+)
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, prepare, vectors
+from empdg_jax.metric_writer import MetricWriter
 from empdg_jax.models import registry
-from empdg_jax.train_state import (
-  create_optimizer,
-  create_train_state,
-  learning_rate,
-)
+from empdg_jax.models.adversary import Adversary
+from empdg_jax.train_state import TrainState
+
+MLE, DISCRIMINATOR, ADVERSARIAL = "mle", "discriminator", "adversarial"
+
+# Metric sums of one step, of the "generator" or the "discriminator".
+_Sums = tuple[str, Any]
 
 
 @dataclasses.dataclass
@@ -34,91 +38,48 @@ class Progress:
 
   Attributes:
     phase: The phase's name in `metrics.jsonl`.
-    best: The best validation perplexity so far.
+    done: Its steps, or rounds, that are done.
+    updates: The whole run's, of generator and critics: the step of its logs.
+    best: The best validation so far in this phase.
     worse: Validations in a row without a better one.
     data: The state of the iterator over training batches.
   """
 
-  phase: str = "mle"
+  phase: str = MLE
+  done: int = 0
+  updates: int = 0
   best: float | None = None
   worse: int = 0
   data: Any = None
 
 
-class MetricWriter:
-  """Writes `metrics.jsonl` and TensorBoard events."""
+@dataclasses.dataclass(frozen=True)
+class _Phase:
+  """One of the three phases.
 
-  def __init__(self, workdir: pathlib.Path, resumed_step: int) -> None:
-    """Opens both, forgetting what was logged after `resumed_step`."""
-    path = workdir / "metrics.jsonl"
-    kept = []
-    if path.exists():
-      for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        with contextlib.suppress(ValueError):  # The cut-off line of a kill.
-          if json.loads(line)["step"] <= resumed_step:
-            kept.append(line)
-    with config_lib.atomic_path(path) as temporary:
-      temporary.write_text("".join(kept), encoding="utf-8")
-    self._file = path.open("a", encoding="utf-8")
-    self._board = SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=resumed_step + 1
-    )
+  Attributes:
+    name: In `metrics.jsonl`.
+    title: For people.
+    total: Its steps, or rounds, at most.
+    updates: Of generator and critics, in each of them.
+    run: Takes one of them and returns the sums of its updates.
+    eval_every: Steps, or rounds, between validations; 0 for none.
+    patience: Validations without a better one before it stops.
+    metric: What it keeps the best of.
+  """
 
-  def write(self, step: int, phase: str, values: dict[str, float]) -> None:
-    """Writes values of one step by their names."""
-    for name, value in values.items():
-      line = {"step": step, "phase": phase, "name": name, "value": value}
-      self._file.write(json.dumps(line) + "\n")
-      self._board.add_scalar(name, value, step)
-    self._file.flush()
-
-  def close(self) -> None:
-    """Closes both files."""
-    self._file.close()
-    self._board.close()
-
-
-class _Interrupt:
-  """Whether the user or the system has asked to stop."""
-
-  requested = False
-
-  def __call__(self, number: int, frame: types.FrameType | None) -> None:
-    del frame
-    self.requested = True
-    signal.signal(number, signal.SIG_DFL)  # The second time it ends at once.
-
-
-@contextlib.contextmanager
-def _catch_interrupts() -> Generator[_Interrupt]:
-  interrupt = _Interrupt()
-  previous = {
-    number: signal.signal(number, interrupt)
-    for number in (signal.SIGINT, signal.SIGTERM)
-  }
-  try:
-    yield interrupt
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
-
-
-def _progress_bar(console: rich.console.Console) -> rich.progress.Progress:
-  return rich.progress.Progress(
-    rich.progress.TextColumn("{task.description}"),
-    rich.progress.BarColumn(),
-    rich.progress.MofNCompleteColumn(),
-    rich.progress.TextColumn("{task.fields[rate]}"),
-    rich.progress.TimeElapsedColumn(),
-    rich.progress.TextColumn("ETA"),
-    rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
-    console=console,
-    disable=not console.is_terminal,
-  )
+  name: str
+  title: str
+  total: int
+  updates: int
+  run: Callable[[], list[_Sums]]
+  eval_every: int = 0
+  patience: int = 1
+  metric: str = "perplexity"
 
 
 def train(config: Config, workdir: pathlib.Path) -> bool:
-  """Trains a system by maximum likelihood, or goes on where it was stopped.
+  """Trains a system, or goes on where it was stopped.
 
   Args:
     config: The run's configuration.
@@ -128,7 +89,8 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
     Whether training came to its end, and was not interrupted.
 
   Raises:
-    InputError: Something given is wrong; nothing has been written then.
+    InputError: Something given is wrong, and nothing has been written; or the
+      loss is not finite, and the state before that has been saved.
   """
   devices = jax.device_count()
   for name in ("train", "eval"):
@@ -137,199 +99,417 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
         f"config.{name}.batch_size={getattr(config, name).batch_size} does not "
         f"divide among {devices} devices"
       )
+  if config.train.mle_checkpoint and not registry.critic_names(config.model):
+    raise InputError(
+      f"config.train.mle_checkpoint: {config.model.name} has no phase after "
+      "maximum likelihood to begin with; use a system with critics, or ''"
+    )
   checkpoint.check_same_config(workdir, config)
-  console = rich.console.Console()
-  dataset = prepare.load_dataset(config.data)
-  model = registry.create_model(config.model, len(dataset.vocabulary))
-  optimizer = create_optimizer(config.train, config.model.emb_dim)
-  embeddings = None
-  if config.data.vectors:
+  trainer = _Trainer(config, workdir)
+  try:
+    return trainer.run()
+  finally:
+    trainer.close()
+
+
+class _Trainer:
+  """One process's view of a run in progress."""
+
+  def __init__(self, config: Config, workdir: pathlib.Path) -> None:
+    """Begins a run, or resumes it."""
+    self._config, self._workdir = config, workdir
+    self._console = rich.console.Console()
+    self._progress = Progress()
+    dataset = prepare.load_dataset(config.data)
+    model = registry.create_model(config.model, len(dataset.vocabulary))
+    optimizer = train_state.create_optimizer(config.train, config.model.emb_dim)
+    self._learning_rate = train_state.learning_rate(
+      config.train, config.model.emb_dim
+    )
+    self._p_mle_step = steps.compile_mle_step(model, optimizer)
+    self._p_eval_step = steps.compile_eval_step(model)
+
+    # In this order:
+    # 1. the state of a new run, which also gives the shapes;
+    self._generator = train_state.create_train_state(
+      model, optimizer, config.train.seed, self._word_vectors(dataset)
+    )
+    self._critics: Any = self._create_adversary(dataset, model, optimizer)
+    # 2. over it another run's generator, if one is given;
+    if config.train.mle_checkpoint:
+      self._generator = checkpoint.restore_generator(
+        pathlib.Path(config.train.mle_checkpoint),
+        config,
+        dataset.vocabulary,
+        self._generator,
+      )
+      self._progress.phase = DISCRIMINATOR
+    # 3. over both the latest checkpoint, if there is one;
+    checkpoint.write_run(workdir, config, dataset.vocabulary)
+    self._checkpoints = checkpoint.Checkpoints(workdir, create=True)
+    if self._checkpoints.step(checkpoint.LATEST) is not None:
+      self._generator = self._checkpoints.restore_generator(
+        checkpoint.LATEST, self._generator
+      )
+      self._critics = self._checkpoints.restore_critics(
+        checkpoint.LATEST, self._critics
+      )
+      self._progress = Progress(
+        **self._checkpoints.restore_progress(checkpoint.LATEST)
+      )
+      self._console.print(
+        f"Resuming {workdir} at step {self._progress.updates:,}"
+      )
+    # 4. the batches, at the position saved with that checkpoint;
+    self._train_set = dataset.encoded("train")
+    self._shapes = dataset.shapes
+    self._batches = self._open_batches()
+    # 5. the logs, without what was logged after that checkpoint.
+    self._writer = MetricWriter(workdir, self._progress.updates)
+
+    self._valid_batches = list(
+      pipeline.eval_batches(
+        dataset.encoded("valid"),
+        pipeline.coarse_shapes(dataset.shapes),
+        batch_size=config.eval.batch_size,
+        host=jax.process_index(),
+        num_hosts=jax.process_count(),
+      )
+    )
+    self._generator_steps = int(self._generator.step)
+    self._generator = parallel.replicate(self._generator)
+    self._critics = parallel.replicate(self._critics)
+    self._key = parallel.replicate(jax.random.key(config.train.seed))
+
+  def _open_batches(self) -> Any:
+    """Returns the iterator over the phase's batches, where training stands.
+
+    Phases 2 and 3 pad to fewer shapes: their steps take long to compile, and
+    most of their time does not depend on the padding.
+    """
+    mle = self._progress.phase == MLE
+    batches = pipeline.train_batches(
+      self._train_set,
+      self._shapes if mle else pipeline.coarse_shapes(self._shapes),
+      batch_size=self._config.train.batch_size,
+      seed=self._config.train.seed,
+      host=jax.process_index(),
+      num_hosts=jax.process_count(),
+    )
+    if self._progress.data is not None:
+      batches.set_state(self._progress.data)
+    return batches
+
+  def _word_vectors(self, dataset: prepare.Dataset) -> np.ndarray | None:
+    config = self._config
+    if not config.data.vectors or config.train.mle_checkpoint:
+      return None
     embeddings, coverage = vectors.load_vectors(
       config.data.vectors,
       dataset.vocabulary,
       config.model.emb_dim,
       np.random.default_rng(config.train.seed),
     )
-    console.print(f"Word vectors for {coverage:.1%} of the vocabulary")
-  checkpoint.write_run(workdir, config, dataset.vocabulary)
+    self._console.print(f"Word vectors for {coverage:.1%} of the vocabulary")
+    return embeddings
 
-  # Resuming, in this order:
-  # 1. the state a new run would begin with, which gives the shapes;
-  # 2. over it the latest checkpoint, if there is one;
-  # 3. the batches, at the position saved with that checkpoint;
-  # 4. the logs, without what was logged after that checkpoint.
-  state = create_train_state(model, optimizer, config.train.seed, embeddings)
-  checkpoints = checkpoint.Checkpoints(workdir, create=True)
-  progress = Progress()
-  if checkpoints.step(checkpoint.LATEST) is not None:
-    state, saved = checkpoints.restore(checkpoint.LATEST, state)
-    progress = Progress(**saved)
-    console.print(f"Resuming {workdir} at step {int(state.step):,}")
-  batches = pipeline.train_batches(
-    dataset.encoded("train"),
-    dataset.shapes,
-    batch_size=config.train.batch_size,
-    seed=config.train.seed,
-    host=jax.process_index(),
-    num_hosts=jax.process_count(),
-  )
-  if progress.data is not None:
-    batches.set_state(progress.data)
-  writer = MetricWriter(workdir, int(state.step))
-  try:
-    return _Trainer(
-      config, workdir, console, dataset, model, optimizer, checkpoints, writer
-    ).run_mle(state, batches, progress)
-  finally:
-    checkpoints.close()
-    writer.close()
-
-
-class _Trainer:
-  """One process's view of a run in progress."""
-
-  def __init__(
-    self,
-    config: Config,
-    workdir: pathlib.Path,
-    console: rich.console.Console,
-    dataset: prepare.Dataset,
-    model: Any,
-    optimizer: Any,
-    checkpoints: checkpoint.Checkpoints,
-    writer: MetricWriter,
-  ) -> None:
-    self._config = config
-    self._workdir = workdir
-    self._console = console
-    self._checkpoints = checkpoints
-    self._writer = writer
-    self._learning_rate = learning_rate(config.train, config.model.emb_dim)
-    self._key = parallel.replicate(jax.random.key(config.train.seed))
-    self._p_mle_step = steps.compile_mle_step(model, optimizer)
-    self._p_eval_step = steps.compile_eval_step(model)
-    self._valid_batches = list(
-      pipeline.eval_batches(
-        dataset.encoded("valid"),
-        pipeline.eval_shapes(dataset.shapes),
-        batch_size=config.eval.batch_size,
-        host=jax.process_index(),
-        num_hosts=jax.process_count(),
-      )
+  def _create_adversary(
+    self, dataset: prepare.Dataset, model: Any, optimizer: Any
+  ) -> TrainState | None:
+    """Creates the critics' state and steps, if the system has critics."""
+    config = self._config
+    names = registry.critic_names(config.model)
+    if not names:
+      return None
+    adversary = Adversary(
+      registry.create_critic(config.model),
+      dataset.emotional_table(),
+      config.model.max_emotional_words,
+      config.train,
+    )
+    critics_optimizer = train_state.create_critics_optimizer(config.train)
+    self._p_discriminator_step = steps.compile_discriminator_step(
+      model, adversary, critics_optimizer
+    )
+    self._p_adversarial_generator_step = (
+      steps.compile_adversarial_generator_step(model, adversary, optimizer)
+    )
+    return train_state.create_critics_state(
+      adversary.critic, names, critics_optimizer, config.train.seed
     )
 
-  def run_mle(self, state: Any, batches: Any, progress: Progress) -> bool:
-    """Runs phase 1 from `state` on; returns whether it came to its end."""
+  def close(self) -> None:
+    """Waits for what is being written."""
+    self._checkpoints.close()
+    self._writer.close()
+
+  def _phases(self) -> list[_Phase]:
     train = self._config.train
-    step, finished = int(state.step), False
-    state = parallel.replicate(state)
-    pending: list[Any] = []
+    phases = [
+      _Phase(
+        MLE,
+        "Training",
+        total=train.mle_steps,
+        updates=1,
+        run=self._mle_step,
+        eval_every=train.mle_eval_every,
+        patience=train.mle_patience,
+      )
+    ]
+    if self._critics is not None:
+      phases += [
+        _Phase(
+          DISCRIMINATOR,
+          "Training the critics",
+          total=train.discriminator_steps,
+          updates=1,
+          run=self._discriminator_step,
+        ),
+        _Phase(
+          ADVERSARIAL,
+          "Adversarial rounds",
+          total=train.adversarial_rounds,
+          updates=train.d_steps + train.g_steps,
+          run=self._adversarial_round,
+          eval_every=train.adversarial_eval_every,
+          patience=train.adversarial_patience,
+          metric=train.selection_metric,
+        ),
+      ]
+    return phases
+
+  def _next_batch(self) -> Any:
+    return parallel.shard(next(self._batches))
+
+  def _mle_step(self) -> list[_Sums]:
+    self._generator, sums = self._p_mle_step(
+      self._generator, self._next_batch(), self._key
+    )
+    self._generator_steps += 1
+    return [("generator", sums)]
+
+  def _discriminator_step(self) -> list[_Sums]:
+    self._critics, sums = self._p_discriminator_step(
+      self._critics, self._generator.params, self._next_batch(), self._key
+    )
+    return [("discriminator", sums)]
+
+  def _adversarial_round(self) -> list[_Sums]:
+    """Takes `d_steps` of the critics, then `g_steps` of the generator."""
+    taken = []
+    for _ in range(self._config.train.d_steps):
+      taken += self._discriminator_step()
+    for _ in range(self._config.train.g_steps):
+      self._generator, sums = self._p_adversarial_generator_step(
+        self._generator, self._critics.params, self._next_batch(), self._key
+      )
+      self._generator_steps += 1
+      taken.append(("generator", sums))
+    return taken
+
+  def run(self) -> bool:
+    """Runs the phases from where training stands to the last one's end."""
+    phases = self._phases()
+    names = [phase.name for phase in phases]
+    for phase in phases[names.index(self._progress.phase) :]:
+      if self._progress.phase != phase.name:
+        self._begin(phase)
+      if not self._run_phase(phase):
+        self._console.print(
+          f"Stopped and saved at step {self._progress.updates:,}. The same "
+          f"command resumes: empdg train --workdir={self._workdir}"
+        )
+        return False
+    self._console.print(
+      f"Next: empdg evaluate --workdir={self._workdir} --split=test"
+    )
+    return True
+
+  def _begin(self, phase: _Phase) -> None:
+    """Goes from a finished phase to the next one, with its best generator."""
+    if self._progress.phase == MLE:
+      self._checkpoints.wait()
+      best = self._checkpoints.restore_generator(
+        checkpoint.BEST, parallel.unreplicate(self._generator)
+      )
+      self._generator_steps = int(best.step)
+      self._generator = parallel.replicate(best)
+    self._progress.phase, self._progress.done = phase.name, 0
+    self._progress.best, self._progress.worse = None, 0
+    self._progress.data = self._batches.get_state()
+    self._batches = self._open_batches()
+
+  def _run_phase(self, phase: _Phase) -> bool:
+    """Runs a phase from where it stands; returns whether it came to its end."""
+    train, progress = self._config.train, self._progress
+    pending: list[_Sums] = []
     logged_at = time.perf_counter()
     with (
-      _catch_interrupts() as interrupt,
-      _progress_bar(self._console) as bar,
+      terminal.catch_interrupts() as interrupt,
+      terminal.progress_bar(self._console) as bar,
     ):
-      task = bar.add_task("Training", total=train.mle_steps, rate="")
-      while step < train.mle_steps and progress.worse < train.mle_patience:
-        batch = parallel.shard(next(batches))
-        state, sums = self._p_mle_step(state, batch, self._key)
-        pending.append(sums)
-        step += 1
-        last = step == train.mle_steps
-        if step % train.log_every == 0 or last:
-          values, logged_at = self._log(
-            step, progress.phase, pending, logged_at
-          )
-          pending = []
+      task = bar.add_task(phase.title, total=phase.total, rate="")
+      while progress.done < phase.total and progress.worse < phase.patience:
+        pending += phase.run()
+        before = progress.updates
+        progress.done += 1
+        progress.updates += phase.updates
+        last = progress.done == phase.total
+
+        def due(every: int, before: int = before, last: bool = last) -> bool:
+          return before // every != progress.updates // every or last
+
+        if due(train.log_every):
+          values = self._log(phase, pending, logged_at)
+          logged_at, pending = time.perf_counter(), []
           rate = values["train/examples_per_second"]
-          bar.update(task, completed=step, rate=f"{rate:,.0f} examples/s")
-          if (
-            not self._console.is_terminal and step % (10 * train.log_every) == 0
-          ):
-            self._print_log(step, values)
-        validated = step % train.mle_eval_every == 0 or last
+          bar.update(
+            task, completed=progress.done, rate=f"{rate:,.0f} examples/s"
+          )
+          if not self._console.is_terminal and due(10 * train.log_every):
+            self._print_log(phase, values)
+        validated = phase.eval_every and (
+          progress.done % phase.eval_every == 0 or last
+        )
         if validated:
-          self._validate(state, step, batches, progress)
-        if (
-          validated or step % train.checkpoint_every == 0 or interrupt.requested
-        ):
-          self._save(checkpoint.LATEST, state, batches, progress)
+          self._validate(phase)
+        if validated or due(train.checkpoint_every) or interrupt.requested:
+          self._save(checkpoint.LATEST)
         if interrupt.requested:
           break
         if validated:
           logged_at = time.perf_counter()
-      else:
-        finished = True
     self._checkpoints.wait()
+    finished = not interrupt.requested
     if finished:
       self._console.print(
-        f"Finished at step {step:,}: best valid perplexity {progress.best:.2f}."
-        f" Next: empdg evaluate --workdir={self._workdir} --split=test"
-      )
-    else:
-      self._console.print(
-        f"Stopped and saved at step {step:,}. The same command resumes: "
-        f"empdg train --workdir={self._workdir}"
+        f"Finished {phase.title.lower()} at step {progress.updates:,}"
+        + (
+          f": best valid {phase.metric.replace('_', ' ')} {progress.best:.4g}"
+          if progress.best is not None
+          else ""
+        ),
+        highlight=False,
       )
     return finished
 
   def _log(
-    self, step: int, phase: str, pending: list[Any], since: float
-  ) -> tuple[dict[str, float], float]:
-    sums = evaluate.sum_metrics(pending)  # Waits for the devices.
-    now = time.perf_counter()
-    averages = evaluate.average_metrics(sums)
-    values = {
-      "train/loss": averages["loss"],
-      "train/perplexity": averages["perplexity"],
-      "train/emotion_accuracy": averages["emotion_accuracy"],
-      "train/learning_rate": np.asarray(self._learning_rate(step - 1)).item(),
-      "train/examples_per_second": sums["examples"] / (now - since),
+    self, phase: _Phase, pending: list[_Sums], since: float
+  ) -> dict[str, float]:
+    """Writes the averages since the last log; waits for the devices."""
+    sums = {
+      kind: evaluate.sum_metrics(s for k, s in pending if k == kind)
+      for kind in {kind for kind, _ in pending}
     }
-    self._writer.write(step, phase, values)
-    return values, now
+    seconds = time.perf_counter() - since
+    self._check_finite(sums, pending)
+    values = {}
+    examples = 0.0
+    if "generator" in sums:
+      of_generator = sums["generator"]
+      averages = evaluate.average_metrics(of_generator)
+      for name in ("loss", "perplexity", "emotion_accuracy"):
+        values[f"train/{name}"] = averages[name]
+      rate = self._learning_rate(self._generator_steps - 1)
+      values["train/learning_rate"] = np.asarray(rate).item()
+      examples += of_generator["examples"]
+      if "signal" in of_generator:
+        values["generator/signal"] = of_generator["signal"] / max(
+          of_generator["judged"], 1.0
+        )
+        values["generator/signal_grad_norm"] = (
+          of_generator["signal_grad_norm"] / of_generator["examples"]
+        )
+    if "discriminator" in sums:
+      of_critics = dict(sums["discriminator"])
+      judged = of_critics.pop("examples")
+      for name, total in of_critics.items():
+        values[f"discriminator/{name}"] = total / max(judged, 1.0)
+      examples += judged
+    values["train/examples_per_second"] = examples / seconds
+    self._writer.write(self._progress.updates, phase.name, values)
+    return values
 
-  def _print_log(self, step: int, values: dict[str, float]) -> None:
+  def _check_finite(
+    self, sums: dict[str, dict[str, float]], pending: list[_Sums]
+  ) -> None:
+    """Saves and raises InputError if a loss since the last log is not finite.
+
+    A step leaves the state alone when its loss is not finite.
+    """
+    if all(math.isfinite(v) for s in sums.values() for v in s.values()):
+      return
+    self._save(checkpoint.LATEST)
+    self._checkpoints.wait()
+    first = self._progress.updates - len(pending) + 1
+    for step, (kind, of_step) in enumerate(pending, start=first):
+      terms = [
+        name
+        for name, value in evaluate.sum_metrics([of_step]).items()
+        if not math.isfinite(value)
+      ]
+      if terms:
+        raise InputError(
+          f"step {step:,}: not finite: {kind} {', '.join(terms)}; the last "
+          f"good state is saved in {self._workdir}; a lower learning rate or "
+          "weight of that term, in another --workdir, may help"
+        )
+
+  def _print_log(self, phase: _Phase, values: dict[str, float]) -> None:
+    """Prints a line for those who read a log rather than a progress bar."""
+    train = self._config.train
     rate = values["train/examples_per_second"]
-    left = (self._config.train.mle_steps - step) * self._config.train.batch_size
+    left = phase.total - self._progress.done
+    minutes = left * phase.updates * train.batch_size / rate / 60
+    shown = {
+      "perplexity": values.get("train/perplexity"),
+      "emotion accuracy": values.get("train/emotion_accuracy"),
+      "Wasserstein": values.get("discriminator/wasserstein"),
+      "slope": values.get("discriminator/gradient_norm"),
+    }
     self._console.print(
-      f"step {step:,}: perplexity {values['train/perplexity']:.2f}, emotion "
-      f"accuracy {values['train/emotion_accuracy']:.3f}, {rate:,.0f} "
-      f"examples/s, ETA {left / rate / 60:.0f} min",
+      f"step {self._progress.updates:,}: "
+      + ", ".join(f"{k} {v:.4g}" for k, v in shown.items() if v is not None)
+      + f", {rate:,.0f} examples/s, ETA {minutes:.0f} min",
       highlight=False,
     )
 
-  def _validate(
-    self, state: Any, step: int, batches: Any, progress: Progress
-  ) -> None:
+  def _validate(self, phase: _Phase) -> None:
+    progress = self._progress
     values = evaluate.validate(
-      self._p_eval_step, state.params, self._valid_batches
+      self._p_eval_step, self._generator.params, self._valid_batches
     )
     self._writer.write(
-      step,
-      progress.phase,
+      progress.updates,
+      phase.name,
       {
         f"valid/{name}": values[name]
         for name in ("perplexity", "perplexity_per_example", "emotion_accuracy")
       },
     )
-    better = progress.best is None or values["perplexity"] < progress.best
+    value = values[phase.metric]
+    higher_is_better = phase.metric == "emotion_accuracy"
+    better = progress.best is None or (
+      value > progress.best if higher_is_better else value < progress.best
+    )
     if better:
-      progress.best, progress.worse = values["perplexity"], 0
-      self._save(checkpoint.BEST, state, batches, progress)
+      progress.best, progress.worse = value, 0
+      self._save(checkpoint.BEST)
     else:
       progress.worse += 1
     self._console.print(
-      f"step {step:,}: valid perplexity {values['perplexity']:.2f}, emotion "
-      f"accuracy {values['emotion_accuracy']:.3f}"
-      + (" (best)" if better else ""),
+      f"step {progress.updates:,}: valid perplexity "
+      f"{values['perplexity']:.2f}, emotion accuracy "
+      f"{values['emotion_accuracy']:.3f}" + (" (best)" if better else ""),
       highlight=False,
     )
 
-  def _save(
-    self, kind: str, state: Any, batches: Any, progress: Progress
-  ) -> None:
-    progress.data = batches.get_state()
+  def _save(self, kind: str) -> None:
+    self._progress.data = self._batches.get_state()
     self._checkpoints.save(
-      kind, parallel.unreplicate(state), dataclasses.asdict(progress)
+      kind,
+      self._progress.updates,
+      parallel.unreplicate(self._generator),
+      parallel.unreplicate(self._critics),
+      dataclasses.asdict(self._progress),
     )

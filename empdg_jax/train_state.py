@@ -1,6 +1,7 @@
 """The state that training changes, and its optimiser."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 
 from empdg_jax.config import TrainConfig
+from empdg_jax.models.discriminators import Critic, Reading, Utterances
 from empdg_jax.models.generator import Inputs
 
 
@@ -65,10 +67,46 @@ def create_optimizer(
   )
 
 
+def create_critics_optimizer(
+  config: TrainConfig,
+) -> optax.GradientTransformation:
+  """Returns Adam with the critics' constant learning rate."""
+  return optax.adam(config.discriminator_learning_rate)
+
+
 def init_params(model: nn.Module, key: jax.Array) -> Any:
   """Draws a system's parameters."""
   ids = jnp.zeros((1, 2), jnp.int32)
   return model.init(key, Inputs(ids, ids, ids), ids)["params"]
+
+
+def create_critics_state(
+  critic: Critic,
+  names: Sequence[str],
+  optimizer: optax.GradientTransformation,
+  seed: int,
+) -> TrainState:
+  """Draws the critics' parameters, by name, and starts their optimiser.
+
+  Args:
+    critic: The module of every critic.
+    names: The critics.
+    optimizer: Of all of them.
+    seed: Of the parameters.
+
+  Returns:
+    The state before the first update.
+  """
+  word = Utterances(jnp.zeros((1, 1, critic.dim)), jnp.ones((1, 1), bool))
+  reading = Reading((word,), word, jnp.zeros((1, critic.dim)))
+  keys = jax.random.split(jax.random.key(seed), len(names))
+  params = {
+    name: jax.jit(critic.init)(key, reading)["params"]
+    for name, key in zip(names, keys, strict=True)
+  }
+  return TrainState(
+    step=jnp.int32(0), params=params, opt_state=optimizer.init(params)
+  )
 
 
 def create_train_state(

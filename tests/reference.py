@@ -309,7 +309,7 @@ def generator(params: Params, config: ModelConfig, example: Example) -> Outputs:
   if config.tie_embeddings:
     logits = hidden @ embedding.T
   else:
-    logits = hidden @ params["vocab_projection"]["kernel"]
+    logits = hidden @ params["vocab_projection"]
   gate = np.ones(len(hidden))
   if config.pointer_generator:
     scores = hidden @ params["gate"]["kernel"][:, 0] + params["gate"]["bias"]

@@ -26,7 +26,8 @@ def test_benchmark(
   monkeypatch.setattr(benchmark, "_MATRIX", 64)
   monkeypatch.setattr(benchmark, "_STREAM", 1024)
   console = Console(record=True, width=120)
-  config.eval.max_decode_steps = 3
+  config.eval.max_decode_steps = config.train.sample_steps = 3
+  config.model.name, config.model.kernel_widths = "empdg", (1, 2)
   values = benchmark.benchmark(sample_dataset, config, console, rounds=2)
   assert len(values["mle_step"]) == 2  # Shapes.
   assert sum(s["batches_per_epoch"] for s in values["mle_step"]) == 112
@@ -35,10 +36,19 @@ def test_benchmark(
     assert shape["times_floor"] == pytest.approx(
       shape["step_seconds"] / shape["floor_seconds"]
     )
+  adversarial = values["adversarial_steps"]
+  assert list(adversarial) == [
+    f"{player}, {signal}"
+    for signal in ("straight_through", "expected")
+    for player in ("discriminator", "generator")
+  ]
+  assert all(s["times_mle_step"] > 0.2 for s in adversarial.values())
   assert values["greedy_decoding"]["responses"] == 128
   assert values["peak_memory_bytes"] > 2**27
   benchmark.print_benchmark(values, console)
-  assert "x floor" in console.export_text()
+  printed = console.export_text()
+  assert "x floor" in printed
+  assert "x MLE step" in printed
   benchmark.write_benchmark(values, tmp_path / "b.json")
   assert json.loads((tmp_path / "b.json").read_text()) == values
   (tmp_path / "file").write_text("")

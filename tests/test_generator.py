@@ -125,7 +125,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 
   @jax.jit
   def full(variables: Any, inputs: Inputs, target: jax.Array) -> Any:
-    emotion_logits, logits, pointer = model.apply(variables, inputs, target)
+    encoded, logits, pointer = model.apply(variables, inputs, target)
+    emotion_logits = encoded.emotion_logits
     return emotion_logits, logits, log_mixture(logits, pointer)
 
   @jax.jit
@@ -276,12 +277,12 @@ def dropped() -> Dropped:
       return y
 
     with nn.intercept_methods(record):
-      _, logits, _ = model.apply(variables, inputs, target, keys)
+      logits = model.apply(variables, inputs, target, keys).logits
     return logits, seen
 
   @jax.jit
   def plain(variables: Any, inputs: Inputs, target: jax.Array) -> jax.Array:
-    return model.apply(variables, inputs, target, None)[1]
+    return model.apply(variables, inputs, target, None).logits
 
   variables = {"params": params}
   return Dropped(

@@ -27,17 +27,20 @@ def invented(count: int) -> list[Encoded]:
   rng = np.random.default_rng(count)
   encoded = []
   for i in range(count):
-    context, emotion, target = (int(rng.integers(2, n + 1)) for n in SHAPES[-1])
+    context, emotion, target = (
+      int(rng.integers(2, n + 1)) for n in SHAPES[-1][:3]
+    )
     encoded.append(
       Encoded(
         context=[vocab.CLS, *[100 + i] * (context - 1)],
         state=[vocab.CLS, *[vocab.USR] * (context - 1)],
         emotion_context=[vocab.LAB, *[200 + i] * (emotion - 1)],
         target=[*[300 + i] * (target - 1), vocab.EOS],
+        feedback=[],
         emotion=i % 32,
         words=(f"w{i}",) * (context - 1),
         emotion_words=(f"e{i}",) * (emotion - 1),
-        cut=(0, 0, 0),
+        cut=(0, 0, 0, 0),
       )
     )
   return encoded
@@ -75,17 +78,20 @@ def test_special_tokens_have_the_ids_0_to_7() -> None:
 
 
 def test_encode() -> None:
-  encoded = pipeline.encode(CONTEXT, ("a", "y"), 3, VOCABULARY, Shape(9, 9, 9))
+  encoded = pipeline.encode(
+    CONTEXT, ("a", "y"), 3, VOCABULARY, Shape(9, 9, 9, 3), ("b", "q", "a")
+  )
 
   assert encoded == Encoded(
     context=[6, 8, 9, 10, 0, 11],
     state=[6, 4, 4, 5, 4, 4],
     emotion_context=[7, 9, 10],
     target=[8, 0, 2],
+    feedback=[9, 0, 8],
     emotion=3,
     words=("a", "b", "c", "z", "d"),
     emotion_words=("b", "c"),
-    cut=(0, 0, 0),
+    cut=(0, 0, 0, 0),
   )
 
 
@@ -95,12 +101,13 @@ def test_encode_without_emotional_words() -> None:
   assert encoded.emotion_context == [7]
   assert encoded.emotion_words == ()
   assert encoded.target == [2]
+  assert encoded.feedback == []
 
 
 def test_encode_keeps_what_just_fits() -> None:
   encoded = pipeline.encode(CONTEXT, ("a", "b"), 0, VOCABULARY, Shape(6, 3, 3))
 
-  assert encoded.cut == (0, 0, 0)
+  assert encoded.cut == (0, 0, 0, 0)
   assert encoded.context == [6, 8, 9, 10, 0, 11]
 
 
@@ -119,7 +126,7 @@ def test_encode_cuts_the_oldest_emotional_words() -> None:
 
   assert encoded.emotion_context == [7, 10]
   assert encoded.emotion_words == ("c",)
-  assert encoded.cut == (0, 1, 0)
+  assert encoded.cut == (0, 1, 0, 0)
 
 
 def test_encode_cuts_the_end_of_the_target() -> None:
@@ -128,7 +135,16 @@ def test_encode_cuts_the_end_of_the_target() -> None:
   )
 
   assert encoded.target == [11, 10, 2]
-  assert encoded.cut == (0, 0, 2)
+  assert encoded.cut == (0, 0, 2, 0)
+
+
+def test_encode_cuts_the_end_of_the_feedback() -> None:
+  encoded = pipeline.encode(
+    CONTEXT, ("a",), 0, VOCABULARY, Shape(9, 9, 9, 2), ("d", "c", "b")
+  )
+
+  assert encoded.feedback == [11, 10]
+  assert encoded.cut == (0, 0, 0, 1)
 
 
 # Collating.
@@ -137,11 +153,18 @@ def test_encode_cuts_the_end_of_the_target() -> None:
 def test_collate() -> None:
   """Three examples in a batch of four, the fourth row filling."""
   encoded = [
-    pipeline.encode(CONTEXT[:n], ("a",) * n, n, VOCABULARY, Shape(9, 9, 9))
+    pipeline.encode(
+      CONTEXT[:n],
+      ("a",) * n,
+      n,
+      VOCABULARY,
+      Shape(9, 9, 9, 2),
+      ("d",) * (n - 1),
+    )
     for n in (1, 2, 3)
   ]
 
-  batch = pipeline.collate(encoded, np.array([2, 0, 1]), Shape(6, 4, 5), 4)
+  batch = pipeline.collate(encoded, np.array([2, 0, 1]), Shape(6, 4, 5, 2), 4)
 
   np.testing.assert_array_equal(
     batch.context[:3],
@@ -157,6 +180,7 @@ def test_collate() -> None:
   np.testing.assert_array_equal(
     batch.target[:3], [[8, 8, 8, 2, 1], [8, 2, 1, 1, 1], [8, 8, 2, 1, 1]]
   )
+  np.testing.assert_array_equal(batch.feedback[:3], [[11, 11], [1, 1], [11, 1]])
   np.testing.assert_array_equal(batch.emotion[:3], [3, 1, 2])
   np.testing.assert_array_equal(batch.mask, [1, 1, 1, 0])
   np.testing.assert_array_equal(batch.position, [0, 1, 2, 3])
@@ -239,13 +263,13 @@ def test_batches_hold_their_examples_uncut() -> None:
         assert part[row].tolist() == [*ids, *padding]
       assert batch.emotion[row] == encoded[i].emotion
   assert len(seen) > 1
-  assert seen <= {tuple(shape) for shape in SHAPES}
+  assert seen <= {tuple(shape[:3]) for shape in SHAPES}
 
 
 def test_evaluation_shapes_are_some_of_the_configured() -> None:
   """The last holds every example, so it must stay."""
   for shapes in (SHAPES, SHAPES[-1:], Config().data.shapes):
-    chosen = pipeline.eval_shapes(shapes)
+    chosen = pipeline.coarse_shapes(shapes)
 
     assert set(chosen) <= set(shapes)
     assert chosen[-1] == shapes[-1]

@@ -101,6 +101,7 @@ def make_batch(seed: int, real: int = ROWS) -> Batch:
     state=pad([e.state for e in examples], SHAPE[0]),
     emotion_context=pad([e.emotion_context for e in examples], SHAPE[1]),
     target=pad([e.target for e in examples], SHAPE[2]),
+    feedback=np.ones((ROWS, 1), np.int32),
     emotion=emotions.astype(np.int32),
     mask=(np.arange(ROWS) < real).astype(np.float32),
     position=np.arange(ROWS, dtype=np.int32),
@@ -113,9 +114,10 @@ def direct_terms(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the mean `Lg` (eq. 15) and its parts, from whole distributions."""
   inputs = Inputs(batch.context, batch.state, batch.emotion_context)
-  emotion_logits, logits, pointer = MODEL.apply(
+  encoded, logits, pointer = MODEL.apply(
     {"params": params}, inputs, batch.target, keys
   )
+  emotion_logits = encoded.emotion_logits
   log_probs = log_mixture(logits, pointer)
   wanted = 0.9 * jax.nn.one_hot(batch.target, VOCAB) + 0.1 / VOCAB
   real = batch.target != PAD

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, SupportsIndex
 import grain
 import numpy as np
 
+from empdg_jax.config import DataConfig
 from empdg_jax.data import examples, vocab
 from empdg_jax.data.vocab import Vocabulary
 
@@ -15,11 +16,16 @@ Array = Any  # NumPy's in the pipeline, JAX's inside compiled steps.
 
 
 class Shape(NamedTuple):
-  """The padded lengths of a batch."""
+  """The padded lengths of a batch.
+
+  An example is assigned to a shape by its first three lengths; the feedback's
+  is the same for all shapes, and 1 where nothing reads it.
+  """
 
   context: int
   emotion: int
   target: int
+  feedback: int = 1
 
 
 class Encoded(NamedTuple):
@@ -30,20 +36,23 @@ class Encoded(NamedTuple):
     state: The dialogue state of each context token: CLS, USR or SYS.
     emotion_context: `LAB w1 .. we`.
     target: `y1 .. yn EOS`.
+    feedback: The user's next turn; empty if there is none.
     emotion: The emotion label.
     words: The context's tokens as text, for copied unknown words.
     emotion_words: The emotional context's tokens as text.
-    cut: How many tokens of context, emotional context, target were cut.
+    cut: How many tokens of context, emotional context, target and feedback
+      were cut.
   """
 
   context: list[int]
   state: list[int]
   emotion_context: list[int]
   target: list[int]
+  feedback: list[int]
   emotion: int
   words: tuple[str, ...]
   emotion_words: tuple[str, ...]
-  cut: tuple[int, int, int]
+  cut: tuple[int, int, int, int]
 
 
 class Batch(NamedTuple):
@@ -54,6 +63,7 @@ class Batch(NamedTuple):
     state: Dialogue-state ids, `[B, M]` int32.
     emotion_context: Emotional context ids, `[B, E]` int32.
     target: Target ids, `[B, N]` int32.
+    feedback: Feedback ids, `[B, F]` int32; all PAD where there is none.
     emotion: Emotion labels, `[B]` int32.
     mask: 1 for an example, 0 for filling, `[B]` float32.
     position: Position in the global batch, `[B]` int32.
@@ -64,10 +74,16 @@ class Batch(NamedTuple):
   state: Array
   emotion_context: Array
   target: Array
+  feedback: Array
   emotion: Array
   mask: Array
   position: Array
   index: Array
+
+
+def padded_shapes(config: DataConfig) -> tuple[Shape, ...]:
+  """Returns the configured shapes, ascending."""
+  return tuple(Shape(*s, config.feedback_length) for s in config.shapes)
 
 
 def encode(
@@ -76,6 +92,7 @@ def encode(
   emotion: int,
   vocabulary: Vocabulary,
   longest: Shape,
+  feedback: Sequence[str] = (),
 ) -> Encoded:
   """Turns one example into ids, cut to the longest lengths.
 
@@ -85,6 +102,7 @@ def encode(
     emotion: The emotion label.
     vocabulary: Tokens to ids.
     longest: The lengths that no part may exceed.
+    feedback: The feedback's tokens, if there is one.
 
   Returns:
     The example's ids.
@@ -100,12 +118,14 @@ def encode(
   emotional = [token for token, _, flag in kept if flag]
   emotion_words = emotional[max(0, len(emotional) - longest.emotion + 1) :]
   kept_target = target[: longest.target - 1]
+  kept_feedback = feedback[: longest.feedback]
   words = tuple(token for token, _, _ in kept)
   return Encoded(
     context=[vocab.CLS, *vocabulary.encode(words)],
     state=[vocab.CLS, *(state for _, state, _ in kept)],
     emotion_context=[vocab.LAB, *vocabulary.encode(emotion_words)],
     target=[*vocabulary.encode(kept_target), vocab.EOS],
+    feedback=vocabulary.encode(kept_feedback),
     emotion=emotion,
     words=words,
     emotion_words=tuple(emotion_words),
@@ -113,6 +133,7 @@ def encode(
       len(turns) - len(kept),
       len(emotional) - len(emotion_words),
       len(target) - len(kept_target),
+      len(feedback) - len(kept_feedback),
     ),
   )
 
@@ -153,6 +174,7 @@ def collate(
     state=pad((e.state for e in chosen), shape.context),
     emotion_context=pad((e.emotion_context for e in chosen), shape.emotion),
     target=pad((e.target for e in chosen), shape.target),
+    feedback=pad((e.feedback for e in chosen), shape.feedback),
     emotion=np.array([e.emotion for e in chosen], np.int32),
     mask=mask,
     position=position,
@@ -179,7 +201,8 @@ class BatchPlan:
       [(len(e.context), len(e.emotion_context), len(e.target)) for e in encoded]
     )
     # Whether shape s holds example i -> [examples, shapes]
-    self._fits = np.all(lengths[:, None] <= np.array(shapes)[None], axis=-1)
+    longest = np.array([shape[:3] for shape in shapes])
+    self._fits = np.all(lengths[:, None] <= longest[None], axis=-1)
 
   @property
   def batches_per_epoch(self) -> int:
@@ -303,8 +326,11 @@ def train_batches(
   return iter(dataset)
 
 
-def eval_shapes(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-  """Returns the few shapes that evaluation uses, so that less is compiled."""
+def coarse_shapes(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+  """Returns every third shape, the longest among them.
+
+  For steps that are few or take long to compile: all but maximum likelihood's.
+  """
   return tuple(shapes[::-3][::-1])
 
 

@@ -9,6 +9,7 @@ import json
 import pathlib
 import zlib
 
+import numpy as np
 import rich.progress
 import tensorflow_datasets as tfds
 
@@ -16,7 +17,7 @@ from empdg_jax.config import DataConfig, InputError, atomic_path, cache_dir
 from empdg_jax.data import empathetic_dialogues, examples, text, vocab
 from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data.examples import Dialogue, Example, Utterance
-from empdg_jax.data.pipeline import Encoded, Shape, encode
+from empdg_jax.data.pipeline import Encoded, Shape, encode, padded_shapes
 from empdg_jax.data.vocab import Vocabulary
 
 # Part of the key under which tokenised dialogues are kept: raise it when the
@@ -44,11 +45,29 @@ class Dataset:
   utterances: dict[str, int]
   shapes: tuple[Shape, ...]
 
+  def emotional_table(self) -> np.ndarray:
+    """Tells of every word, by itself, whether it is emotional, `[V]`.
+
+    For responses that are made of ids: no tagger has seen their sentences.
+    """
+    return np.array(
+      [
+        token in self.vocabulary.ids
+        and lexicon_lib.is_emotional([token], self.lexicon)[0]
+        for token in self.vocabulary.tokens
+      ]
+    )
+
   def encoded(self, split: str) -> list[Encoded]:
     """Returns a split's examples as ids."""
     return [
       encode(
-        e.context, e.target.tokens, e.emotion, self.vocabulary, self.shapes[-1]
+        e.context,
+        e.target.tokens,
+        e.emotion,
+        self.vocabulary,
+        self.shapes[-1],
+        e.feedback.tokens if e.feedback else (),
       )
       for e in self.examples[split]
     ]
@@ -127,7 +146,7 @@ def load_dataset(
       split: sum(len(c.utterances) for c in members)
       for split, members in raw.items()
     },
-    shapes=tuple(Shape(*shape) for shape in config.shapes),
+    shapes=padded_shapes(config),
   )
 
 

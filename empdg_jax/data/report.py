@@ -79,7 +79,7 @@ def _split_table(dataset: Dataset, encoded: dict[str, list[Encoded]]) -> Table:
   ):
     row(name, [f"{mean(s, part) - 1:.1f}" for s in SPLITS])
   row("unknown tokens (UNK)", [f"{unknown(s):.2%}" for s in SPLITS])
-  for part, name in enumerate(("context", "emotional", "target")):
+  for part, name in enumerate(("context", "emotional", "target", "feedback")):
     row(f"{name} tokens cut", [f"{cut(s, part):,}" for s in SPLITS])
   return table
 

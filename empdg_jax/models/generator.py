@@ -41,16 +41,34 @@ class Encoded(NamedTuple):
   """What the encoders make of a dialogue.
 
   Attributes:
+    semantic: `x~0`, the dialogue context's vector, `[batch, d]`.
+    emotional: `w~0`, the emotional context's vector, `[batch, d]`.
     emotion_logits: `ep` of eq. 7, `[batch, 32]`.
     first_input: `e'p`, the decoder's first input, `[batch, d]`.
     memory: The decoder's projection of `C = [Cu ; Ce]`.
     source: Ids of the tokens in `C`, `[batch, M + E]`.
   """
 
+  semantic: jax.Array
+  emotional: jax.Array
   emotion_logits: jax.Array
   first_input: jax.Array
   memory: decoder.Memory
   source: jax.Array
+
+
+class Outputs(NamedTuple):
+  """What the generator makes of a dialogue and a target.
+
+  Attributes:
+    encoded: The dialogue.
+    logits: Over the vocabulary, `[batch, N, V]`.
+    pointer: Where the decoder copies from, if the model has a pointer.
+  """
+
+  encoded: Encoded
+  logits: jax.Array
+  pointer: Pointer | None
 
 
 class Cache(NamedTuple):
@@ -96,21 +114,44 @@ class Generator(nn.Module):
       # Glorot's bound, a sixth of the layer's default, gives every word almost
       # the same chance at first: words that are never targets keep what they
       # are given, and must not take probability from the others.
-      self.vocab_projection = nn.Dense(
-        self.vocab_size,
-        use_bias=False,
-        kernel_init=nn.initializers.xavier_uniform(),
+      self.vocab_projection = self.param(
+        "vocab_projection",
+        nn.initializers.xavier_uniform(),
+        (c.emb_dim, self.vocab_size),
       )
 
-  def _embed(self, *ids: jax.Array) -> list[jax.Array]:
-    """Returns scaled word embeddings, `[batch, length, d]` for each argument.
+  def expected_embedding(self, probs: jax.Array) -> jax.Array:
+    """Returns the mean of `embed` over distributions `[..., V]`."""
+    return probs @ self.embedding * self.config.emb_dim**0.5
+
+  def _embed_all(self, *ids: jax.Array) -> list[jax.Array]:
+    """Returns `embed` of each argument, `[batch, length]`.
 
     All ids are looked up at once: the gradient of a look-up is an array as
     large as the table, so one is cheaper than several.
     """
-    table = self.embedding[jnp.concatenate(ids, axis=1)]
+    embedded = self.embed(jnp.concatenate(ids, axis=1))
     ends = list(itertools.accumulate(i.shape[1] for i in ids))
-    return jnp.split(table * self.config.emb_dim**0.5, ends[:-1], axis=1)
+    return jnp.split(embedded, ends[:-1], axis=1)
+
+  def embed(
+    self, tokens: jax.Array, weights: jax.Array | None = None
+  ) -> jax.Array:
+    """Returns scaled word embeddings.
+
+    Args:
+      tokens: `[batch]` or `[batch, length]`.
+      weights: Takes the gradient of `tokens`, one axis more, V; see
+        `layers.straight_through`.
+
+    Returns:
+      `[batch, d]` or `[batch, length, d]`.
+    """
+    if weights is None:
+      embedded = self.embedding[tokens]
+    else:
+      embedded = layers.straight_through(weights, tokens, self.embedding)
+    return embedded * self.config.emb_dim**0.5
 
   def encode(self, inputs: Inputs, keys: jax.Array | None) -> Encoded:
     """Reads the dialogue (eqs. 1-8).
@@ -122,7 +163,7 @@ class Generator(nn.Module):
     Returns:
       The emotion and what the decoder needs.
     """
-    embedded = self._embed(
+    embedded = self._embed_all(
       inputs.context, inputs.state, inputs.emotion_context, _label(inputs)
     )
     return self._encode(inputs, embedded, keys)
@@ -147,7 +188,12 @@ class Generator(nn.Module):
     )
     source = jnp.concatenate([inputs.context, inputs.emotion_context], axis=1)
     return Encoded(
-      emotion_logits, self.emotion_embedding(emotion_logits), memory, source
+      semantic[:, 0],
+      emotional[:, 0],
+      emotion_logits,
+      self.emotion_embedding(emotion_logits),
+      memory,
+      source,
     )
 
   def _output(
@@ -156,14 +202,14 @@ class Generator(nn.Module):
     if self.config.tie_embeddings:
       logits = hidden @ self.embedding.T
     else:
-      logits = self.vocab_projection(hidden)
+      logits = layers.project(hidden, self.vocab_projection)
     if not self.config.pointer_generator:
       return logits, None
     return logits, Pointer(self.gate(hidden)[..., 0], attention, source)
 
   def __call__(
     self, inputs: Inputs, target: jax.Array, keys: jax.Array | None = None
-  ) -> tuple[jax.Array, jax.Array, Pointer | None]:
+  ) -> Outputs:
     """Scores a target with teacher forcing.
 
     Args:
@@ -172,10 +218,9 @@ class Generator(nn.Module):
       keys: Dropout keys, `[batch]`, or None for evaluation.
 
     Returns:
-      Emotion logits `[batch, 32]`, logits over the vocabulary
-      `[batch, N, V]`, and the pointer, if the model has one.
+      The dialogue, the logits and the pointer.
     """
-    *embedded, embedded_target = self._embed(
+    *embedded, embedded_target = self._embed_all(
       inputs.context,
       inputs.state,
       inputs.emotion_context,
@@ -185,9 +230,7 @@ class Generator(nn.Module):
     encoded = self._encode(inputs, embedded, keys)
     x = jnp.concatenate([encoded.first_input[:, None], embedded_target], axis=1)
     hidden, attention = self.decoder(x, encoded.memory, keys)
-    return encoded.emotion_logits, *self._output(
-      hidden, attention, encoded.source
-    )
+    return Outputs(encoded, *self._output(hidden, attention, encoded.source))
 
   def init_cache(self, batch: int, max_steps: int) -> Cache:
     """Returns the empty cache for responses of at most `max_steps` tokens."""
@@ -197,7 +240,12 @@ class Generator(nn.Module):
     )
 
   def decode_step(
-    self, encoded: Encoded, tokens: jax.Array, cache: Cache, index: jax.Array
+    self,
+    encoded: Encoded,
+    tokens: jax.Array,
+    cache: Cache,
+    index: jax.Array,
+    weights: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache]:
     """Predicts the token at position `index`.
 
@@ -206,27 +254,27 @@ class Generator(nn.Module):
       tokens: The tokens chosen one step earlier, `[batch]`; ignored at 0.
       cache: What the earlier steps left.
       index: The step, a scalar.
+      weights: Takes the gradient of `tokens`, `[batch, V]`; see
+        `layers.straight_through`.
 
     Returns:
       Log-probabilities `[batch, V]` with impossible tokens at -1e9, and the
       cache for the next step.
     """
-    (embedded,) = self._embed(tokens[:, None])
+    embedded = self.embed(tokens, weights)[:, None]
     x = jnp.where(index == 0, encoded.first_input[:, None], embedded)
     hidden, attention, layer_caches = self.decoder.step(
       x, encoded.memory, cache.layers, index
     )
     log_probs = log_mixture(*self._output(hidden, attention, encoded.source))
-    log_probs = (
-      log_probs[:, 0].at[:, _NEVER_GENERATED].set(layers.NEGATIVE_INFINITY)
-    )
     # UNK stands for the unknown source word most attended to, if any.
     unknown = encoded.source == vocab.UNK
     copied_from = jnp.argmax(jnp.where(unknown, attention[:, 0], -1.0), axis=-1)
     copies = jnp.any(unknown, axis=-1) & self.config.pointer_generator
-    log_probs = log_probs.at[:, vocab.UNK].set(
-      jnp.where(copies, log_probs[:, vocab.UNK], layers.NEGATIVE_INFINITY)
-    )
+    ids = jnp.arange(self.vocab_size)
+    never = jnp.isin(ids, jnp.array(_NEVER_GENERATED))
+    impossible = never | ((ids == vocab.UNK) & ~copies[:, None])
+    log_probs = jnp.where(impossible, layers.NEGATIVE_INFINITY, log_probs[:, 0])
     copied_from = jnp.where(copies, copied_from, -1).astype(jnp.int32)
     return log_probs, Cache(
       layer_caches, cache.copied_from.at[:, index].set(copied_from)

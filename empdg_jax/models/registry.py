@@ -1,22 +1,64 @@
 """The systems by name."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 
 from empdg_jax.config import InputError, ModelConfig
+from empdg_jax.models.discriminators import Critic
 from empdg_jax.models.generator import Generator
 
-MODELS: dict[str, type[nn.Module]] = {"empdg_wo_d": Generator}
 
+class System(NamedTuple):
+  """What a system is made of.
 
-def create_model(config: ModelConfig, vocab_size: int) -> nn.Module:
-  """Returns the system that `config.name` names.
-
-  Raises:
-    InputError: There is none of that name.
+  Attributes:
+    generator: The module that responds.
+    critics: The critics it is trained against, if any, in this order.
   """
+
+  generator: type[nn.Module]
+  critics: tuple[str, ...] = ()
+
+
+MODELS: dict[str, System] = {
+  "empdg": System(Generator, ("semantic", "emotional")),
+  "empdg_wo_d": System(Generator),
+}
+
+
+def _system(config: ModelConfig) -> System:
   if config.name not in MODELS:
     raise InputError(
       f"config.model.name={config.name!r}: expected one of "
       + ", ".join(sorted(MODELS))
     )
-  return MODELS[config.name](config, vocab_size)
+  return MODELS[config.name]
+
+
+def create_model(config: ModelConfig, vocab_size: int) -> nn.Module:
+  """Returns the generator of the system that `config.name` names.
+
+  Raises:
+    InputError: There is none of that name.
+  """
+  return _system(config).generator(config, vocab_size)
+
+
+def critic_names(config: ModelConfig) -> tuple[str, ...]:
+  """Returns the names of the system's critics; none is without phases 2, 3."""
+  return _system(config).critics
+
+
+def create_critic(config: ModelConfig) -> Critic:
+  """Returns the module of each of the system's critics.
+
+  Raises:
+    InputError: d cannot be shared out among the convolutions.
+  """
+  if config.emb_dim % len(config.kernel_widths):
+    raise InputError(
+      f"config.model.kernel_widths={config.kernel_widths}: their number must "
+      f"divide config.model.emb_dim={config.emb_dim}"
+    )
+  return Critic(config.emb_dim, config.kernel_widths)

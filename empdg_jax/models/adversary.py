@@ -1,0 +1,214 @@
+"""How critics and a generator meet: responses, readings, the critics' terms.
+
+A generator's signal (paper §4.2) is a gradient that flows from the critics'
+scores through embedded responses into its parameters.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from empdg_jax import decoding, losses
+from empdg_jax.config import TrainConfig
+from empdg_jax.data import vocab
+from empdg_jax.models.discriminators import Critic, Reading, Utterances, pick
+from empdg_jax.models.generator import Encoded, Inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Adversary:
+  """What phases 2 and 3 add to a system.
+
+  Attributes:
+    critic: The module of every critic; parameters are by the critics' names.
+    is_emotional: Which words the emotional critic reads, `[V]` booleans.
+    max_emotional_words: The most that it reads of an utterance.
+    config: Penalty, signal and sampling.
+  """
+
+  critic: Critic
+  is_emotional: np.ndarray
+  max_emotional_words: int
+  config: TrainConfig
+
+
+class Response(NamedTuple):
+  """A batch of responses as the critics are given them.
+
+  Attributes:
+    tokens: `[batch, length]`, PAD behind the end.
+    embedded: `[batch, length, d]`.
+  """
+
+  tokens: jax.Array
+  embedded: jax.Array
+
+
+def _sample(
+  params: Any,
+  encoded: Any,
+  keys: jax.Array,
+  model: nn.Module,
+  adversary: Adversary,
+) -> tuple[jax.Array, jax.Array]:
+  """Draws a response to each dialogue; see `straight_through_sample`."""
+  variables = {"params": params}
+  steps = adversary.config.sample_steps
+  cache = model.apply(variables, len(keys), steps, method="init_cache")
+
+  def step(
+    tokens: jax.Array, weights: jax.Array, cache: Any, index: jax.Array
+  ) -> Any:
+    return model.apply(
+      variables, encoded, tokens, cache, index, weights, method="decode_step"
+    )
+
+  return decoding.straight_through_sample(
+    step,
+    cache,
+    keys,
+    len(adversary.is_emotional),
+    steps,
+    adversary.config.sample_temperature,
+    eos=vocab.EOS,
+    pad=vocab.PAD,
+  )
+
+
+def respond(
+  params: Any,
+  inputs: Inputs,
+  target: jax.Array,
+  keys: jax.Array,
+  model: nn.Module,
+  adversary: Adversary,
+) -> tuple[Response, Encoded]:
+  """Lets the generator respond; gradients reach `params` as configured.
+
+  The critics read words by the generator's embeddings, which no signal moves.
+
+  Args:
+    params: The generator's parameters.
+    inputs: The dialogues.
+    target: Gold responses, which `"expected"` follows, `[batch, N]`.
+    keys: Of the noise, `[batch]`.
+    model: The generator.
+    adversary: Says how to respond.
+
+  Returns:
+    The responses, and what the generator made of the dialogues.
+  """
+  frozen = {"params": jax.lax.stop_gradient(params)}
+  signal = adversary.config.generator_signal
+  if signal == "expected":
+    # With dropout, as the step's likelihood: the compiler joins both passes.
+    outputs: Any = model.apply({"params": params}, inputs, target, keys)
+    log_probs = losses.log_mixture(outputs.logits, outputs.pointer)
+    tokens = jnp.where(
+      target == vocab.PAD, vocab.PAD, decoding.argmax(log_probs)
+    )
+    embedded: Any = model.apply(
+      frozen, jnp.exp(log_probs), method="expected_embedding"
+    )
+    return Response(tokens, embedded), outputs.encoded
+  if signal == "constant":
+    params = jax.lax.stop_gradient(params)
+  encoded: Any = model.apply({"params": params}, inputs, None, method="encode")
+  tokens, weights = _sample(params, encoded, keys, model, adversary)
+  soft: Any = model.apply(frozen, tokens, weights, method="embed")
+  return Response(tokens, soft), encoded
+
+
+def given(params: Any, tokens: jax.Array, model: nn.Module) -> Response:
+  """Returns gold responses or feedback as the critics are given them."""
+  frozen = {"params": jax.lax.stop_gradient(params)}
+  embedded: Any = model.apply(frozen, tokens, method="embed")
+  return Response(tokens, embedded)
+
+
+def readings(
+  names: Iterable[str],
+  encoded: Encoded,
+  responses: tuple[Response, ...],
+  feedback: Response,
+  adversary: Adversary,
+) -> dict[str, Reading]:
+  """Returns what each critic reads.
+
+  Args:
+    names: Of the critics, `"semantic"` or `"emotional"`.
+    encoded: The dialogues.
+    responses: One or several to each dialogue.
+    feedback: The user's next turns.
+    adversary: Says which words are emotional.
+
+  Returns:
+    A reading by name.
+  """
+
+  def read(name: str, response: Response) -> Utterances:
+    mask = response.tokens != vocab.PAD
+    embedded = jnp.where(mask[..., None], response.embedded, 0.0)
+    words = Utterances(embedded, mask)
+    if name == "emotional":
+      chosen = jnp.asarray(adversary.is_emotional)[response.tokens] & mask
+      return pick(words, chosen, adversary.max_emotional_words)
+    return words
+
+  return {
+    name: Reading(
+      tuple(read(name, response) for response in responses),
+      read(name, feedback),
+      getattr(encoded, name),
+    )
+    for name in names
+  }
+
+
+def critic_losses(
+  critic: Critic,
+  params: Any,
+  reading: Reading,
+  alpha: jax.Array,
+  penalty_weight: float,
+) -> dict[str, jax.Array]:
+  """Scores a generated and a gold response to each dialogue (eqs. 17-19).
+
+  Args:
+    critic: The critic.
+    params: Its parameters.
+    reading: The dialogues, with the generated and the gold responses.
+    alpha: Between 0, gold, and 1, generated: where the slope is measured,
+      `[B]`.
+    penalty_weight: beta.
+
+  Returns:
+    `loss`, `wasserstein` (gold minus generated score), `gradient_penalty` and
+    `gradient_norm`, `[B]` each.
+  """
+  variables = {"params": params}
+  represented: Any = critic.apply(variables, reading, method="represent")
+  (generated, gold), interaction = represented
+
+  def score(response: Utterances) -> Any:
+    return critic.apply(variables, response, interaction, method="score")
+
+  mask = generated.mask | gold.mask
+  penalty, norm = losses.gradient_penalty(
+    lambda features: score(Utterances(features, mask)),
+    generated.features,
+    gold.features,
+    alpha,
+  )
+  wasserstein = score(gold) - score(generated)
+  return {
+    "loss": penalty_weight * penalty - wasserstein,
+    "wasserstein": wasserstein,
+    "gradient_penalty": penalty,
+    "gradient_norm": norm,
+  }

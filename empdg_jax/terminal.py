@@ -1,0 +1,51 @@
+"""What a long run shares with the terminal: signals and a progress bar."""
+
+import contextlib
+import signal
+import types
+from collections.abc import Generator
+
+import rich.console
+import rich.progress
+
+
+class Interrupt:
+  """Whether the user or the system has asked to stop."""
+
+  requested = False
+
+  def __call__(self, number: int, frame: types.FrameType | None) -> None:
+    """Is the signal's handler."""
+    del frame
+    self.requested = True
+    signal.signal(number, signal.SIG_DFL)  # The second time it ends at once.
+
+
+@contextlib.contextmanager
+def catch_interrupts() -> Generator[Interrupt]:
+  """Yields what tells of Ctrl-C and SIGTERM, the first of which is caught."""
+  interrupt = Interrupt()
+  previous = {
+    number: signal.signal(number, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM)
+  }
+  try:
+    yield interrupt
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
+  """Returns a bar with a rate and a time to go, for terminals alone."""
+  return rich.progress.Progress(
+    rich.progress.TextColumn("{task.description}"),
+    rich.progress.BarColumn(),
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.TextColumn("{task.fields[rate]}"),
+    rich.progress.TimeElapsedColumn(),
+    rich.progress.TextColumn("ETA"),
+    rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
+    console=console,
+    disable=not console.is_terminal,
+  )

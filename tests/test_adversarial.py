@@ -1,0 +1,475 @@
+"""The critics' and the adversarial generator's steps, and their sampling.
+
+As a program, `test_adversarial.py FILE` writes what `take_a_round` returns.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+import scipy.stats
+from reference import EOS, PAD, UNK, in_float64
+from test_steps import (
+  KEY,
+  MODEL,
+  ROWS,
+  TRAIN,
+  VOCAB,
+  flat,
+  make_batch,
+  make_examples,
+  relative_difference,
+)
+
+from empdg_jax import decoding, losses, parallel, steps
+from empdg_jax.config import TrainConfig
+from empdg_jax.data.pipeline import Batch
+from empdg_jax.models import adversary as adversary_lib
+from empdg_jax.models import layers
+from empdg_jax.models.adversary import Adversary
+from empdg_jax.models.discriminators import Critic
+from empdg_jax.models.generator import Generator, Inputs
+from empdg_jax.train_state import (
+  TrainState,
+  create_critics_optimizer,
+  create_critics_state,
+  create_optimizer,
+  init_params,
+)
+
+MAX_STEPS = 6
+NAMES = ("semantic", "emotional")
+IS_EMOTIONAL = np.arange(VOCAB) % 3 == 0
+IS_EMOTIONAL[:8] = False
+CRITIC = Critic(MODEL.config.emb_dim, (1, 2))
+SIGNALS = ("straight_through", "expected", "constant")
+
+
+def adversary(config: TrainConfig) -> Adversary:
+  config = dataclasses.replace(config, sample_steps=MAX_STEPS)
+  return Adversary(CRITIC, IS_EMOTIONAL, 5, config)
+
+
+def make_dialogues(seed: int, real: int = ROWS) -> Batch:
+  """A batch with feedback of all lengths; the second example has none."""
+  rng = np.random.default_rng(seed)
+  feedback = np.full((ROWS, 7), PAD, np.int32)
+  for row in range(ROWS):
+    length = 0 if row == 1 else int(rng.integers(1, 8))
+    feedback[row, :length] = rng.integers(8, VOCAB, length)
+  return make_batch(seed, real)._replace(feedback=feedback)
+
+
+class Players(NamedTuple):
+  """Both states, of one device, and the compiled steps.
+
+  Attributes:
+    generator: The generator's state.
+    critics: The critics' state.
+    judge: `discriminator_step`.
+    generate: `adversarial_generator_step`.
+  """
+
+  generator: TrainState
+  critics: TrainState
+  judge: Any
+  generate: Any
+
+
+def make_players(
+  signal: str,
+  model: Generator = MODEL,
+  optimizer: optax.GradientTransformation | None = None,
+  **fields: Any,
+) -> Players:
+  """Compiles the steps of a signal over this process's devices."""
+  config = dataclasses.replace(TRAIN, generator_signal=signal, **fields)
+  optimizer = optimizer or create_optimizer(config, model.config.emb_dim)
+  critics_optimizer = create_critics_optimizer(config)
+  params = reference.random_params(
+    jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  )
+  critics = create_critics_state(CRITIC, NAMES, critics_optimizer, 3)
+  return Players(
+    TrainState(np.int32(0), params, optimizer.init(params)),
+    parallel.unreplicate(parallel.replicate(critics)),
+    steps.compile_discriminator_step(
+      model, adversary(config), critics_optimizer
+    ),
+    steps.compile_adversarial_generator_step(
+      model, adversary(config), optimizer
+    ),
+  )
+
+
+def play(
+  step: Any, state: TrainState, other: TrainState, batch: Batch
+) -> tuple[TrainState, dict[str, float]]:
+  """Takes a step of one player against the other, on one device's states."""
+  state, metrics = step(
+    parallel.replicate(state),
+    parallel.replicate(other.params),
+    parallel.shard(batch),
+    parallel.replicate(KEY),
+  )
+  metrics = parallel.unreplicate(metrics)
+  return parallel.unreplicate(state), {k: float(v) for k, v in metrics.items()}
+
+
+@pytest.fixture(scope="module")
+def sampling() -> Players:
+  """The players with straight-through samples, compiled once."""
+  return make_players("straight_through")
+
+
+# Samples.
+
+
+def test_straight_through_is_a_look_up_with_a_soft_gradient() -> None:
+  rng = np.random.default_rng(0)
+  table = jnp.asarray(rng.normal(size=(5, 3)))
+  weights = jnp.asarray(rng.uniform(size=(2, 4, 5)))
+  tokens = jnp.asarray(rng.integers(0, 5, (2, 4)))
+  cotangent = jnp.asarray(rng.normal(size=(2, 4, 3)))
+
+  embedded, pull = jax.vjp(
+    lambda w, t: layers.straight_through(w, tokens, t), weights, table
+  )
+  of_weights, of_table = pull(cotangent)
+
+  np.testing.assert_array_equal(embedded, table[tokens])
+  np.testing.assert_allclose(of_weights, cotangent @ table.T, rtol=1e-6)
+  expected = np.zeros((5, 3))
+  np.add.at(expected, np.asarray(tokens), np.asarray(cotangent))
+  np.testing.assert_allclose(of_table, expected, rtol=1e-6)
+
+
+def test_samples_follow_the_model() -> None:
+  """20,000 first tokens against the model's own distribution (chi-square)."""
+  draws = 20_000
+  batch = make_batch(1)
+  params = reference.random_params(
+    jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
+  )
+  inputs = Inputs(batch.context, batch.state, batch.emotion_context)
+  first = jax.tree.map(lambda x: np.repeat(x[:1], draws, axis=0), inputs)
+  keys = jax.random.split(jax.random.key(2), draws)
+  config = dataclasses.replace(TRAIN, sample_temperature=0.5, sample_steps=1)
+  chosen = dataclasses.replace(adversary(config), config=config)
+
+  @jax.jit
+  def respond(params: Any) -> Any:
+    response, _ = adversary_lib.respond(
+      params, first, batch.target, keys, MODEL, chosen
+    )
+    return response.tokens
+
+  counts = np.bincount(respond(params)[:, 0], minlength=VOCAB)
+
+  out = reference.generator(
+    in_float64(params),
+    MODEL.config,
+    make_examples(1)[0][0]._replace(target=[EOS]),
+  )
+  copies = [UNK] if UNK in make_examples(1)[0][0].source else []
+  allowed = np.array([*copies, EOS, *range(8, VOCAB)])
+  probs = out.probs[0, allowed] / out.probs[0, allowed].sum()
+  assert counts.sum() == counts[allowed].sum() == draws
+  assert probs.max() > 1.5 * probs.min()
+  assert scipy.stats.chisquare(counts[allowed], draws * probs).pvalue > 0.001
+
+
+def test_samples_follow_what_was_sampled_before() -> None:
+  """A Markov chain, an end that is padded, and each row's own key."""
+  chain = np.array(
+    [[0.1, 0.2, 0.3, 0.4], [0.5, 0.0, 0.25, 0.25], [0.4, 0.4, 0.1, 0.1]]
+  )
+  log_chain = jnp.log(jnp.asarray(chain, jnp.float32) + 1e-30)
+  draws, eos, pad = 20_000, 3, 1
+
+  def step(
+    tokens: jax.Array, weights: jax.Array, cache: Any, index: Any
+  ) -> Any:
+    del weights
+    return log_chain[jnp.where(index == 0, 0, tokens % 3)], cache
+
+  keys = jax.random.split(jax.random.key(4), draws)
+
+  def sample(keys: jax.Array) -> Any:
+    return decoding.straight_through_sample(
+      step, (), keys, 4, 5, 1.0, eos=eos, pad=pad
+    )
+
+  tokens, weights = jax.jit(sample)(keys)
+
+  assert tokens.shape == (draws, 5)
+  np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
+  running = np.asarray(tokens)
+  ended = np.cumsum(running == eos, axis=1) - (running == eos) > 0
+  assert np.all(running[ended] == pad)
+  np.testing.assert_array_equal(weights.argmax(-1)[~ended], running[~ended])
+  for position in range(1, 4):
+    for before in (0, 2):
+      after = running[:, position][running[:, position - 1] == before]
+      expected = chain[before]
+      counts = np.bincount(after, minlength=4)
+      assert len(after) > 500
+      assert scipy.stats.chisquare(counts, len(after) * expected).pvalue > 0.001
+  few, _ = sample(keys[5:8])
+  np.testing.assert_array_equal(few, tokens[5:8])
+
+
+# The critics' step.
+
+
+def test_discriminator_step_equals_its_terms(sampling: Players) -> None:
+  """The loss over what can be judged, and Adam on its gradient."""
+  batch = make_dialogues(3, real=6)
+  state, metrics = play(
+    sampling.judge, sampling.critics, sampling.generator, batch
+  )
+  assert metrics["examples"] == 5  # Two are filling, one has no feedback.
+  assert metrics["loss"] == pytest.approx(
+    -2 * metrics["wasserstein"] + 2 * 0.1 * metrics["gradient_penalty"],
+    rel=1e-4,
+  )
+  assert state.step == 1
+  moved = flat(state.params) - flat(sampling.critics.params)
+  # The first update of Adam: the learning rate wherever there is a gradient.
+  assert np.abs(moved).max() == pytest.approx(1e-4, rel=1e-2)
+  assert np.mean(np.abs(moved) > 0.9e-4) > 0.5
+
+
+def test_unjudged_examples_do_not_count(sampling: Players) -> None:
+  batch = make_dialogues(3, real=6)
+  other = make_dialogues(4)
+  mixed = Batch(
+    *(
+      np.concatenate([a[:1], b[1:2], a[2:6], b[6:]])
+      for a, b in zip(batch, other, strict=True)
+    )
+  )._replace(mask=batch.mask, feedback=batch.feedback)
+  assert not np.array_equal(mixed.target, batch.target)
+
+  state, metrics = play(
+    sampling.judge, sampling.critics, sampling.generator, batch
+  )
+  same, same_metrics = play(
+    sampling.judge, sampling.critics, sampling.generator, mixed
+  )
+
+  assert same_metrics == pytest.approx(metrics, rel=1e-5)
+  np.testing.assert_allclose(
+    flat(same.params), flat(state.params), rtol=0, atol=1e-7
+  )
+
+
+# The generator's step.
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_signal_reaches_the_generator(signal: str) -> None:
+  players = make_players(signal)
+  state = players.generator
+  for seed in range(3):
+    state, metrics = play(
+      players.generate, state, players.critics, make_dialogues(seed)
+    )
+    assert metrics["judged"] == ROWS - 1
+    assert np.isfinite(metrics["signal"])
+    if signal == "constant":
+      assert metrics["signal_grad_norm"] == 0.0
+    else:
+      assert metrics["signal_grad_norm"] > 0.0
+
+
+def test_a_constant_signal_leaves_maximum_likelihood_alone(
+  sampling: Players,
+) -> None:
+  players = make_players("constant")
+  p_mle_step = steps.compile_mle_step(
+    MODEL, create_optimizer(TRAIN, MODEL.config.emb_dim)
+  )
+  batch = make_dialogues(5)
+  expected, _ = p_mle_step(
+    parallel.replicate(players.generator),
+    parallel.shard(batch),
+    parallel.replicate(KEY),
+  )
+  expected = flat(parallel.unreplicate(expected).params)
+  start = flat(players.generator.params)
+
+  state, _ = play(players.generate, players.generator, players.critics, batch)
+  moved, _ = play(
+    sampling.generate, sampling.generator, sampling.critics, batch
+  )
+
+  assert (
+    relative_difference(flat(state.params) - start, expected - start) < 1e-5
+  )
+  assert (
+    relative_difference(flat(moved.params) - start, expected - start) > 1e-3
+  )
+
+
+@pytest.mark.parametrize("signal", ["straight_through", "expected"])
+def test_the_signal_alone_raises_the_score(signal: str) -> None:
+  """One step on the signal, then the same noise: the critics like it more."""
+  alone = Generator(
+    dataclasses.replace(
+      MODEL.config,
+      emotion_loss_weight=0.0,
+      generation_loss_weight=0.0,
+      dropout_rate=0.0,
+    ),
+    VOCAB,
+  )
+  players = make_players(signal, alone, optax.sgd(1.0))
+  # Small embeddings, for which a critic is nearly linear.
+  params = dict(players.generator.params)
+  params["embedding"] = 0.1 * params["embedding"]
+  generator = players.generator.replace(params=params)
+  rises = []
+  for seed in range(8):
+    batch = make_dialogues(seed)
+    after, before_metrics = play(
+      players.generate, generator, players.critics, batch
+    )
+    again = after.replace(step=np.int32(0))  # The same keys.
+    _, after_metrics = play(players.generate, again, players.critics, batch)
+    rises.append(after_metrics["signal"] - before_metrics["signal"])
+  # Samples change by whole words, so that not every batch need gain.
+  assert np.mean(rises) > 0.02
+  assert np.mean(np.array(rises) > 0.0) > 0.7
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_odd_responses_and_feedback_are_judged(signal: str) -> None:
+  """No emotional word, feedback of one token, EOS at once: all finite."""
+  players = make_players(signal)
+  plain = 8  # The first word, not emotional.
+  target = np.full((ROWS, 8), PAD, np.int32)
+  target[:, 0] = EOS
+  feedback = np.full((ROWS, 7), PAD, np.int32)
+  feedback[:, 0] = plain
+  assert not IS_EMOTIONAL[plain]
+  batch = make_batch(0)._replace(target=target, feedback=feedback)
+  # A generator that wants to end at once.
+  params = jax.tree.map(np.copy, players.generator.params)
+  params["vocab_projection"][:, EOS] *= 1e3
+  generator = players.generator.replace(params=params)
+
+  critics, of_critics = play(players.judge, players.critics, generator, batch)
+  state, of_generator = play(players.generate, generator, critics, batch)
+
+  assert all(map(np.isfinite, (*of_critics.values(), *of_generator.values())))
+  assert np.isfinite(flat(critics.params)).all()
+  assert np.isfinite(flat(state.params)).all()
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_to_nan() -> None:
+  players = make_players("expected", gradient_penalty_weight=float("inf"))
+  critics, metrics = play(
+    players.judge, players.critics, players.generator, make_dialogues(0)
+  )
+  assert not np.isfinite(metrics["loss"])
+  np.testing.assert_array_equal(
+    flat(critics.params), flat(players.critics.params)
+  )
+
+
+def test_expected_embeddings_are_means(sampling: Players) -> None:
+  """Teacher-forced distributions times the scaled embeddings."""
+  batch = make_dialogues(6)
+  config = dataclasses.replace(TRAIN, generator_signal="expected")
+  inputs = Inputs(batch.context, batch.state, batch.emotion_context)
+  params = sampling.generator.params
+  keys = jax.random.split(KEY, ROWS)
+
+  response, _ = jax.jit(
+    lambda params: adversary_lib.respond(
+      params, inputs, batch.target, keys, MODEL, adversary(config)
+    )
+  )(params)
+  _, logits, pointer = MODEL.apply(
+    {"params": params}, inputs, batch.target, keys
+  )
+  probs = np.exp(losses.log_mixture(logits, pointer))
+
+  np.testing.assert_allclose(
+    response.embedded, probs @ params["embedding"] * 4.0, rtol=1e-4, atol=1e-5
+  )
+  real = batch.target != PAD
+  np.testing.assert_array_equal(response.tokens != PAD, real)
+  np.testing.assert_array_equal(response.tokens[real], probs.argmax(-1)[real])
+
+
+# Devices.
+
+
+def take_a_round(players: Players) -> dict[str, Any]:
+  """Takes a critics' step and two of the generator, each with a masked row."""
+  critics, of_critics = play(
+    players.judge,
+    players.critics,
+    players.generator,
+    make_dialogues(0, real=ROWS - 1),
+  )
+  generator, of_generator = players.generator, {}
+  for seed in (1, 2):
+    generator, of_generator = play(
+      players.generate, generator, critics, make_dialogues(seed, real=ROWS - 1)
+    )
+  return {
+    "devices": jax.local_device_count(),
+    "critics": flat(critics.params) - flat(players.critics.params),
+    "generator": flat(generator.params) - flat(players.generator.params),
+    **{f"critics/{k}": v for k, v in of_critics.items()},
+    **{f"generator/{k}": v for k, v in of_generator.items()},
+  }
+
+
+def test_any_number_of_devices_gives_the_same_round(
+  sampling: Players, tmp_path: Path
+) -> None:
+  """A round here, on 2 and on 8 devices, in a process each."""
+  runs = {}
+  for devices in (2, 8):
+    environment = {
+      **os.environ,
+      "JAX_PLATFORMS": "cpu",
+      "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    runs[devices] = subprocess.Popen(
+      [sys.executable, __file__, str(tmp_path / f"{devices}.npz")],
+      env=environment,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+  one = take_a_round(sampling)
+  for devices, run in runs.items():
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    other = np.load(tmp_path / f"{devices}.npz")
+    assert other["devices"] == devices
+    for name in ("critics", "generator"):
+      assert np.linalg.norm(one[name]) > 0
+      assert relative_difference(other[name], one[name]) <= 1e-5
+    for name, value in one.items():
+      if "/" in name:
+        assert other[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+if __name__ == "__main__":
+  jax.config.update("jax_disable_most_optimizations", True)
+  np.savez(sys.argv[1], **take_a_round(make_players("straight_through")))

@@ -1,0 +1,215 @@
+"""All three phases end to end on the embedded corpus."""
+
+import copy
+import json
+import math
+import os
+import pathlib
+import signal
+
+import numpy as np
+import pytest
+from test_train import _run
+
+from empdg_jax import checkpoint, steps, train
+from empdg_jax import config as config_lib
+from empdg_jax.config import Config, InputError
+
+# Updates: 4 of phase 1, 4 of phase 2, 3 rounds of 1 + 2 in phase 3.
+_UPDATES = 4 + 4 + 3 * 3
+
+
+def _three_phases(config: Config) -> Config:
+  config = copy.deepcopy(config)
+  config.model.name = "empdg"
+  config.model.kernel_widths = (1, 2)
+  config.data.shapes = (config.data.shapes[-1],)
+  config.data.feedback_length = 12
+  t = config.train
+  t.mle_steps, t.mle_eval_every = 4, 2
+  t.discriminator_steps, t.adversarial_rounds = 4, 3
+  t.d_steps, t.g_steps, t.adversarial_eval_every = 1, 2, 2
+  t.sample_steps, t.log_every, t.checkpoint_every = 4, 1, 2
+  return config
+
+
+def _values(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  values = [json.loads(line) for line in lines]
+  names = [(v["step"], v["name"]) for v in values]
+  assert len(names) == len(set(names)), "a step is logged twice"
+  return {
+    (v["step"], v["name"]): v["value"]
+    for v in values
+    if v["name"] != "train/examples_per_second"
+  }
+
+
+@pytest.fixture(scope="module")
+def finished(
+  sample_config: Config, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, pathlib.Path]:
+  """A run of all phases that was never disturbed."""
+  config = _three_phases(sample_config)
+  workdir = tmp_path_factory.mktemp("phases") / "run"
+  assert train.train(config, workdir)
+  return config, workdir
+
+
+def test_phases_follow_each_other(
+  finished: tuple[Config, pathlib.Path],
+) -> None:
+  _, workdir = finished
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  phases: dict[str, set[int]] = {}
+  names: dict[str, set[str]] = {}
+  for line in lines:
+    value = json.loads(line)
+    phases.setdefault(value["phase"], set()).add(value["step"])
+    names.setdefault(value["phase"], set()).add(value["name"])
+    assert math.isfinite(value["value"])
+  assert phases == {
+    "mle": {1, 2, 3, 4},
+    "discriminator": {5, 6, 7, 8},
+    "adversarial": {11, 14, 17},
+  }
+  of_critics = {
+    f"discriminator/{name}"
+    for name in ("loss", "wasserstein", "gradient_penalty", "gradient_norm")
+  }
+  assert names["discriminator"] >= of_critics
+  assert names["adversarial"] >= of_critics | {
+    "train/loss",
+    "train/learning_rate",
+    "generator/signal",
+    "generator/signal_grad_norm",
+    "valid/perplexity",
+    "valid/emotion_accuracy",
+  }
+  values = _values(workdir)
+  assert all(
+    v > 0 for (_, n), v in values.items() if n == "generator/signal_grad_norm"
+  )
+  checkpoints = checkpoint.Checkpoints(workdir)
+  assert checkpoints.step(checkpoint.LATEST) == _UPDATES
+  assert checkpoints.step(checkpoint.BEST) in (14, 17)
+  # The schedule goes on from phase 1's best generator.
+  progress = checkpoints.restore_progress(checkpoint.LATEST)
+  assert progress["phase"] == "adversarial"
+  assert values[11, "train/learning_rate"] > values[4, "train/learning_rate"]
+
+
+@pytest.mark.parametrize("kill_at", [6, 14])
+def test_kill_and_resume_in_every_phase(
+  finished: tuple[Config, pathlib.Path], tmp_path: pathlib.Path, kill_at: int
+) -> None:
+  config, undisturbed = finished
+  workdir = tmp_path / "run"
+  killed = _run(config, workdir, kill_at, signal.SIGKILL)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  assert train.train(config, workdir)
+  expected, values = _values(undisturbed), _values(workdir)
+  assert values.keys() == expected.keys()
+  np.testing.assert_allclose(
+    [values[key] for key in expected],
+    list(expected.values()),
+    rtol=1e-5,
+    atol=1e-7,
+  )
+
+
+def test_another_runs_generator_begins_phase_2(
+  finished: tuple[Config, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+  config, workdir = finished
+  alone = copy.deepcopy(config)
+  alone.model.name = "empdg_wo_d"
+  assert train.train(alone, tmp_path / "mle")
+  config = copy.deepcopy(config)
+  config.train.mle_checkpoint = str(tmp_path / "mle")
+  assert train.train(config, tmp_path / "run")
+  values, expected = _values(tmp_path / "run"), _values(workdir)
+  assert {step for step, _ in values} == {1, 2, 3, 4, 7, 10, 13}
+  # The same generator; the batches are the run's own first ones.
+  name = "train/learning_rate"
+  assert values[7, name] == expected[11, name]
+
+
+def test_refuses_an_mle_checkpoint_that_does_not_fit(
+  finished: tuple[Config, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+  config, workdir = finished
+
+  def refused(message: str, change: str, value: object) -> None:
+    other = copy.deepcopy(config)
+    other.train.mle_checkpoint = str(workdir)
+    section, field = change.split(".")
+    setattr(getattr(other, section), field, value)
+    with pytest.raises(InputError, match=message):
+      train.train(other, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+  refused(r"config\.model\.emb_dim=16, this one 18", "model.emb_dim", 18)
+  refused("vocabulary of .* is not this", "data.vocab_scope", "all")
+  refused("no run folder", "train.mle_checkpoint", str(tmp_path / "none"))
+  refused("no phase after", "model.name", "empdg_wo_d")
+  refused("must divide", "model.kernel_widths", (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("train.g_steps", 0, "more than 0"),
+    ("train.gradient_penalty_weight", -0.1, "more than 0"),
+    ("train.generator_signal_weight", -1.0, "more than 0"),
+    ("train.sample_temperature", 0.0, "more than 0"),
+    ("train.generator_signal", "soft", "straight_through, expected, constant"),
+    ("train.selection_metric", "bleu", "emotion_accuracy"),
+    ("model.kernel_widths", (), "widths of at least 1"),
+    ("model.kernel_widths", (1, 0), "widths of at least 1"),
+  ],
+)
+def test_refuses_fields(
+  config: Config, field: str, value: object, message: str
+) -> None:
+  section, name = field.split(".")
+  setattr(getattr(config, section), name, value)
+  with pytest.raises(InputError, match=message) as error:
+    config_lib.validate(config)
+  assert f"config.{field}" in str(error.value)
+
+
+def test_a_loss_that_is_not_finite_stops_and_saves(
+  finished: tuple[Config, pathlib.Path],
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """The line names the step and the term; the state before it is saved."""
+  config, _ = finished
+  config = copy.deepcopy(config)
+  config.train.log_every = 3
+  compile_step = steps.compile_discriminator_step
+
+  def breaking(*args: object) -> object:
+    """Spoils the second step's sums as an overflow would."""
+    step, calls = compile_step(*args), []
+
+    def run(*inputs: object) -> object:
+      state, sums = step(*inputs)
+      calls.append(1)
+      if len(calls) == 2:
+        sums = {**sums, "gradient_penalty": sums["loss"] * math.nan}
+      return state, sums
+
+    return run
+
+  monkeypatch.setattr(steps, "compile_discriminator_step", breaking)
+  with pytest.raises(InputError) as error:
+    train.train(config, tmp_path / "run")
+
+  assert "step 6: not finite: discriminator gradient_penalty" in str(
+    error.value
+  )
+  assert os.path.exists(tmp_path / "run" / "checkpoints")
+  checkpoints = checkpoint.Checkpoints(tmp_path / "run")
+  assert checkpoints.step(checkpoint.LATEST) == 6
