@@ -26,7 +26,6 @@ from empdg_jax.data import pipeline
 from empdg_jax.data.pipeline import Batch, Encoded, Shape
 from empdg_jax.data.prepare import Dataset
 from empdg_jax.models import registry
-from empdg_jax.models.adversary import Adversary
 from empdg_jax.train_state import (
   TrainState,
   create_critics_optimizer,
@@ -127,22 +126,20 @@ def _adversarial_steps(
   config: Config,
   names: tuple[str, ...],
   model: Any,
+  optimizer: Any,
   params: Any,
   batch: Any,
   key: Any,
 ) -> dict[str, Callable[[], Any]]:
   """Returns the steps of phases 2 and 3 on one batch, by signal."""
+  chosen = registry.create_adversary(config, dataset.emotional_table())
+  critics_optimizer = create_critics_optimizer(config.train)
   taken: dict[str, Callable[[], Any]] = {}
   for signal in ("straight_through", "expected"):
-    train = dataclasses.replace(config.train, generator_signal=signal)
-    adversary = Adversary(
-      registry.create_critic(config.model),
-      dataset.emotional_table(),
-      config.model.max_emotional_words,
-      train,
+    adversary = dataclasses.replace(
+      chosen,
+      config=dataclasses.replace(config.train, generator_signal=signal),
     )
-    optimizer = create_optimizer(train, config.model.emb_dim)
-    critics_optimizer = create_critics_optimizer(train)
     critics = parallel.replicate(
       create_critics_state(adversary.critic, names, critics_optimizer, 0)
     )
@@ -226,7 +223,7 @@ def benchmark(
   adversarial = {}
   if names := registry.critic_names(config.model):
     steps_taken = _adversarial_steps(
-      dataset, config, names, model, params, batches[0], key
+      dataset, config, names, model, optimizer, params, batches[0], key
     )
     mle_seconds, *seconds = _median_seconds(
       [functools.partial(step, batches[0]), *steps_taken.values()],

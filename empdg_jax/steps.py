@@ -5,6 +5,7 @@ Metrics are sums over the global batch with their counts; divide at the end.
 
 import functools
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -152,9 +153,10 @@ def mle_step(
   return _update(state, grads, optimizer, sums["loss"]), sums
 
 
-def _with_feedback(batch: Batch) -> jax.Array:
-  """Returns 1 for every example that the critics can judge, `[B]`."""
-  return batch.mask * (batch.feedback[:, 0] != vocab.PAD)
+def _judged(batch: Batch) -> tuple[jax.Array, jax.Array]:
+  """Returns which examples have feedback, `[B]`, and what to divide sums by."""
+  judged = batch.mask * (batch.feedback[:, 0] != vocab.PAD)
+  return judged, jnp.maximum(psum(jnp.sum(judged)), 1.0)
 
 
 def discriminator_step(
@@ -196,8 +198,7 @@ def discriminator_step(
     adversary_lib.given(generator_params, batch.feedback, model),
     adversary,
   )
-  judged = _with_feedback(batch)
-  count = jnp.maximum(psum(jnp.sum(judged)), 1.0)
+  judged, count = _judged(batch)
 
   def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
     values: Metrics = {"examples": jnp.ones_like(judged)}
@@ -254,8 +255,7 @@ def adversarial_generator_step(
   keys = example_keys(key, state.step, batch)
   del key
   grads, sums = _mle_gradient(state.params, batch, keys, model)
-  judged = _with_feedback(batch)
-  count = jnp.maximum(psum(jnp.sum(judged)), 1.0)
+  judged, count = _judged(batch)
 
   def signal_fn(params: Any) -> tuple[jax.Array, jax.Array]:
     response, encoded = adversary_lib.respond(
@@ -390,17 +390,7 @@ def compile_discriminator_step(
   optimizer: optax.GradientTransformation,
 ) -> Any:
   """Returns `discriminator_step` for all devices; it donates its state."""
-  return compile_step(
-    functools.partial(
-      discriminator_step,
-      model=model,
-      adversary=adversary,
-      optimizer=optimizer,
-    ),
-    in_axes=(None, None, 0, None),
-    out_axes=(None, None),
-    donate_state=True,
-  )
+  return _compile_adversarial(discriminator_step, model, adversary, optimizer)
 
 
 def compile_adversarial_generator_step(
@@ -409,12 +399,21 @@ def compile_adversarial_generator_step(
   optimizer: optax.GradientTransformation,
 ) -> Any:
   """Returns `adversarial_generator_step`; it donates its state."""
+  return _compile_adversarial(
+    adversarial_generator_step, model, adversary, optimizer
+  )
+
+
+def _compile_adversarial(
+  step: Callable[..., Any],
+  model: nn.Module,
+  adversary: Adversary,
+  optimizer: optax.GradientTransformation,
+) -> Any:
+  """Compiles `(state, the other's parameters, batch, key)` of one player."""
   return compile_step(
     functools.partial(
-      adversarial_generator_step,
-      model=model,
-      adversary=adversary,
-      optimizer=optimizer,
+      step, model=model, adversary=adversary, optimizer=optimizer
     ),
     in_axes=(None, None, 0, None),
     out_axes=(None, None),

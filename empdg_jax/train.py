@@ -23,7 +23,6 @@ from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, prepare, vectors
 from empdg_jax.metric_writer import MetricWriter
 from empdg_jax.models import registry
-from empdg_jax.models.adversary import Adversary
 from empdg_jax.train_state import TrainState
 
 MLE, DISCRIMINATOR, ADVERSARIAL = "mle", "discriminator", "adversarial"
@@ -221,12 +220,7 @@ class _Trainer:
     names = registry.critic_names(config.model)
     if not names:
       return None
-    adversary = Adversary(
-      registry.create_critic(config.model),
-      dataset.emotional_table(),
-      config.model.max_emotional_words,
-      config.train,
-    )
+    adversary = registry.create_adversary(config, dataset.emotional_table())
     critics_optimizer = train_state.create_critics_optimizer(config.train)
     self._p_discriminator_step = steps.compile_discriminator_step(
       model, adversary, critics_optimizer
@@ -435,7 +429,7 @@ class _Trainer:
   ) -> None:
     """Saves and raises InputError if a loss since the last log is not finite.
 
-    A step leaves the state alone when its loss is not finite.
+    Such a step has no gradient, so the state is still a good one.
     """
     if all(math.isfinite(v) for s in sums.values() for v in s.values()):
       return

@@ -4,8 +4,6 @@ As a program, `test_adversarial.py FILE` writes what `take_a_round` returns.
 """
 
 import dataclasses
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +26,7 @@ from test_steps import (
   make_batch,
   make_examples,
   relative_difference,
+  run_on_devices,
 )
 
 from empdg_jax import decoding, losses, parallel, steps
@@ -442,20 +441,7 @@ def test_any_number_of_devices_gives_the_same_round(
   sampling: Players, tmp_path: Path
 ) -> None:
   """A round here, on 2 and on 8 devices, in a process each."""
-  runs = {}
-  for devices in (2, 8):
-    environment = {
-      **os.environ,
-      "JAX_PLATFORMS": "cpu",
-      "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    runs[devices] = subprocess.Popen(
-      [sys.executable, __file__, str(tmp_path / f"{devices}.npz")],
-      env=environment,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
+  runs = run_on_devices(__file__, tmp_path)
   one = take_a_round(sampling)
   for devices, run in runs.items():
     _, errors = run.communicate(timeout=300)

@@ -347,10 +347,18 @@ def take_three(compiled: Steps) -> dict[str, Any]:
   }
 
 
-def test_any_number_of_devices_gives_the_same_update(
-  compiled: Steps, tmp_path: Path
-) -> None:
-  """Three steps here, on 2 and on 8 devices, in a process each."""
+def run_on_devices(
+  program: str, folder: Path
+) -> dict[int, subprocess.Popen[str]]:
+  """Starts `program FILE` on 2 and on 8 devices, in a process each.
+
+  Args:
+    program: The program.
+    folder: Gets each one's FILE, its number of devices and `.npz`.
+
+  Returns:
+    The processes by their number of devices.
+  """
   runs = {}
   for devices in (2, 8):
     environment = {
@@ -360,11 +368,19 @@ def test_any_number_of_devices_gives_the_same_update(
       "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     runs[devices] = subprocess.Popen(
-      [sys.executable, __file__, str(tmp_path / f"{devices}.npz")],
+      [sys.executable, program, str(folder / f"{devices}.npz")],
       env=environment,
       stderr=subprocess.PIPE,
       text=True,
     )
+  return runs
+
+
+def test_any_number_of_devices_gives_the_same_update(
+  compiled: Steps, tmp_path: Path
+) -> None:
+  """Three steps here, on 2 and on 8 devices, in a process each."""
+  runs = run_on_devices(__file__, tmp_path)
   one = take_three(compiled)
   moved = one["end"] - one["start"]
   assert np.linalg.norm(moved) > 0.01 * np.linalg.norm(one["start"])

@@ -3,8 +3,10 @@
 from typing import NamedTuple
 
 import flax.linen as nn
+import numpy as np
 
-from empdg_jax.config import InputError, ModelConfig
+from empdg_jax.config import Config, InputError, ModelConfig
+from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.discriminators import Critic
 from empdg_jax.models.generator import Generator
 
@@ -50,15 +52,25 @@ def critic_names(config: ModelConfig) -> tuple[str, ...]:
   return _system(config).critics
 
 
-def create_critic(config: ModelConfig) -> Critic:
-  """Returns the module of each of the system's critics.
+def create_adversary(config: Config, is_emotional: np.ndarray) -> Adversary:
+  """Returns what phases 2 and 3 add to the system.
+
+  Args:
+    config: The run's configuration.
+    is_emotional: Which words the emotional critic reads, `[V]` booleans.
 
   Raises:
     InputError: d cannot be shared out among the convolutions.
   """
-  if config.emb_dim % len(config.kernel_widths):
+  model = config.model
+  if model.emb_dim % len(model.kernel_widths):
     raise InputError(
-      f"config.model.kernel_widths={config.kernel_widths}: their number must "
-      f"divide config.model.emb_dim={config.emb_dim}"
+      f"config.model.kernel_widths={model.kernel_widths}: their number must "
+      f"divide config.model.emb_dim={model.emb_dim}"
     )
-  return Critic(config.emb_dim, config.kernel_widths)
+  return Adversary(
+    Critic(model.emb_dim, model.kernel_widths),
+    is_emotional,
+    model.max_emotional_words,
+    config.train,
+  )
