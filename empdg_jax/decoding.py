@@ -170,27 +170,33 @@ def beam_search(
 
 
 def straight_through_sample(
-  step: Callable[[jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, Any]],
+  step: Callable[[jax.Array, Any, jax.Array, Any], tuple[jax.Array, Any, Any]],
+  embed: Callable[[jax.Array, jax.Array], jax.Array],
+  first: jax.Array,
   cache: Any,
   keys: jax.Array,
-  vocab_size: int,
+  of_steps: Any,
   max_steps: int,
   temperature: float,
   *,
   eos: int,
   pad: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Any]:
   """Draws sequences through which gradients flow (Jang et al., 2017).
 
   A token is the largest of `log p + Gumbel noise`, which draws it from p; its
   weights, `softmax((log p + noise) / temperature)`, stand for it in gradients.
 
   Args:
-    step: `(tokens, weights, cache, index) -> (log_probs, cache)`: as for a
-      search, with the weights `[rows, vocab]` of the tokens.
+    step: `(x, cache, index, of_step) -> (log_probs, cache, record)`; x is the
+      token before, embedded.
+    embed: Embeds tokens `[rows]` that have weights `[rows, vocab]`,
+      `[rows, d]`.
+    first: The first x, `[rows, d]`.
     cache: Its first cache.
     keys: Of each row's noise, `[rows]`.
-    vocab_size: V.
+    of_steps: Arrays with an axis of steps before the others; each step is given
+      its own part.
     max_steps: Tokens a sequence, EOS included.
     temperature: Of the weights; the lower, the closer to the tokens and the
       noisier the gradient.
@@ -198,32 +204,26 @@ def straight_through_sample(
     pad: The id that fills a sequence up behind its end.
 
   Returns:
-    Sequences `[rows, max_steps]`, and their weights
-    `[rows, max_steps, vocab]`.
+    Sequences `[rows, max_steps]`, the same embedded `[rows, max_steps, d]`, and
+    the records of all steps, an axis of steps before the others.
   """
-  rows = len(keys)
 
-  def body(carry: tuple, index: jax.Array) -> tuple[tuple, tuple]:
-    tokens, weights, ended, cache = carry
-    log_probs, cache = step(tokens, weights, cache, index)
+  def body(carry: tuple, step_inputs: tuple) -> tuple[tuple, tuple]:
+    x, ended, cache = carry
+    index, of_step = step_inputs
+    log_probs, cache, record = step(x, cache, index, of_step)
+    vocab = log_probs.shape[-1]
     noise = jax.vmap(
-      lambda key: (
-        -jnp.log(exponential(jax.random.fold_in(key, index), vocab_size))
-      )
+      lambda key: -jnp.log(exponential(jax.random.fold_in(key, index), vocab))
     )(keys)
     noisy = log_probs + noise
     tokens = jnp.where(ended, pad, argmax(noisy))
-    weights = jax.nn.softmax(noisy / temperature)
-    return (tokens, weights, ended | (tokens == eos), cache), (tokens, weights)
+    x = embed(tokens, jax.nn.softmax(noisy / temperature))
+    return (x, ended | (tokens == eos), cache), (tokens, x, record)
 
-  _, (tokens, weights) = jax.lax.scan(
+  _, (tokens, embedded, records) = jax.lax.scan(
     body,
-    (
-      jnp.full((rows,), pad, jnp.int32),
-      jnp.zeros((rows, vocab_size)),
-      jnp.zeros((rows,), bool),
-      cache,
-    ),
-    jnp.arange(max_steps),
+    (first, jnp.zeros(len(keys), bool), cache),
+    (jnp.arange(max_steps), of_steps),
   )
-  return tokens.T, weights.transpose(1, 0, 2)
+  return tokens.T, embedded.transpose(1, 0, 2), records

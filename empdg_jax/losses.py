@@ -45,8 +45,17 @@ def emotion_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:
   return -jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
 
 
-def log_mixture(logits: jax.Array, pointer: Pointer | None) -> jax.Array:
-  """Returns log-probabilities over the whole vocabulary.
+def _copied(pointer: Pointer, vocab: int) -> jax.Array:
+  """Returns the attention to each token, `[batch, length, vocab]`."""
+  return jax.vmap(
+    lambda ids, weights: (
+      jnp.zeros((weights.shape[0], vocab)).at[:, ids].add(weights)
+    )
+  )(pointer.source, pointer.attention)
+
+
+def mixture(logits: jax.Array, pointer: Pointer | None) -> jax.Array:
+  """Returns probabilities over the whole vocabulary.
 
   Without a pointer the softmax of eq. 13; with one, with gate probability g,
   `g softmax(logits)[v] + (1 - g) sum of attention to tokens v`.
@@ -58,14 +67,19 @@ def log_mixture(logits: jax.Array, pointer: Pointer | None) -> jax.Array:
   Returns:
     `[batch, length, vocab]`.
   """
+  probs = jax.nn.softmax(logits)
+  if pointer is None:
+    return probs
+  gate = jax.nn.sigmoid(pointer.gate)[..., None]
+  return gate * probs + (1.0 - gate) * _copied(pointer, logits.shape[-1])
+
+
+def log_mixture(logits: jax.Array, pointer: Pointer | None) -> jax.Array:
+  """Returns the logarithm of `mixture`, also where that is very small."""
   log_probs = jax.nn.log_softmax(logits)
   if pointer is None:
     return log_probs
-  copied = jax.vmap(
-    lambda ids, weights: (
-      jnp.zeros((weights.shape[0], logits.shape[-1])).at[:, ids].add(weights)
-    )
-  )(pointer.source, pointer.attention)
+  copied = _copied(pointer, logits.shape[-1])
   gate = pointer.gate[..., None]
   return jnp.logaddexp(
     jax.nn.log_sigmoid(gate) + log_probs,

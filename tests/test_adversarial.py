@@ -29,7 +29,7 @@ from test_steps import (
   run_on_devices,
 )
 
-from empdg_jax import decoding, losses, parallel, steps
+from empdg_jax import decoding, losses, parallel, rng, steps
 from empdg_jax.config import TrainConfig
 from empdg_jax.data.pipeline import Batch
 from empdg_jax.models import adversary as adversary_lib
@@ -195,22 +195,35 @@ def test_samples_follow_what_was_sampled_before() -> None:
   log_chain = jnp.log(jnp.asarray(chain, jnp.float32) + 1e-30)
   draws, eos, pad = 20_000, 3, 1
 
-  def step(
-    tokens: jax.Array, weights: jax.Array, cache: Any, index: Any
-  ) -> Any:
-    del weights
-    return log_chain[jnp.where(index == 0, 0, tokens % 3)], cache
+  def step(x: jax.Array, cache: Any, index: Any, of_step: Any) -> Any:
+    # `x` ends with the token itself.
+    return log_chain[x[:, -1].astype(int) % 3], cache, (index, of_step)
+
+  def embed(tokens: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.concatenate([weights, tokens[:, None]], axis=1)
 
   keys = jax.random.split(jax.random.key(4), draws)
 
   def sample(keys: jax.Array) -> Any:
     return decoding.straight_through_sample(
-      step, (), keys, 4, 5, 1.0, eos=eos, pad=pad
+      step,
+      embed,
+      jnp.zeros((len(keys), 5)),
+      (),
+      keys,
+      10 * jnp.arange(5),
+      5,
+      1.0,
+      eos=eos,
+      pad=pad,
     )
 
-  tokens, weights = jax.jit(sample)(keys)
+  tokens, embedded, records = jax.jit(sample)(keys)
+  weights = embedded[..., :4]
 
   assert tokens.shape == (draws, 5)
+  np.testing.assert_array_equal(records, [range(5), range(0, 50, 10)])
+  np.testing.assert_array_equal(embedded[..., 4], tokens)
   np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
   running = np.asarray(tokens)
   ended = np.cumsum(running == eos, axis=1) - (running == eos) > 0
@@ -223,8 +236,74 @@ def test_samples_follow_what_was_sampled_before() -> None:
       counts = np.bincount(after, minlength=4)
       assert len(after) > 500
       assert scipy.stats.chisquare(counts, len(after) * expected).pvalue > 0.001
-  few, _ = sample(keys[5:8])
+  few, _, _ = sample(keys[5:8])
   np.testing.assert_array_equal(few, tokens[5:8])
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_samples_have_the_gradient_of_every_step(tie_embeddings: bool) -> None:
+  """Against a plain loop, whose gradient JAX finds by itself."""
+  model = Generator(
+    dataclasses.replace(MODEL.config, tie_embeddings=tie_embeddings), VOCAB
+  )
+  batch = make_batch(1)
+  params = reference.random_params(
+    jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  )
+  inputs = Inputs(batch.context, batch.state, batch.emotion_context)
+  keys = jax.random.split(KEY, ROWS)
+  config = dataclasses.replace(
+    TRAIN, generator_signal="straight_through", sample_temperature=0.7
+  )
+  cotangent = np.random.default_rng(0).normal(
+    size=(ROWS, MAX_STEPS, model.config.emb_dim)
+  )
+
+  def by_respond(params: Any) -> Any:
+    response, _ = adversary_lib.respond(
+      params, inputs, batch.target, keys, model, adversary(config)
+    )
+    return jnp.sum(response.embedded * cotangent), response.tokens
+
+  def by_loop(params: Any) -> Any:
+    variables = {"params": params}
+    encoded: Any = model.apply(variables, inputs, None, method="encode")
+    cache: Any = model.apply(variables, ROWS, MAX_STEPS, method="init_cache")
+    x, ended = encoded.first_input, jnp.zeros(ROWS, bool)
+    total, sequence = 0.0, []
+    for index in range(MAX_STEPS):
+      log_probs, _, cache = model.apply(
+        variables, encoded, x, cache, index, method="decode_embedded"
+      )
+      step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+      noisy = log_probs - jnp.log(
+        jax.vmap(rng.exponential, (0, None))(step_keys, VOCAB)
+      )
+      tokens = jnp.where(ended, PAD, jnp.argmax(noisy, axis=-1))
+      weights = jax.nn.softmax(noisy / 0.7)
+      x = model.apply(variables, tokens, weights, method="embed")
+      of_critics = model.apply(
+        jax.lax.stop_gradient(variables), tokens, weights, method="embed"
+      )
+      total += jnp.sum(of_critics * cotangent[:, index])
+      ended |= tokens == EOS
+      sequence.append(tokens)
+    return total, jnp.stack(sequence, axis=1)
+
+  (value, tokens), gradient = jax.jit(
+    jax.value_and_grad(by_respond, has_aux=True)
+  )(params)
+  (expected_value, expected_tokens), expected = jax.jit(
+    jax.value_and_grad(by_loop, has_aux=True)
+  )(params)
+
+  np.testing.assert_array_equal(tokens, expected_tokens)
+  assert float(value) == pytest.approx(float(expected_value), rel=1e-4)
+  for name in params:
+    assert np.linalg.norm(flat(expected[name])) > 0 or name == "emotion"
+    np.testing.assert_allclose(
+      flat(gradient[name]), flat(expected[name]), rtol=1e-3, atol=1e-4
+    )
 
 
 # The critics' step.
@@ -402,7 +481,7 @@ def test_expected_embeddings_are_means(sampling: Players) -> None:
   _, logits, pointer = MODEL.apply(
     {"params": params}, inputs, batch.target, keys
   )
-  probs = np.exp(losses.log_mixture(logits, pointer))
+  probs = np.asarray(losses.mixture(logits, pointer))
 
   np.testing.assert_allclose(
     response.embedded, probs @ params["embedding"] * 4.0, rtol=1e-4, atol=1e-5

@@ -75,7 +75,9 @@ def test_log_mixture_equals_the_reference() -> None:
   pointer = losses.Pointer(
     jnp.asarray(values["gate"]), jnp.asarray(values["attention"]), SOURCE
   )
-  probs = np.exp(losses.log_mixture(jnp.asarray(values["logits"]), pointer))
+  logits = jnp.asarray(values["logits"])
+  probs = np.exp(losses.log_mixture(logits, pointer))
+  np.testing.assert_allclose(probs, losses.mixture(logits, pointer), rtol=1e-5)
   np.testing.assert_allclose(probs.sum(axis=-1), np.ones((2, 4)), atol=1e-5)
   for row in range(2):
     np.testing.assert_allclose(

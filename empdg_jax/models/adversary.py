@@ -49,35 +49,108 @@ class Response(NamedTuple):
   embedded: jax.Array
 
 
+# The generator's parameters that have a row or a column a word.
+_OF_VOCABULARY = ("embedding", "vocab_projection")
+
+
+class _Taps(NamedTuple):
+  """Zeros added in each step of sampling, for gradients with respect to them.
+
+  Attributes:
+    embedded: Added to the decoder's input, `[steps, batch, d]`.
+    logits: Added to the logits, `[steps, batch, V]`.
+  """
+
+  embedded: jax.Array
+  logits: jax.Array
+
+
 def _sample(
   params: Any,
-  encoded: Any,
+  encoded: Encoded,
   keys: jax.Array,
   model: nn.Module,
   adversary: Adversary,
-) -> tuple[jax.Array, jax.Array]:
-  """Draws a response to each dialogue; see `straight_through_sample`."""
-  variables = {"params": params}
+) -> Response:
+  """Draws a response to each dialogue; see `straight_through_sample`.
+
+  The backward pass of a scan would add to the gradient of the vocabulary's
+  matrices in every step, and they are most of the model. So they are constants
+  in the scan, and their gradient is one product after it, of what went into
+  them and of the gradient that came back to them.
+  """
   steps = adversary.config.sample_steps
-  cache = model.apply(variables, len(keys), steps, method="init_cache")
+  batch, dim = encoded.first_input.shape
 
-  def step(
-    tokens: jax.Array, weights: jax.Array, cache: Any, index: jax.Array
-  ) -> Any:
-    return model.apply(
-      variables, encoded, tokens, cache, index, weights, method="decode_step"
+  def draw(params: Any, encoded: Encoded, taps: _Taps) -> Any:
+    """Returns the embedded response, and its tokens and hidden states."""
+    constants = {k: v for k, v in params.items() if k in _OF_VOCABULARY}
+    variables = {"params": params | jax.lax.stop_gradient(constants)}
+
+    def step(x: jax.Array, cache: Any, index: jax.Array, tap: _Taps) -> Any:
+      taken: Any = model.apply(
+        variables,
+        encoded,
+        x + tap.embedded,
+        cache,
+        index,
+        tap.logits,
+        method="decode_embedded",
+      )
+      log_probs, hidden, cache = taken
+      return log_probs, cache, hidden
+
+    def embed(tokens: jax.Array, weights: jax.Array) -> Any:
+      return model.apply(variables, tokens, weights, method="embed")
+
+    tokens, embedded, hidden = decoding.straight_through_sample(
+      step,
+      embed,
+      encoded.first_input,
+      model.apply(variables, batch, steps, method="init_cache"),
+      keys,
+      taps,
+      steps,
+      adversary.config.sample_temperature,
+      eos=vocab.EOS,
+      pad=vocab.PAD,
     )
+    return embedded, (tokens, hidden)
 
-  return decoding.straight_through_sample(
-    step,
-    cache,
-    keys,
-    len(adversary.is_emotional),
-    steps,
-    adversary.config.sample_temperature,
-    eos=vocab.EOS,
-    pad=vocab.PAD,
+  zeros = _Taps(
+    jnp.zeros((steps, batch, dim)),
+    jnp.zeros((steps, batch, len(adversary.is_emotional))),
   )
+
+  @jax.custom_vjp
+  def sample(params: Any, encoded: Encoded) -> Response:
+    embedded, (tokens, _) = draw(params, encoded, zeros)
+    return Response(tokens, embedded)
+
+  def forward(params: Any, encoded: Encoded) -> Any:
+    embedded, pull, (tokens, hidden) = jax.vjp(
+      draw, params, encoded, zeros, has_aux=True
+    )
+    return Response(tokens, embedded), (params, pull, tokens, hidden)
+
+  def backward(residuals: Any, gradient: Response) -> Any:
+    params, pull, tokens, hidden = residuals
+    of_params, of_encoded, of_taps = pull(gradient.embedded)
+
+    def through_matrices(params: Any) -> Any:
+      """Returns what the taps were added to; the first input is no token."""
+      variables = {"params": params}
+      return (
+        model.apply(variables, tokens[:, :-1].T, method="embed"),
+        model.apply(variables, hidden, method="project"),
+      )
+
+    _, pull_matrices = jax.vjp(through_matrices, params)
+    (of_matrices,) = pull_matrices((of_taps.embedded[1:], of_taps.logits))
+    return jax.tree.map(jnp.add, of_params, of_matrices), of_encoded
+
+  sample.defvjp(forward, backward)
+  return sample(params, encoded)
 
 
 def respond(
@@ -108,20 +181,14 @@ def respond(
   if signal == "expected":
     # With dropout, as the step's likelihood: the compiler joins both passes.
     outputs: Any = model.apply({"params": params}, inputs, target, keys)
-    log_probs = losses.log_mixture(outputs.logits, outputs.pointer)
-    tokens = jnp.where(
-      target == vocab.PAD, vocab.PAD, decoding.argmax(log_probs)
-    )
-    embedded: Any = model.apply(
-      frozen, jnp.exp(log_probs), method="expected_embedding"
-    )
+    probs = losses.mixture(outputs.logits, outputs.pointer)
+    tokens = jnp.where(target == vocab.PAD, vocab.PAD, decoding.argmax(probs))
+    embedded: Any = model.apply(frozen, probs, method="expected_embedding")
     return Response(tokens, embedded), outputs.encoded
   if signal == "constant":
     params = jax.lax.stop_gradient(params)
   encoded: Any = model.apply({"params": params}, inputs, None, method="encode")
-  tokens, weights = _sample(params, encoded, keys, model, adversary)
-  soft: Any = model.apply(frozen, tokens, weights, method="embed")
-  return Response(tokens, soft), encoded
+  return _sample(params, encoded, keys, model, adversary), encoded
 
 
 def given(params: Any, tokens: jax.Array, model: nn.Module) -> Response:

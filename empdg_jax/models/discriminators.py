@@ -134,13 +134,14 @@ class Critic(nn.Module):
       The responses' hidden states, all of one length, and what they interact
       with, `dF + x~0` or `dF + w~0`, `[batch, d]`.
     """
-    padded = pad_to_longest((*reading.responses, reading.feedback))
-    together = jax.tree.map(lambda *x: jnp.concatenate(x), *padded)
-    hidden = self.lstm(together)
-    *encoded, of_feedback = [
+    padded = pad_to_longest(reading.responses)
+    hidden = self.lstm(jax.tree.map(lambda *x: jnp.concatenate(x), *padded))
+    encoded = [
       Utterances(*x)
       for x in zip(*(jnp.split(x, len(padded)) for x in hidden), strict=True)
     ]
+    # Apart, since no gradient goes to a feedback's words in a generator's step.
+    of_feedback = self.lstm(reading.feedback)
     last = jnp.sum(of_feedback.mask, axis=1)[:, None, None] - 1
     last_hidden = jnp.take_along_axis(
       of_feedback.features, jnp.maximum(last, 0), axis=1

@@ -196,16 +196,18 @@ class Generator(nn.Module):
       source,
     )
 
-  def _output(
-    self, hidden: jax.Array, attention: jax.Array, source: jax.Array
-  ) -> tuple[jax.Array, Pointer | None]:
+  def project(self, hidden: jax.Array) -> jax.Array:
+    """Returns logits over the vocabulary, `[..., d] -> [..., V]`."""
     if self.config.tie_embeddings:
-      logits = hidden @ self.embedding.T
-    else:
-      logits = layers.project(hidden, self.vocab_projection)
+      return hidden @ self.embedding.T
+    return layers.project(hidden, self.vocab_projection)
+
+  def _point(
+    self, hidden: jax.Array, attention: jax.Array, source: jax.Array
+  ) -> Pointer | None:
     if not self.config.pointer_generator:
-      return logits, None
-    return logits, Pointer(self.gate(hidden)[..., 0], attention, source)
+      return None
+    return Pointer(self.gate(hidden)[..., 0], attention, source)
 
   def __call__(
     self, inputs: Inputs, target: jax.Array, keys: jax.Array | None = None
@@ -230,7 +232,8 @@ class Generator(nn.Module):
     encoded = self._encode(inputs, embedded, keys)
     x = jnp.concatenate([encoded.first_input[:, None], embedded_target], axis=1)
     hidden, attention = self.decoder(x, encoded.memory, keys)
-    return Outputs(encoded, *self._output(hidden, attention, encoded.source))
+    pointer = self._point(hidden, attention, encoded.source)
+    return Outputs(encoded, self.project(hidden), pointer)
 
   def init_cache(self, batch: int, max_steps: int) -> Cache:
     """Returns the empty cache for responses of at most `max_steps` tokens."""
@@ -240,12 +243,7 @@ class Generator(nn.Module):
     )
 
   def decode_step(
-    self,
-    encoded: Encoded,
-    tokens: jax.Array,
-    cache: Cache,
-    index: jax.Array,
-    weights: jax.Array | None = None,
+    self, encoded: Encoded, tokens: jax.Array, cache: Cache, index: jax.Array
   ) -> tuple[jax.Array, Cache]:
     """Predicts the token at position `index`.
 
@@ -254,19 +252,44 @@ class Generator(nn.Module):
       tokens: The tokens chosen one step earlier, `[batch]`; ignored at 0.
       cache: What the earlier steps left.
       index: The step, a scalar.
-      weights: Takes the gradient of `tokens`, `[batch, V]`; see
-        `layers.straight_through`.
 
     Returns:
       Log-probabilities `[batch, V]` with impossible tokens at -1e9, and the
       cache for the next step.
     """
-    embedded = self.embed(tokens, weights)[:, None]
-    x = jnp.where(index == 0, encoded.first_input[:, None], embedded)
+    x = jnp.where(index == 0, encoded.first_input, self.embed(tokens))
+    log_probs, _, cache = self.decode_embedded(encoded, x, cache, index)
+    return log_probs, cache
+
+  def decode_embedded(
+    self,
+    encoded: Encoded,
+    x: jax.Array,
+    cache: Cache,
+    index: jax.Array,
+    added: jax.typing.ArrayLike = 0.0,
+  ) -> tuple[jax.Array, jax.Array, Cache]:
+    """Predicts as `decode_step` does, from an embedded token.
+
+    Args:
+      encoded: The dialogue.
+      x: The token chosen one step earlier, embedded, `[batch, d]`; at 0
+        `encoded.first_input`.
+      cache: What the earlier steps left.
+      index: The step, a scalar.
+      added: To the logits, for a gradient with respect to them.
+
+    Returns:
+      Log-probabilities as `decode_step`, what `project` was given
+      `[batch, d]`, and the cache.
+    """
     hidden, attention, layer_caches = self.decoder.step(
-      x, encoded.memory, cache.layers, index
+      x[:, None], encoded.memory, cache.layers, index
     )
-    log_probs = log_mixture(*self._output(hidden, attention, encoded.source))
+    pointer = self._point(hidden, attention, encoded.source)
+    hidden = hidden[:, 0]
+    logits = self.project(hidden) + added
+    log_probs = log_mixture(logits[:, None], pointer)[:, 0]
     # UNK stands for the unknown source word most attended to, if any.
     unknown = encoded.source == vocab.UNK
     copied_from = jnp.argmax(jnp.where(unknown, attention[:, 0], -1.0), axis=-1)
@@ -274,8 +297,10 @@ class Generator(nn.Module):
     ids = jnp.arange(self.vocab_size)
     never = jnp.isin(ids, jnp.array(_NEVER_GENERATED))
     impossible = never | ((ids == vocab.UNK) & ~copies[:, None])
-    log_probs = jnp.where(impossible, layers.NEGATIVE_INFINITY, log_probs[:, 0])
+    log_probs = jnp.where(impossible, layers.NEGATIVE_INFINITY, log_probs)
     copied_from = jnp.where(copies, copied_from, -1).astype(jnp.int32)
-    return log_probs, Cache(
-      layer_caches, cache.copied_from.at[:, index].set(copied_from)
+    return (
+      log_probs,
+      hidden,
+      Cache(layer_caches, cache.copied_from.at[:, index].set(copied_from)),
     )
