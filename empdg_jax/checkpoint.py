@@ -14,6 +14,7 @@ from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import vocab
 from empdg_jax.data.vocab import Vocabulary
+from empdg_jax.models import registry
 from empdg_jax.train_state import TrainState
 
 LATEST, BEST = "latest", "best"
@@ -318,6 +319,11 @@ def restore_generator(
     raise InputError(
       f"{where}: its vocabulary of {len(run.vocabulary):,} tokens is not this "
       f"run's of {len(vocabulary):,}; both need the same config.data"
+    )
+  if not registry.same_generator(run.config.model, config.model):
+    raise InputError(
+      f"{where}: that run has config.model.name={run.config.model.name!r}, "
+      f"whose generator is not that of {config.model.name!r}"
     )
   for name in _GENERATOR_FIELDS:
     theirs, ours = getattr(run.config.model, name), getattr(config.model, name)

@@ -87,6 +87,11 @@ class ModelConfig:
   kernel_widths: tuple[int, ...] = (1, 2, 3)
   # The emotional critic reads at most so many words of an utterance.
   max_emotional_words: int = 16
+  listener_top_k: int = 0  # MoEL: how many listeners are heard; 0: all.
+  # MoEL: the share of examples whose gold emotion's listener alone is heard, at
+  # the first step; it falls as exp(-step / listener_teacher_steps).
+  listener_teacher_ratio: float = 1.0
+  listener_teacher_steps: int = 10_000
 
 
 @dataclasses.dataclass
@@ -172,6 +177,8 @@ _MAY_BE_ZERO = {
   "model.dropout_rate",
   "model.emotion_loss_weight",
   "model.label_smoothing",
+  "model.listener_top_k",
+  "model.listener_teacher_ratio",
   "eval.length_penalty",
 }
 
@@ -214,6 +221,9 @@ def validate(config: Config) -> None:
   for name in ("dropout_rate", "label_smoothing"):
     if getattr(model, name) >= 1:
       raise InputError(f"config.model.{name}: expected less than 1")
+  for name, most in (("listener_top_k", 32), ("listener_teacher_ratio", 1)):
+    if getattr(model, name) > most:
+      raise InputError(f"config.model.{name}: expected at most {most}")
   if model.emb_dim % 2:
     raise InputError(f"config.model.emb_dim={model.emb_dim}: expected even")
   if model.key_value_depth % model.num_heads:

@@ -29,17 +29,20 @@ class Response:
 
   Attributes:
     tokens: The response, without EOS.
-    emotions: The probability of every emotion, `[32]`.
+    emotions: The probability of every emotion, `[32]`; None if the system
+      perceives none.
     cut: How many of the context's oldest tokens it did not see.
   """
 
   tokens: tuple[str, ...]
-  emotions: np.ndarray
+  emotions: np.ndarray | None
   cut: int
 
   @property
-  def emotion(self) -> str:
+  def emotion(self) -> str | None:
     """The likeliest emotion."""
+    if self.emotions is None:
+      return None
     return EMOTIONS[int(self.emotions.argmax())]
 
 
@@ -53,15 +56,17 @@ def sum_metrics(values: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 def average_metrics(sums: dict[str, float]) -> dict[str, float]:
-  """Divides sums by their counts: loss, perplexities, accuracy."""
-  return {
+  """Divides sums by their counts: loss, perplexities, accuracy if any."""
+  averages = {
     "loss": sums["loss"] / sums["examples"],
     "perplexity": float(np.exp(sums["nll"] / sums["tokens"])),
     "perplexity_per_example": float(
       np.exp(sums["mean_nll"] / sums["examples"])
     ),
-    "emotion_accuracy": sums["emotion_correct"] / sums["examples"],
   }
+  if "emotion_correct" in sums:
+    averages["emotion_accuracy"] = sums["emotion_correct"] / sums["examples"]
+  return averages
 
 
 def validate(
@@ -131,6 +136,7 @@ class System:
     self.vocabulary = vocabulary
     self.shapes = pipeline.padded_shapes(config.data)
     self.eval_shapes = pipeline.coarse_shapes(self.shapes)
+    self.parameters = sum(x.size for x in jax.tree.leaves(params))
     self.params = parallel.replicate(params)
     model = registry.create_model(config.model, len(vocabulary))
     self.p_eval_step = steps.compile_eval_step(model)
@@ -155,6 +161,7 @@ class System:
       prediction = parallel.unshard(
         self.p_predict_step(self.params, parallel.shard(batch))
       )
+      emotions = prediction.emotion_probs
       shape = Shape(batch.context.shape[1], batch.emotion_context.shape[1], 1)
       for row, index in enumerate(batch.index):
         if batch.mask[row]:
@@ -168,7 +175,7 @@ class System:
                 source_words(example, shape),
                 self.vocabulary,
               ),
-              prediction.emotion_probs[row],
+              emotions if emotions is None else emotions[row],
               example.cut[0],
             ),
           )
@@ -283,6 +290,7 @@ def evaluate_split(
   values = {
     "model": system.config.model.name,
     "split": split,
+    "parameters": system.parameters,
     **metrics.text_metrics(lines, len(system.vocabulary)),
   }
   write_evaluation(folder, lines, values)
@@ -297,9 +305,9 @@ def print_metrics(values: dict[str, Any], console: Console) -> None:
   for name, value in values.items():
     if name not in ("model", "split"):
       form = "{:.4f}" if name == "emotion_accuracy" else "{:,.2f}"
-      table.add_row(
-        name, form.format(value) if isinstance(value, float) else str(value)
-      )
+      if not isinstance(value, float):
+        form = "-" if value is None else "{:,}"
+      table.add_row(name, form.format(value))
   console.print(table)
 
 
@@ -312,11 +320,13 @@ def print_samples(path: pathlib.Path, count: int, console: Console) -> None:
   for line in list(shown.values())[::stride][:count]:
     user = text.join_tokens(line["context"][-1].split())
     reply = text.join_tokens(line["response"].split())
+    perceived = line["predicted_emotion"]
     console.print(
-      f"[bold]{line['emotion']}[/bold] (perceived {line['predicted_emotion']})"
+      f"[bold]{line['emotion']}[/bold]"
+      + (f" (perceived {perceived})" if perceived else "")
     )
     console.print(f"  user:  {user}", markup=False, highlight=False)
-    console.print(f"  empdg: {reply}", markup=False, highlight=False)
+    console.print(f"  reply: {reply}", markup=False, highlight=False)
 
 
 def vocab_size_of(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> int:

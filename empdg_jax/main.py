@@ -51,10 +51,17 @@ def _define(name: str, values: flags.FlagValues, argv: list[str]) -> None:
     "predictions": "a predictions.jsonl",
     "output": "where to write the figures; by default benchmark.json",
     "checkpoint": "best or latest; by default the best",
+    "format": "terminal, markdown, csv, json or latex",
+    "image": "where to draw, without the ending; by default in the run folder",
   }
-  defaults = {"split": "test", "input": "-"}
+  many = {
+    "dir": "a run folder; '--dir=' may be left out",
+    "context": "what a turn says; once for each turn, the user's last",
+  }
+  defaults = {"split": "test", "input": "-", "format": "terminal"}
   integers = {
     "samples": (6, "how many replies to show, each to another emotion"),
+    "cases": (0, "how many examples to show with all systems' replies"),
     "vocab_size": (
       None,
       "V of EAD; by default the run's vocabulary or the file's distinct tokens",
@@ -64,6 +71,8 @@ def _define(name: str, values: flags.FlagValues, argv: list[str]) -> None:
     config_flags.DEFINE_config_file(
       "config", None, "a file of configs/", flag_values=values, sys_argv=argv
     )
+  elif name in many:
+    flags.DEFINE_multi_string(name, [], many[name], flag_values=values)
   elif name in integers:
     default, help_text = integers[name]
     flags.DEFINE_integer(
@@ -110,7 +119,17 @@ def _prepare(values: flags.FlagValues) -> int:
 
   from empdg_jax.data import prepare, report
 
-  report.print_report(prepare.load_dataset(config.data), config, Console())
+  console = Console()
+  dataset = prepare.load_dataset(config.data)
+  report.print_report(dataset, config, console)
+
+  from empdg_jax import train_state
+  from empdg_jax.models import registry
+
+  model = registry.create_model(config.model, len(dataset.vocabulary))
+  console.print(
+    f"{config.model.name}: {train_state.count_parameters(model):,} parameters"
+  )
   return 0
 
 
@@ -150,11 +169,15 @@ def _load_system(values: flags.FlagValues) -> Any:
   return evaluate.load_system(workdir, config, values.checkpoint)
 
 
-def _evaluate(values: flags.FlagValues) -> int:
+def _check_split(values: flags.FlagValues) -> None:
   if values.split not in ("train", "valid", "test"):
     raise InputError(
       f"--split={values.split}: expected one of train, valid, test"
     )
+
+
+def _evaluate(values: flags.FlagValues) -> int:
+  _check_split(values)
   system = _load_system(values)
   from rich.console import Console
 
@@ -224,6 +247,42 @@ def _chat(values: flags.FlagValues) -> int:
   return 0
 
 
+def _compare(values: flags.FlagValues) -> int:
+  if not values.dir:
+    raise InputError(
+      "no run folder is given; write empdg compare runs/empdg runs/moel"
+    )
+  _check_split(values)
+  from rich.console import Console
+
+  from empdg_jax import compare
+
+  if values.format not in compare.FORMATS:
+    raise InputError(
+      f"--format={values.format}: expected one of " + ", ".join(compare.FORMATS)
+    )
+  folders = [pathlib.Path(folder) for folder in values.dir]
+  comparison = compare.compare(folders, values.split, values.cases)
+  compare.print_comparison(comparison, values.format, Console())
+  return 0
+
+
+def _attention(values: flags.FlagValues) -> int:
+  if not values.context:
+    raise InputError(
+      '--context is missing; write what the user says, as in --context="I lost '
+      'my job."'
+    )
+  system = _load_system(values)
+  from empdg_jax import attention, respond
+
+  drawn = attention.attend(respond.Responder(system), values.context)
+  stem = pathlib.Path(values.image or _workdir(values) / "attention")
+  for path in attention.draw(drawn, stem):
+    print(f"Drawn in {path}")
+  return 0
+
+
 def _benchmark(values: flags.FlagValues) -> int:
   config = _config(values)
   _use_compilation_cache()
@@ -273,6 +332,13 @@ _COMMANDS = {
     ("predictions", "vocab_size"),
     _metrics,
   ),
+  "compare": _Command(
+    "the paper's Tables 1 and 2 from evaluated run folders, with tests",
+    "empdg compare runs/transformer runs/moel runs/empdg --cases=2\n"
+    "empdg compare runs/* --split=valid --format=markdown",
+    ("dir", "split", "format", "cases"),
+    _compare,
+  ),
   "generate": _Command(
     "answer contexts: one JSON object a line in, one out",
     """echo '{"context": ["I lost my job today."]}' | """
@@ -285,6 +351,12 @@ _COMMANDS = {
     "empdg chat --workdir=runs/quickstart",
     ("config", "workdir", "checkpoint"),
     _chat,
+  ),
+  "attention": _Command(
+    "draw what each word of a reply attends to, and the perceived emotion",
+    'empdg attention --workdir=runs/quickstart --context="I lost my job."',
+    ("config", "workdir", "checkpoint", "context", "image"),
+    _attention,
   ),
   "benchmark": _Command(
     "time training steps and decoding on this machine; write JSON",
@@ -329,6 +401,8 @@ def _parse(name: str, argv: list[str]) -> flags.FlagValues:
   values = flags.FlagValues()
   # The configuration's file must be known before its fields.
   argv = sorted(argv, key=lambda arg: not arg.startswith("--config="))
+  if "dir" in _COMMANDS[name].flags:
+    argv = [a if a.startswith("-") else f"--dir={a}" for a in argv]
   for flag in _COMMANDS[name].flags:
     _define(flag, values, argv)
   if {"--help", "-h", "-help"} & set(argv):

@@ -4,9 +4,21 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import sacrebleu
 
 Counts = tuple[int, int]
+
+
+def ngrams(response: str, n: int) -> list[tuple[str, ...]]:
+  """Returns the n-grams of white-space tokens.
+
+  >>> ngrams("a b a", 2)
+  [('a', 'b'), ('b', 'a')]
+  """
+  tokens = response.split()
+  return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
 def ngram_counts(responses: Iterable[str], n: int) -> Counts:
@@ -18,10 +30,9 @@ def ngram_counts(responses: Iterable[str], n: int) -> Counts:
   distinct: set[tuple[str, ...]] = set()
   total = 0
   for response in responses:
-    tokens = response.split()
-    ngrams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
-    distinct.update(ngrams)
-    total += len(ngrams)
+    found = ngrams(response, n)
+    distinct.update(found)
+    total += len(found)
   return len(distinct), total
 
 
@@ -47,9 +58,16 @@ def ead_n(responses: Iterable[str], n: int, vocab_size: int) -> float:
   distinct, total = ngram_counts(responses, n)
   if not total:
     return 0.0
+  return float(expectation_adjusted(distinct, total, vocab_size))
+
+
+def expectation_adjusted(
+  distinct: npt.ArrayLike, total: npt.ArrayLike, vocab_size: int
+) -> np.ndarray:
+  """Returns `ead_n` of N distinct and C all n-grams, element by element."""
   # expm1 and log1p keep the precision that V in the ten thousands would cost.
-  seen = -math.expm1(total * math.log1p(-1.0 / vocab_size))
-  return 100.0 * distinct / (vocab_size * seen)
+  seen = -np.expm1(np.asarray(total) * np.log1p(-1.0 / vocab_size))
+  return 100.0 * np.asarray(distinct) / (vocab_size * seen)
 
 
 def text_metrics(

@@ -21,11 +21,15 @@ MAX_CONTEXT_TOKENS = 2_000
 
 
 class Responder:
-  """Turns utterances into replies."""
+  """Turns utterances into replies.
+
+  Attributes:
+    system: Who replies.
+  """
 
   def __init__(self, system: System) -> None:
     """Loads the lexicon that the system was trained with."""
-    self._system = system
+    self.system = system
     self._lexicon = lexicon_lib.load_lexicon(system.config.data.lexicon)
     self._tokenizer = text.Tokenizer()
 
@@ -52,22 +56,22 @@ class Responder:
         f"the context has {len(tokens):,} tokens; "
         f"at most {MAX_CONTEXT_TOKENS:,}"
       )
-    if not any(t in self._system.vocabulary.ids for t in tokens if t.isalpha()):
+    if not any(t in self.system.vocabulary.ids for t in tokens if t.isalpha()):
       raise InputError(
         f"no word of the context is in the vocabulary of "
-        f"{len(self._system.vocabulary):,} words: {' '.join(tokens)[:60]!r}"
+        f"{len(self.system.vocabulary):,} words: {' '.join(tokens)[:60]!r}"
       )
     return pipeline.encode(
-      turns, (), 0, self._system.vocabulary, self._system.shapes[-1]
+      turns, (), 0, self.system.vocabulary, self.system.shapes[-1]
     )
 
   def respond(self, encoded: Sequence[Encoded]) -> list[Response]:
     """Returns a reply to each context, in their order."""
     # A single reply need not wait for a whole batch: one row a device.
     devices = jax.local_device_count()
-    batch_size = self._system.config.eval.batch_size
+    batch_size = self.system.config.eval.batch_size
     batch_size = devices if len(encoded) == 1 else batch_size
-    replies = dict(self._system.respond(encoded, batch_size))
+    replies = dict(self.system.respond(encoded, batch_size))
     return [replies[index] for index in range(len(encoded))]
 
 
@@ -101,8 +105,9 @@ def generate(
 
   Yields:
     `{"context", "response", "emotion", "emotion_probability"}` for each line
-    in order (`"context_tokens_cut"` too where the context was too long), or
-    `{"error"}` for a line that cannot be answered.
+    in order (without an emotion if the system perceives none;
+    `"context_tokens_cut"` too where the context was too long), or `{"error"}`
+    for a line that cannot be answered.
   """
   group: list[tuple[list[str], Encoded] | InputError] = []
   for number, line in enumerate(lines, start=1):
@@ -130,12 +135,13 @@ def _answer(
       yield {"error": str(item)}
       continue
     reply = next(replies)
-    answer = {
+    answer: dict[str, Any] = {
       "context": item[0],
       "response": text.join_tokens(reply.tokens),
-      "emotion": reply.emotion,
-      "emotion_probability": round(float(reply.emotions.max()), 4),
     }
+    if reply.emotions is not None:
+      answer["emotion"] = reply.emotion
+      answer["emotion_probability"] = round(float(reply.emotions.max()), 4)
     if reply.cut:
       answer["context_tokens_cut"] = reply.cut
     yield answer
@@ -169,9 +175,10 @@ def chat(responder: Responder, console: Console, lines: TextIO) -> None:
       continue
     answer = text.join_tokens(reply.tokens)
     turns += [said, answer]
-    likeliest = reply.emotions.argsort()[::-1][:3]
-    felt = ", ".join(
-      f"{EMOTIONS[e]} {reply.emotions[e]:.0%}" for e in likeliest
-    )
-    console.print(f"[dim]perceived: {felt}[/dim]", highlight=False)
+    if reply.emotions is not None:
+      likeliest = reply.emotions.argsort()[::-1][:3]
+      felt = ", ".join(
+        f"{EMOTIONS[e]} {reply.emotions[e]:.0%}" for e in likeliest
+      )
+      console.print(f"[dim]perceived: {felt}[/dim]", highlight=False)
     console.print(f"empdg> {answer}", markup=False, highlight=False)

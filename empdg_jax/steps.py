@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,7 +18,7 @@ from empdg_jax.data import vocab
 from empdg_jax.data.pipeline import Batch
 from empdg_jax.models import adversary as adversary_lib
 from empdg_jax.models.adversary import Adversary
-from empdg_jax.models.generator import Inputs
+from empdg_jax.models.encoder_decoder import EncoderDecoder, Inputs
 from empdg_jax.parallel import compile_step, psum
 from empdg_jax.train_state import TrainState
 
@@ -33,12 +32,12 @@ class Prediction(NamedTuple):
     tokens: The response, EOS included, then PAD, `[B, max_steps]`.
     copied_from: For each token the source position that an UNK copies, -1
       where there is none, `[B, max_steps]`.
-    emotion_probs: `[B, 32]`.
+    emotion_probs: `[B, 32]`; None if the system perceives no emotion.
   """
 
   tokens: jax.Array
   copied_from: jax.Array
-  emotion_probs: jax.Array
+  emotion_probs: jax.Array | None
 
 
 def example_keys(key: jax.Array, step: jax.Array, batch: Batch) -> jax.Array:
@@ -47,21 +46,43 @@ def example_keys(key: jax.Array, step: jax.Array, batch: Batch) -> jax.Array:
   return jax.vmap(jax.random.fold_in, (None, 0))(key, batch.position)
 
 
+def _fold_in(keys: jax.Array, purpose: bytes) -> jax.Array:
+  """Returns keys for one purpose of their own, `[B]`."""
+  fold_in = jax.vmap(jax.random.fold_in, (0, None))
+  return fold_in(keys, zlib.crc32(purpose))
+
+
 def _inputs(batch: Batch) -> Inputs:
   return Inputs(batch.context, batch.state, batch.emotion_context)
+
+
+def _teacher(
+  batch: Batch, keys: jax.Array, step: jax.Array, config: ModelConfig
+) -> jax.Array:
+  """Returns the listener that an example must hear, -1 for none, `[B]`.
+
+  The gold emotion's with a probability that falls from 1 to 1e-4, times
+  `listener_teacher_ratio` (the schedule of Lin et al., 2019).
+  """
+  falling = jnp.exp(-step / config.listener_teacher_steps)
+  ratio = config.listener_teacher_ratio * (1e-4 + (1.0 - 1e-4) * falling)
+  draws = jax.vmap(jax.random.uniform)(_fold_in(keys, b"listener"))
+  return jnp.where(draws < ratio, batch.emotion, -1)
 
 
 def _mle_loss(
   params: Any,
   batch: Batch,
+  inputs: Inputs,
   keys: jax.Array | None,
-  model: nn.Module,
+  model: EncoderDecoder,
   label_smoothing: float,
 ) -> tuple[jax.Array, Metrics]:
-  """Returns each example's `Lg` (eq. 15), `[B]`, and the metric sums."""
-  outputs: Any = model.apply(
-    {"params": params}, _inputs(batch), batch.target, keys
-  )
+  """Returns each example's `Lg` (eq. 15), `[B]`, and the metric sums.
+
+  A system that perceives no emotion has neither its loss nor its metric.
+  """
+  outputs: Any = model.apply({"params": params}, inputs, batch.target, keys)
   emotion_logits = outputs.encoded.emotion_logits
   loss, nll = losses.token_losses(
     outputs.logits, batch.target, outputs.pointer, label_smoothing
@@ -69,23 +90,22 @@ def _mle_loss(
   is_token = (batch.target != vocab.PAD).astype(loss.dtype)
   tokens = jnp.sum(is_token, axis=-1)
   nll = jnp.sum(nll * is_token, axis=-1)
-  config: ModelConfig = model.config  # Every system has one.
-  emotion_loss = losses.emotion_nll(emotion_logits, batch.emotion)
-  example_loss = (
-    config.emotion_loss_weight * emotion_loss
-    + config.generation_loss_weight * jnp.sum(loss * is_token, axis=-1)
+  example_loss = model.config.generation_loss_weight * jnp.sum(
+    loss * is_token, axis=-1
   )
-  correct = (jnp.argmax(emotion_logits, axis=-1) == batch.emotion).astype(
-    loss.dtype
-  )
-  return example_loss, {
-    "loss": example_loss,
+  metrics = {
     "nll": nll,
     "tokens": tokens,
     "mean_nll": nll / tokens,
-    "emotion_correct": correct,
     "examples": jnp.ones_like(tokens),
   }
+  if emotion_logits is not None:
+    example_loss += model.config.emotion_loss_weight * losses.emotion_nll(
+      emotion_logits, batch.emotion
+    )
+    predicted = jnp.argmax(emotion_logits, axis=-1)
+    metrics["emotion_correct"] = (predicted == batch.emotion).astype(loss.dtype)
+  return example_loss, {"loss": example_loss, **metrics}
 
 
 def _global_sums(values: Metrics, mask: jax.Array) -> Metrics:
@@ -112,17 +132,21 @@ def _update(
 
 
 def _mle_gradient(
-  params: Any, batch: Batch, keys: jax.Array, model: nn.Module
+  state: TrainState, batch: Batch, keys: jax.Array, model: EncoderDecoder
 ) -> tuple[Any, Metrics]:
   """Returns the gradient of the mean `Lg`, and sums, over the global batch."""
   count = psum(jnp.sum(batch.mask))
+  config = model.config
+  listener = _teacher(batch, keys, state.step, config)
+  inputs = _inputs(batch)._replace(listener=listener)
 
   def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
-    config: ModelConfig = model.config  # Every system has one.
-    loss, values = _mle_loss(params, batch, keys, model, config.label_smoothing)
+    loss, values = _mle_loss(
+      params, batch, inputs, keys, model, config.label_smoothing
+    )
     return jnp.sum(loss * batch.mask) / count, values
 
-  grads, values = jax.grad(loss_fn, has_aux=True)(params)
+  grads, values = jax.grad(loss_fn, has_aux=True)(state.params)
   return psum(grads), _global_sums(values, batch.mask)
 
 
@@ -131,7 +155,7 @@ def mle_step(
   batch: Batch,
   key: jax.Array,
   *,
-  model: nn.Module,
+  model: EncoderDecoder,
   optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, Metrics]:
   """Takes one step of maximum likelihood (paper §4.3, eq. 15).
@@ -149,7 +173,7 @@ def mle_step(
   """
   keys = example_keys(key, state.step, batch)
   del key
-  grads, sums = _mle_gradient(state.params, batch, keys, model)
+  grads, sums = _mle_gradient(state, batch, keys, model)
   return _update(state, grads, optimizer, sums["loss"]), sums
 
 
@@ -165,7 +189,7 @@ def discriminator_step(
   batch: Batch,
   key: jax.Array,
   *,
-  model: nn.Module,
+  model: EncoderDecoder,
   adversary: Adversary,
   optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, Metrics]:
@@ -203,14 +227,11 @@ def discriminator_step(
   def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
     values: Metrics = {"examples": jnp.ones_like(judged)}
     for name, reading in readings.items():
-      alpha_keys = jax.vmap(jax.random.fold_in, (0, None))(
-        keys, zlib.crc32(name.encode())
-      )
       of_critic = adversary_lib.critic_losses(
         adversary.critic,
         params[name],
         reading,
-        jax.vmap(jax.random.uniform)(alpha_keys),
+        jax.vmap(jax.random.uniform)(_fold_in(keys, name.encode())),
         adversary.config.gradient_penalty_weight,
       )
       for term, value in of_critic.items():
@@ -231,7 +252,7 @@ def adversarial_generator_step(
   batch: Batch,
   key: jax.Array,
   *,
-  model: nn.Module,
+  model: EncoderDecoder,
   adversary: Adversary,
   optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, Metrics]:
@@ -254,7 +275,7 @@ def adversarial_generator_step(
   """
   keys = example_keys(key, state.step, batch)
   del key
-  grads, sums = _mle_gradient(state.params, batch, keys, model)
+  grads, sums = _mle_gradient(state, batch, keys, model)
   judged, count = _judged(batch)
 
   def signal_fn(params: Any) -> tuple[jax.Array, jax.Array]:
@@ -290,7 +311,7 @@ def adversarial_generator_step(
 
 
 def eval_step(
-  params: Any, batch: Batch, *, model: nn.Module
+  params: Any, batch: Batch, *, model: EncoderDecoder
 ) -> tuple[Metrics, Metrics]:
   """Scores targets with teacher forcing, without dropout or smoothing.
 
@@ -302,12 +323,12 @@ def eval_step(
   Returns:
     Sums over the global batch, and each example's values `[B]`.
   """
-  _, values = _mle_loss(params, batch, None, model, 0.0)
+  _, values = _mle_loss(params, batch, _inputs(batch), None, model, 0.0)
   return _global_sums(values, batch.mask), values
 
 
 def predict_step(
-  params: Any, batch: Batch, *, model: nn.Module, config: EvalConfig
+  params: Any, batch: Batch, *, model: EncoderDecoder, config: EvalConfig
 ) -> Prediction:
   """Reads contexts and writes responses.
 
@@ -327,7 +348,7 @@ def predict_step(
     config.beam_size,
   )
   encoded: Any = model.apply(variables, _inputs(batch), None, method="encode")
-  emotion_probs = jax.nn.softmax(encoded.emotion_logits)
+  emotion_probs = jax.tree.map(jax.nn.softmax, encoded.emotion_logits)
   encoded = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), encoded)
   cache = model.apply(variables, rows * beams, steps, method="init_cache")
 
@@ -355,7 +376,7 @@ def predict_step(
 
 
 def compile_mle_step(
-  model: nn.Module, optimizer: optax.GradientTransformation
+  model: EncoderDecoder, optimizer: optax.GradientTransformation
 ) -> Any:
   """Returns `mle_step` for all devices; it donates its state."""
   return compile_step(
@@ -366,7 +387,7 @@ def compile_mle_step(
   )
 
 
-def compile_eval_step(model: nn.Module) -> Any:
+def compile_eval_step(model: EncoderDecoder) -> Any:
   """Returns `eval_step` for all devices."""
   return compile_step(
     functools.partial(eval_step, model=model),
@@ -375,7 +396,7 @@ def compile_eval_step(model: nn.Module) -> Any:
   )
 
 
-def compile_predict_step(model: nn.Module, config: EvalConfig) -> Any:
+def compile_predict_step(model: EncoderDecoder, config: EvalConfig) -> Any:
   """Returns `predict_step` for all devices."""
   return compile_step(
     functools.partial(predict_step, model=model, config=config),
@@ -385,7 +406,7 @@ def compile_predict_step(model: nn.Module, config: EvalConfig) -> Any:
 
 
 def compile_discriminator_step(
-  model: nn.Module,
+  model: EncoderDecoder,
   adversary: Adversary,
   optimizer: optax.GradientTransformation,
 ) -> Any:
@@ -394,7 +415,7 @@ def compile_discriminator_step(
 
 
 def compile_adversarial_generator_step(
-  model: nn.Module,
+  model: EncoderDecoder,
   adversary: Adversary,
   optimizer: optax.GradientTransformation,
 ) -> Any:
@@ -406,7 +427,7 @@ def compile_adversarial_generator_step(
 
 def _compile_adversarial(
   step: Callable[..., Any],
-  model: nn.Module,
+  model: EncoderDecoder,
   adversary: Adversary,
   optimizer: optax.GradientTransformation,
 ) -> Any:

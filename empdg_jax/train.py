@@ -121,6 +121,9 @@ class _Trainer:
     self._progress = Progress()
     dataset = prepare.load_dataset(config.data)
     model = registry.create_model(config.model, len(dataset.vocabulary))
+    self._console.print(
+      f"{config.model.name}: {train_state.count_parameters(model):,} parameters"
+    )
     optimizer = train_state.create_optimizer(config.train, config.model.emb_dim)
     self._learning_rate = train_state.learning_rate(
       config.train, config.model.emb_dim
@@ -403,7 +406,8 @@ class _Trainer:
       of_generator = sums["generator"]
       averages = evaluate.average_metrics(of_generator)
       for name in ("loss", "perplexity", "emotion_accuracy"):
-        values[f"train/{name}"] = averages[name]
+        if name in averages:
+          values[f"train/{name}"] = averages[name]
       rate = self._learning_rate(self._generator_steps - 1)
       values["train/learning_rate"] = np.asarray(rate).item()
       examples += of_generator["examples"]
@@ -476,10 +480,7 @@ class _Trainer:
     self._writer.write(
       progress.updates,
       phase.name,
-      {
-        f"valid/{name}": values[name]
-        for name in ("perplexity", "perplexity_per_example", "emotion_accuracy")
-      },
+      {f"valid/{k}": v for k, v in values.items() if k != "loss"},
     )
     value = values[phase.metric]
     higher_is_better = phase.metric == "emotion_accuracy"
@@ -491,10 +492,11 @@ class _Trainer:
       self._save(checkpoint.BEST)
     else:
       progress.worse += 1
+    accuracy = values.get("emotion_accuracy")
     self._console.print(
-      f"step {progress.updates:,}: valid perplexity "
-      f"{values['perplexity']:.2f}, emotion accuracy "
-      f"{values['emotion_accuracy']:.3f}" + (" (best)" if better else ""),
+      f"step {progress.updates:,}: valid perplexity {values['perplexity']:.2f}"
+      + ("" if accuracy is None else f", emotion accuracy {accuracy:.3f}")
+      + (" (best)" if better else ""),
       highlight=False,
     )
 

@@ -13,7 +13,7 @@ import optax
 
 from empdg_jax.config import TrainConfig
 from empdg_jax.models.discriminators import Critic, Reading, Utterances
-from empdg_jax.models.generator import Inputs
+from empdg_jax.models.encoder_decoder import Inputs
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -78,6 +78,12 @@ def init_params(model: nn.Module, key: jax.Array) -> Any:
   """Draws a system's parameters."""
   ids = jnp.zeros((1, 2), jnp.int32)
   return model.init(key, Inputs(ids, ids, ids), ids)["params"]
+
+
+def count_parameters(model: nn.Module) -> int:
+  """Returns how many parameters `init_params` draws."""
+  params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  return sum(x.size for x in jax.tree.leaves(params))
 
 
 def create_critics_state(

@@ -36,7 +36,8 @@ from empdg_jax.models import adversary as adversary_lib
 from empdg_jax.models import layers
 from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.discriminators import Critic
-from empdg_jax.models.generator import Generator, Inputs
+from empdg_jax.models.encoder_decoder import Inputs
+from empdg_jax.models.generator import Generator
 from empdg_jax.train_state import (
   TrainState,
   create_critics_optimizer,
@@ -478,7 +479,7 @@ def test_expected_embeddings_are_means(sampling: Players) -> None:
       params, inputs, batch.target, keys, MODEL, adversary(config)
     )
   )(params)
-  _, logits, pointer = MODEL.apply(
+  _, logits, _, pointer = MODEL.apply(
     {"params": params}, inputs, batch.target, keys
   )
   probs = np.asarray(losses.mixture(logits, pointer))

@@ -28,7 +28,8 @@ from reference import (
 from empdg_jax.config import ModelConfig
 from empdg_jax.losses import log_mixture
 from empdg_jax.models import layers
-from empdg_jax.models.generator import Generator, Inputs
+from empdg_jax.models.encoder_decoder import Inputs
+from empdg_jax.models.generator import Generator
 from empdg_jax.train_state import init_params
 
 VOCAB = 60
@@ -125,7 +126,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
   @jax.jit
   def full(variables: Any, inputs: Inputs, target: jax.Array) -> Any:
-    encoded, logits, pointer = model.apply(variables, inputs, target)
+    encoded, logits, _, pointer = model.apply(variables, inputs, target)
     emotion_logits = encoded.emotion_logits
     return emotion_logits, logits, log_mixture(logits, pointer)
 

@@ -33,7 +33,8 @@ from empdg_jax import parallel, steps
 from empdg_jax.config import EvalConfig, ModelConfig, TrainConfig
 from empdg_jax.data.pipeline import Batch
 from empdg_jax.losses import log_mixture
-from empdg_jax.models.generator import Generator, Inputs
+from empdg_jax.models.encoder_decoder import Inputs
+from empdg_jax.models.generator import Generator
 from empdg_jax.train_state import TrainState, create_optimizer, init_params
 
 VOCAB = 60
@@ -114,7 +115,7 @@ def direct_terms(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the mean `Lg` (eq. 15) and its parts, from whole distributions."""
   inputs = Inputs(batch.context, batch.state, batch.emotion_context)
-  encoded, logits, pointer = MODEL.apply(
+  encoded, logits, _, pointer = MODEL.apply(
     {"params": params}, inputs, batch.target, keys
   )
   emotion_logits = encoded.emotion_logits

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from empdg_jax import decoding, losses
 from empdg_jax.config import TrainConfig
 from empdg_jax.data import vocab
 from empdg_jax.models.discriminators import Critic, Reading, Utterances, pick
-from empdg_jax.models.generator import Encoded, Inputs
+from empdg_jax.models.encoder_decoder import Encoded, EncoderDecoder, Inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,7 @@ def _sample(
   params: Any,
   encoded: Encoded,
   keys: jax.Array,
-  model: nn.Module,
+  model: EncoderDecoder,
   adversary: Adversary,
 ) -> Response:
   """Draws a response to each dialogue; see `straight_through_sample`.
@@ -158,7 +157,7 @@ def respond(
   inputs: Inputs,
   target: jax.Array,
   keys: jax.Array,
-  model: nn.Module,
+  model: EncoderDecoder,
   adversary: Adversary,
 ) -> tuple[Response, Encoded]:
   """Lets the generator respond; gradients reach `params` as configured.
@@ -191,7 +190,7 @@ def respond(
   return _sample(params, encoded, keys, model, adversary), encoded
 
 
-def given(params: Any, tokens: jax.Array, model: nn.Module) -> Response:
+def given(params: Any, tokens: jax.Array, model: EncoderDecoder) -> Response:
   """Returns gold responses or feedback as the critics are given them."""
   frozen = {"params": jax.lax.stop_gradient(params)}
   embedded: Any = model.apply(frozen, tokens, method="embed")

@@ -1,177 +1,39 @@
 """EmpDG's empathetic generator (paper §4.1, eqs. 1-15)."""
 
-import itertools
-from typing import NamedTuple
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from empdg_jax.config import ModelConfig
 from empdg_jax.data import vocab
-from empdg_jax.losses import Pointer, log_mixture
-from empdg_jax.models import decoder, encoders, layers
-
-NUM_EMOTIONS = 32
-# A response never holds these; it may hold UNK, which copies a source word.
-_NEVER_GENERATED = (
-  vocab.PAD,
-  vocab.SOS,
-  vocab.USR,
-  vocab.SYS,
-  vocab.CLS,
-  vocab.LAB,
+from empdg_jax.models import encoders
+from empdg_jax.models.encoder_decoder import (
+  NUM_EMOTIONS,
+  Encoded,
+  EncoderDecoder,
+  Inputs,
 )
 
 
-class Inputs(NamedTuple):
-  """A batch of contexts as ids; see `data.pipeline.Batch`."""
-
-  context: jax.Array
-  state: jax.Array
-  emotion_context: jax.Array
-
-
-def _label(inputs: Inputs) -> jax.Array:
-  """Returns LAB, whose embedding is the emotion state, `[batch, 1]`."""
-  return jnp.full_like(inputs.context[:, :1], vocab.LAB)
-
-
-class Encoded(NamedTuple):
-  """What the encoders make of a dialogue.
-
-  Attributes:
-    semantic: `x~0`, the dialogue context's vector, `[batch, d]`.
-    emotional: `w~0`, the emotional context's vector, `[batch, d]`.
-    emotion_logits: `ep` of eq. 7, `[batch, 32]`.
-    first_input: `e'p`, the decoder's first input, `[batch, d]`.
-    memory: The decoder's projection of `C = [Cu ; Ce]`.
-    source: Ids of the tokens in `C`, `[batch, M + E]`.
-  """
-
-  semantic: jax.Array
-  emotional: jax.Array
-  emotion_logits: jax.Array
-  first_input: jax.Array
-  memory: decoder.Memory
-  source: jax.Array
-
-
-class Outputs(NamedTuple):
-  """What the generator makes of a dialogue and a target.
-
-  Attributes:
-    encoded: The dialogue.
-    logits: Over the vocabulary, `[batch, N, V]`.
-    pointer: Where the decoder copies from, if the model has a pointer.
-  """
-
-  encoded: Encoded
-  logits: jax.Array
-  pointer: Pointer | None
-
-
-class Cache(NamedTuple):
-  """What decoding remembers between steps.
-
-  Attributes:
-    layers: The decoder's caches.
-    copied_from: For each step the source position that an UNK of that step
-      copies, -1 where there is none, `[batch, max_steps]`.
-  """
-
-  layers: tuple[decoder.LayerCache, ...]
-  copied_from: jax.Array
-
-
-class Generator(nn.Module):
-  """EmpDG's generator.
-
-  Attributes:
-    config: Its sizes and options.
-    vocab_size: V.
-  """
-
-  config: ModelConfig
-  vocab_size: int
+class Generator(EncoderDecoder):
+  """EmpDG's generator: a second encoder reads the emotional words."""
 
   def setup(self) -> None:
-    """Creates embeddings, both encoders, the decoder and the projections."""
-    c = self.config
-    self.embedding = self.param(
-      "embedding",
-      nn.initializers.normal(c.emb_dim**-0.5),
-      (self.vocab_size, c.emb_dim),
-    )
-    self.semantic_encoder = encoders.Encoder(c)
-    self.emotion_encoder = encoders.Encoder(c)
-    self.decoder = decoder.Decoder(c)
+    """Creates both encoders and the emotion's projections."""
+    super().setup()
+    self.semantic_encoder = encoders.Encoder(self.config)
+    self.emotion_encoder = encoders.Encoder(self.config)
     self.emotion = nn.Dense(NUM_EMOTIONS, use_bias=False)
-    self.emotion_embedding = nn.Dense(c.emb_dim)
-    if c.pointer_generator:
-      self.gate = nn.Dense(1)
-    if not c.tie_embeddings:
-      # Glorot's bound, a sixth of the layer's default, gives every word almost
-      # the same chance at first: words that are never targets keep what they
-      # are given, and must not take probability from the others.
-      self.vocab_projection = self.param(
-        "vocab_projection",
-        nn.initializers.xavier_uniform(),
-        (c.emb_dim, self.vocab_size),
-      )
+    self.emotion_embedding = nn.Dense(self.config.emb_dim)
 
-  def expected_embedding(self, probs: jax.Array) -> jax.Array:
-    """Returns the mean of `embed` over distributions `[..., V]`."""
-    return probs @ self.embedding * self.config.emb_dim**0.5
+  def source_ids(self, inputs: Inputs) -> tuple[jax.Array, ...]:
+    """Returns words, states, emotional words and their one state, LAB."""
+    label = jnp.full_like(inputs.context[:, :1], vocab.LAB)
+    return inputs.context, inputs.state, inputs.emotion_context, label
 
-  def _embed_all(self, *ids: jax.Array) -> list[jax.Array]:
-    """Returns `embed` of each argument, `[batch, length]`.
-
-    All ids are looked up at once: the gradient of a look-up is an array as
-    large as the table, so one is cheaper than several.
-    """
-    embedded = self.embed(jnp.concatenate(ids, axis=1))
-    ends = list(itertools.accumulate(i.shape[1] for i in ids))
-    return jnp.split(embedded, ends[:-1], axis=1)
-
-  def embed(
-    self, tokens: jax.Array, weights: jax.Array | None = None
-  ) -> jax.Array:
-    """Returns scaled word embeddings.
-
-    Args:
-      tokens: `[batch]` or `[batch, length]`.
-      weights: Takes the gradient of `tokens`, one axis more, V; see
-        `layers.straight_through`.
-
-    Returns:
-      `[batch, d]` or `[batch, length, d]`.
-    """
-    if weights is None:
-      embedded = self.embedding[tokens]
-    else:
-      embedded = layers.straight_through(weights, tokens, self.embedding)
-    return embedded * self.config.emb_dim**0.5
-
-  def encode(self, inputs: Inputs, keys: jax.Array | None) -> Encoded:
-    """Reads the dialogue (eqs. 1-8).
-
-    Args:
-      inputs: The contexts, `[batch, M]` and `[batch, E]`.
-      keys: Dropout keys, `[batch]`, or None for evaluation.
-
-    Returns:
-      The emotion and what the decoder needs.
-    """
-    embedded = self._embed_all(
-      inputs.context, inputs.state, inputs.emotion_context, _label(inputs)
-    )
-    return self._encode(inputs, embedded, keys)
-
-  def _encode(
+  def read(
     self, inputs: Inputs, embedded: list[jax.Array], keys: jax.Array | None
   ) -> Encoded:
-    """Encodes words, states, emotional words and their one state."""
+    """Encodes both contexts (eqs. 1-8); see `EncoderDecoder.read`."""
     words, states, emotion_words, emotion_state = embedded
     mask = inputs.context != vocab.PAD
     emotion_mask = inputs.emotion_context != vocab.PAD
@@ -194,113 +56,4 @@ class Generator(nn.Module):
       self.emotion_embedding(emotion_logits),
       memory,
       source,
-    )
-
-  def project(self, hidden: jax.Array) -> jax.Array:
-    """Returns logits over the vocabulary, `[..., d] -> [..., V]`."""
-    if self.config.tie_embeddings:
-      return hidden @ self.embedding.T
-    return layers.project(hidden, self.vocab_projection)
-
-  def _point(
-    self, hidden: jax.Array, attention: jax.Array, source: jax.Array
-  ) -> Pointer | None:
-    if not self.config.pointer_generator:
-      return None
-    return Pointer(self.gate(hidden)[..., 0], attention, source)
-
-  def __call__(
-    self, inputs: Inputs, target: jax.Array, keys: jax.Array | None = None
-  ) -> Outputs:
-    """Scores a target with teacher forcing.
-
-    Args:
-      inputs: The contexts.
-      target: `y1 .. yn EOS`, `[batch, N]`.
-      keys: Dropout keys, `[batch]`, or None for evaluation.
-
-    Returns:
-      The dialogue, the logits and the pointer.
-    """
-    *embedded, embedded_target = self._embed_all(
-      inputs.context,
-      inputs.state,
-      inputs.emotion_context,
-      _label(inputs),
-      target[:, :-1],
-    )
-    encoded = self._encode(inputs, embedded, keys)
-    x = jnp.concatenate([encoded.first_input[:, None], embedded_target], axis=1)
-    hidden, attention = self.decoder(x, encoded.memory, keys)
-    pointer = self._point(hidden, attention, encoded.source)
-    return Outputs(encoded, self.project(hidden), pointer)
-
-  def init_cache(self, batch: int, max_steps: int) -> Cache:
-    """Returns the empty cache for responses of at most `max_steps` tokens."""
-    return Cache(
-      self.decoder.init_cache(batch, max_steps),
-      jnp.full((batch, max_steps), -1, jnp.int32),
-    )
-
-  def decode_step(
-    self, encoded: Encoded, tokens: jax.Array, cache: Cache, index: jax.Array
-  ) -> tuple[jax.Array, Cache]:
-    """Predicts the token at position `index`.
-
-    Args:
-      encoded: The dialogue.
-      tokens: The tokens chosen one step earlier, `[batch]`; ignored at 0.
-      cache: What the earlier steps left.
-      index: The step, a scalar.
-
-    Returns:
-      Log-probabilities `[batch, V]` with impossible tokens at -1e9, and the
-      cache for the next step.
-    """
-    x = jnp.where(index == 0, encoded.first_input, self.embed(tokens))
-    log_probs, _, cache = self.decode_embedded(encoded, x, cache, index)
-    return log_probs, cache
-
-  def decode_embedded(
-    self,
-    encoded: Encoded,
-    x: jax.Array,
-    cache: Cache,
-    index: jax.Array,
-    added: jax.typing.ArrayLike = 0.0,
-  ) -> tuple[jax.Array, jax.Array, Cache]:
-    """Predicts as `decode_step` does, from an embedded token.
-
-    Args:
-      encoded: The dialogue.
-      x: The token chosen one step earlier, embedded, `[batch, d]`; at 0
-        `encoded.first_input`.
-      cache: What the earlier steps left.
-      index: The step, a scalar.
-      added: To the logits, for a gradient with respect to them.
-
-    Returns:
-      Log-probabilities as `decode_step`, what `project` was given
-      `[batch, d]`, and the cache.
-    """
-    hidden, attention, layer_caches = self.decoder.step(
-      x[:, None], encoded.memory, cache.layers, index
-    )
-    pointer = self._point(hidden, attention, encoded.source)
-    hidden = hidden[:, 0]
-    logits = self.project(hidden) + added
-    log_probs = log_mixture(logits[:, None], pointer)[:, 0]
-    # UNK stands for the unknown source word most attended to, if any.
-    unknown = encoded.source == vocab.UNK
-    copied_from = jnp.argmax(jnp.where(unknown, attention[:, 0], -1.0), axis=-1)
-    copies = jnp.any(unknown, axis=-1) & self.config.pointer_generator
-    ids = jnp.arange(self.vocab_size)
-    never = jnp.isin(ids, jnp.array(_NEVER_GENERATED))
-    impossible = never | ((ids == vocab.UNK) & ~copies[:, None])
-    log_probs = jnp.where(impossible, layers.NEGATIVE_INFINITY, log_probs)
-    copied_from = jnp.where(copies, copied_from, -1).astype(jnp.int32)
-    return (
-      log_probs,
-      hidden,
-      Cache(layer_caches, cache.copied_from.at[:, index].set(copied_from)),
     )

@@ -2,12 +2,13 @@
 
 from typing import NamedTuple
 
-import flax.linen as nn
 import numpy as np
 
 from empdg_jax.config import Config, InputError, ModelConfig
 from empdg_jax.models.adversary import Adversary
+from empdg_jax.models.baselines import EmoPrepend, MoEL, Transformer
 from empdg_jax.models.discriminators import Critic
+from empdg_jax.models.encoder_decoder import EncoderDecoder
 from empdg_jax.models.generator import Generator
 
 
@@ -19,13 +20,17 @@ class System(NamedTuple):
     critics: The critics it is trained against, if any, in this order.
   """
 
-  generator: type[nn.Module]
+  generator: type[EncoderDecoder]
   critics: tuple[str, ...] = ()
 
 
 MODELS: dict[str, System] = {
-  "empdg": System(Generator, ("semantic", "emotional")),
+  "transformer": System(Transformer),
+  "emoprepend": System(EmoPrepend),
+  "moel": System(MoEL),
+  "empdg_wo_g": System(EmoPrepend, ("semantic",)),
   "empdg_wo_d": System(Generator),
+  "empdg": System(Generator, ("semantic", "emotional")),
 }
 
 
@@ -38,7 +43,7 @@ def _system(config: ModelConfig) -> System:
   return MODELS[config.name]
 
 
-def create_model(config: ModelConfig, vocab_size: int) -> nn.Module:
+def create_model(config: ModelConfig, vocab_size: int) -> EncoderDecoder:
   """Returns the generator of the system that `config.name` names.
 
   Raises:
@@ -50,6 +55,11 @@ def create_model(config: ModelConfig, vocab_size: int) -> nn.Module:
 def critic_names(config: ModelConfig) -> tuple[str, ...]:
   """Returns the names of the system's critics; none is without phases 2, 3."""
   return _system(config).critics
+
+
+def same_generator(one: ModelConfig, other: ModelConfig) -> bool:
+  """Returns whether two systems have the same module as their generator."""
+  return _system(one).generator is _system(other).generator
 
 
 def create_adversary(config: Config, is_emotional: np.ndarray) -> Adversary:

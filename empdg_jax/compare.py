@@ -1,0 +1,557 @@
+"""The paper's Tables 1 and 2 from run folders, with their uncertainty."""
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from empdg_jax import checkpoint, evaluate, metrics, significance
+from empdg_jax.checkpoint import Run
+from empdg_jax.config import Config, InputError
+from empdg_jax.data import text
+
+FORMATS = ("terminal", "markdown", "csv", "json", "latex")
+
+
+class _System(NamedTuple):
+  """A system of the paper; its figures are None where it prints none."""
+
+  title: str
+  emotion_accuracy: float | None
+  perplexity_per_example: float
+  distinct_1: float
+  distinct_2: float
+
+
+_PAPER = {
+  "transformer": _System("Transformer", None, 33.91, 1.17, 4.70),
+  "emoprepend": _System("EmoPrepend-1", 0.3328, 33.35, 1.06, 4.29),
+  "moel": _System("MoEL", 0.3200, 33.58, 1.38, 4.66),
+  "empdg": _System("EmpDG", 0.3431, 34.18, 1.81, 6.94),
+  "empdg_wo_g": _System("EmpDG w/o G", 0.3281, 33.94, 1.27, 5.21),
+  "empdg_wo_d": _System("EmpDG w/o D", 0.3347, 32.66, 1.00, 3.89),
+}
+_TABLES = {
+  "Table 1. Systems": ("transformer", "emoprepend", "moel", "empdg"),
+  "Table 2. Ablations": ("empdg", "empdg_wo_g", "empdg_wo_d"),
+}
+# Metrics, their titles and decimals, in the order of the columns.
+_COLUMNS = {
+  "emotion_accuracy": ("accuracy", 4),
+  "perplexity_per_example": ("perplexity, per example", 2),
+  "perplexity": ("perplexity", 2),
+  "distinct_1": ("Distinct-1", 2),
+  "distinct_2": ("Distinct-2", 2),
+  "ead_1": ("EAD-1", 2),
+  "ead_2": ("EAD-2", 2),
+  "bleu": ("BLEU", 2),
+  "average_length": ("length", 1),
+}
+_NEEDED = ("id", "emotion", "reference", "nll", "tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+  """A run folder's predictions on a split."""
+
+  run: Run
+  values: dict[str, Any]
+  lines: list[dict[str, Any]]
+
+  @property
+  def where(self) -> str:
+    """The run folder, for messages."""
+    return str(self.run.workdir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """A metric of a system.
+
+  Attributes:
+    value: On the split; the mean if the system has several runs.
+    low: The lower end of the 95% interval, of a single run.
+    high: Its upper end.
+    deviation: The standard deviation of several runs.
+    paper: What the paper printed.
+  """
+
+  value: float
+  low: float | None
+  high: float | None
+  deviation: float | None
+  paper: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A system: one run, or several that differ by their seed alone.
+
+  Attributes:
+    name: `config.model.name`.
+    title: In tables.
+    runs: The run folders.
+    parameters: Of the generator.
+    figures: By metric; None where the system has no such metric.
+  """
+
+  name: str
+  title: str
+  runs: tuple[str, ...]
+  parameters: int | None
+  figures: dict[str, Figure | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Test:
+  """A paired test of two systems on one metric.
+
+  Attributes:
+    metric: The metric.
+    systems: The two rows' titles.
+    difference: The first one's figure minus the second one's.
+    p_value: Of the paired bootstrap.
+    p_corrected: Corrected for the number of pairs (Holm).
+  """
+
+  metric: str
+  systems: tuple[str, str]
+  difference: float
+  p_value: float
+  p_corrected: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """Systems side by side on one split.
+
+  Attributes:
+    split: The split.
+    examples: How many examples it has.
+    dialogues: In how many dialogues.
+    rows: The systems.
+    tests: Every pair of them, metric by metric.
+    cases: Replies side by side.
+  """
+
+  split: str
+  examples: int
+  dialogues: int
+  rows: list[Row]
+  tests: list[Test]
+  cases: list[dict[str, Any]]
+
+
+def _read(workdir: pathlib.Path, split: str) -> _Evaluation:
+  """Reads a run's evaluation.
+
+  Raises:
+    InputError: The folder is no run's, or has no whole evaluation of the split.
+  """
+  run = checkpoint.open_run(workdir)
+  folder = workdir / "eval" / split
+  again = f"'empdg evaluate --workdir={workdir} --split={split}'"
+  try:
+    values = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise InputError(
+      f"{workdir} has no evaluation of {split} ({error}); run {again}"
+    ) from error
+  path = folder / "predictions.jsonl"
+  lines = evaluate.read_predictions(path)
+  if len(lines) != values.get("examples"):
+    raise InputError(
+      f"{path} holds {len(lines):,} predictions of {values.get('examples')}; "
+      f"run {again} again"
+    )
+  for number, line in enumerate(lines, start=1):
+    for name in _NEEDED:
+      if line.get(name) is None:
+        raise InputError(f"{path}:{number}: no {name!r}; run {again} again")
+    line.setdefault("predicted_emotion", None)
+  if values.get("split") != split:
+    raise InputError(
+      f"{folder} holds an evaluation of {values.get('split')!r}, not {split!r}"
+    )
+  return _Evaluation(run, values, lines)
+
+
+def _check_comparable(evaluations: Sequence[_Evaluation]) -> None:
+  """Raises InputError unless all answered the same examples."""
+  first = evaluations[0]
+  for other in evaluations[1:]:
+    sets = [e.run.config.data.example_set for e in (first, other)]
+    if sets[0] != sets[1]:
+      raise InputError(
+        f"{first.where} and {other.where} have different example sets, "
+        f"{sets[0]!r} and {sets[1]!r}"
+      )
+    if first.run.vocabulary != other.run.vocabulary:
+      raise InputError(
+        f"{first.where} and {other.where} have different vocabularies, of "
+        f"{len(first.run.vocabulary):,} and {len(other.run.vocabulary):,} "
+        "tokens, and so different perplexities; train both with the same "
+        "config.data"
+      )
+    for one, two in itertools.zip_longest(first.lines, other.lines):
+      same = (
+        one
+        and two
+        and all(
+          one[name] == two[name] for name in ("id", "reference", "tokens")
+        )
+      )
+      if not same:
+        raise InputError(
+          f"{first.where} and {other.where} answered different examples, from "
+          f"{(one or two)['id']!r} on"
+        )
+
+
+def _system_key(config: Config) -> str:
+  """Returns what runs of one system share: all but the seed."""
+  train = dataclasses.replace(config.train, seed=0, mle_checkpoint="")
+  return repr(dataclasses.replace(config, train=train))
+
+
+def _titles(groups: Sequence[Sequence[_Evaluation]]) -> list[str]:
+  """Returns a title for each system, with its folder where two are alike."""
+  names = [group[0].run.config.model.name for group in groups]
+  return [
+    _PAPER[name].title
+    + (f" ({group[0].run.workdir.name})" if names.count(name) > 1 else "")
+    for name, group in zip(names, groups, strict=True)
+  ]
+
+
+def compare(
+  workdirs: Sequence[pathlib.Path], split: str, cases: int = 0
+) -> Comparison:
+  """Compares runs on a split that all have been evaluated on.
+
+  Args:
+    workdirs: The run folders; those that differ by their seed alone are one
+      system.
+    split: The split.
+    cases: How many examples to show side by side.
+
+  Returns:
+    Figures with intervals over dialogues, and tests.
+
+  Raises:
+    InputError: A folder has no whole evaluation of the split, or they are of
+      different examples or vocabularies.
+  """
+  evaluations = [_read(workdir, split) for workdir in workdirs]
+  _check_comparable(evaluations)
+  by_system: dict[str, list[_Evaluation]] = {}
+  for evaluation in evaluations:
+    by_system.setdefault(_system_key(evaluation.run.config), []).append(
+      evaluation
+    )
+  order = list(_PAPER)
+  groups = sorted(
+    by_system.values(), key=lambda g: order.index(g[0].run.config.model.name)
+  )
+  lines = evaluations[0].lines
+  dialogues = int(significance.dialogues_of(lines).max()) + 1
+  counts = significance.draw(dialogues)
+  titles = _titles(groups)
+  rows, replicates = [], []
+  for title, group in zip(titles, groups, strict=True):
+    row, of_row = _row(title, group, counts)
+    rows.append(row)
+    replicates.append(of_row)
+  return Comparison(
+    split,
+    len(lines),
+    dialogues,
+    rows,
+    _tests(rows, replicates),
+    _cases(titles, groups, cases),
+  )
+
+
+def _row(
+  title: str, group: Sequence[_Evaluation], counts: np.ndarray
+) -> tuple[Row, dict[str, np.ndarray]]:
+  """Returns a system's figures, and the same on every replicate."""
+  vocab_size = len(group[0].run.vocabulary)
+  name = group[0].run.config.model.name
+  values = [metrics.text_metrics(e.lines, vocab_size) for e in group]
+  of_runs = [
+    significance.replicate(significance.summarize(e.lines, vocab_size), counts)
+    for e in group
+  ]
+  figures: dict[str, Figure | None] = {}
+  replicates = {}
+  for metric in _COLUMNS:
+    if metric not in of_runs[0]:
+      figures[metric] = None
+      continue
+    replicates[metric] = np.mean([r[metric] for r in of_runs], axis=0)
+    of_metric = [v[metric] for v in values]
+    value = float(np.mean(of_metric))
+    low = high = deviation = None
+    if len(group) == 1:
+      low, high = significance.interval(value, replicates[metric])
+    else:
+      deviation = float(np.std(of_metric, ddof=1))
+    paper = getattr(_PAPER[name], metric, None)
+    figures[metric] = Figure(value, low, high, deviation, paper)
+  runs = tuple(e.where for e in group)
+  parameters = group[0].values.get("parameters")
+  return Row(name, title, runs, parameters, figures), replicates
+
+
+def _tests(
+  rows: Sequence[Row], replicates: Sequence[dict[str, np.ndarray]]
+) -> list[Test]:
+  """Tests every pair of systems, each metric's pairs as one family."""
+  tests = []
+  for metric in _COLUMNS:
+    pairs, differences, p_values = [], [], []
+    for i, j in itertools.combinations(range(len(rows)), 2):
+      one, two = rows[i].figures[metric], rows[j].figures[metric]
+      if one is not None and two is not None:
+        pairs.append((rows[i].title, rows[j].title))
+        differences.append(one.value - two.value)
+        p_values.append(
+          significance.paired_p_value(
+            one.value - two.value, replicates[i][metric] - replicates[j][metric]
+          )
+        )
+    if pairs:
+      corrected = significance.holm(p_values)
+      tests += map(
+        Test,
+        itertools.repeat(metric),
+        pairs,
+        differences,
+        p_values,
+        corrected,
+      )
+  return tests
+
+
+def _cases(
+  titles: Sequence[str], groups: Sequence[Sequence[_Evaluation]], count: int
+) -> list[dict[str, Any]]:
+  """Returns the replies to some examples, each of another emotion."""
+  first: dict[str, int] = {}
+  for index, line in enumerate(groups[0][0].lines):
+    first.setdefault(line["emotion"], index)
+  chosen = list(first.values())
+  stride = max(1, len(chosen) // max(1, count))
+
+  def readable(tokens: str) -> str:
+    return text.join_tokens(tokens.split())
+
+  cases = []
+  for index in chosen[::stride][:count]:
+    line = groups[0][0].lines[index]
+    cases.append(
+      {
+        "id": line["id"],
+        "emotion": line["emotion"],
+        "context": [readable(turn) for turn in line["context"]],
+        "reference": readable(line["reference"]),
+        "responses": {
+          title: {
+            "response": readable(group[0].lines[index]["response"]),
+            "emotion": group[0].lines[index]["predicted_emotion"],
+          }
+          for title, group in zip(titles, groups, strict=True)
+        },
+      }
+    )
+  return cases
+
+
+# Output.
+
+
+def _cell(figure: Figure | None, decimals: int) -> str:
+  """Returns `value [low, high] (paper)` or `value +- deviation (paper)`."""
+  if figure is None:
+    return "-"
+
+  def number(value: float) -> str:
+    return f"{value:.{decimals}f}"
+
+  cell = number(figure.value)
+  if figure.deviation is not None:
+    cell += f" ± {number(figure.deviation)}"
+  elif figure.low is not None and figure.high is not None:
+    cell += f" [{number(figure.low)}, {number(figure.high)}]"
+  if figure.paper is not None:
+    cell += f" ({number(figure.paper)})"
+  return cell
+
+
+def _tables(comparison: Comparison) -> dict[str, list[list[str]]]:
+  """Returns each table's cells, its header first, systems in columns."""
+  tables = {}
+  for title, names in _TABLES.items():
+    rows = [row for row in comparison.rows if row.name in names]
+    if not rows:
+      continue
+    cells = [["", *(row.title for row in rows)]]
+    cells += [
+      [name, *(_cell(row.figures[metric], decimals) for row in rows)]
+      for metric, (name, decimals) in _COLUMNS.items()
+    ]
+    cells.append(
+      [
+        "parameters",
+        *(f"{row.parameters:,}" if row.parameters else "-" for row in rows),
+      ]
+    )
+    if any(len(row.runs) > 1 for row in rows):
+      cells.append(["seeds", *(str(len(row.runs)) for row in rows)])
+    tables[title] = cells
+  if comparison.tests:
+    tables["Paired tests: difference (p after Holm's correction)"] = (
+      _tests_table(comparison.tests)
+    )
+  return tables
+
+
+def _tests_table(tests: Sequence[Test]) -> list[list[str]]:
+  """Returns a row for each pair of systems, metrics in columns."""
+  pairs = list(dict.fromkeys(test.systems for test in tests))
+  found = {(test.systems, test.metric): test for test in tests}
+  cells = [["", *(name for name, _ in _COLUMNS.values())]]
+  for pair in pairs:
+    row = [" - ".join(pair)]
+    for metric, (_, decimals) in _COLUMNS.items():
+      test = found.get((pair, metric))
+      row.append(
+        f"{test.difference:+.{decimals}f} ({test.p_corrected:.3f})"
+        if test
+        else "-"
+      )
+    cells.append(row)
+  return cells
+
+
+def _caption(comparison: Comparison) -> str:
+  return (
+    f"{comparison.split}: {comparison.examples:,} examples in "
+    f"{comparison.dialogues:,} dialogues. Brackets: 95% bootstrap intervals "
+    "over dialogues; ±: the standard deviation over seeds; parentheses: the "
+    "paper's figure."
+  )
+
+
+def _as_csv(comparison: Comparison) -> str:
+  file = io.StringIO()
+  writer = csv.writer(file, lineterminator="\n")
+  writer.writerow(
+    ("system", "runs", "parameters", "metric", *_field_names(Figure))
+  )
+  for row in comparison.rows:
+    for metric, figure in row.figures.items():
+      values = dataclasses.astuple(figure) if figure else ("",) * 5
+      writer.writerow(
+        (row.title, len(row.runs), row.parameters, metric, *values)
+      )
+  return file.getvalue()
+
+
+def _field_names(kind: Any) -> list[str]:
+  return [field.name for field in dataclasses.fields(kind)]
+
+
+def _as_markdown(comparison: Comparison) -> str:
+  parts = []
+  for title, (header, *body) in _tables(comparison).items():
+    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
+    parts.append(f"**{title}**\n")
+    parts += [f"| {' | '.join(row)} |" for row in rows]
+    parts.append("")
+  parts.append(_caption(comparison))
+  for case in comparison.cases:
+    parts += ["", *(f"- {name}: {said}" for name, said in _said(case))]
+  return "\n".join(parts) + "\n"
+
+
+def _as_latex(comparison: Comparison) -> str:
+  """Returns tables for LaTeX with the package booktabs."""
+  parts = []
+  for title, (header, *body) in _tables(comparison).items():
+    parts += [
+      f"% {title}",
+      rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+      r"\toprule",
+      " & ".join(header) + r" \\",
+      r"\midrule",
+      *(" & ".join(row).replace("±", r"$\pm$") + r" \\" for row in body),
+      r"\bottomrule",
+      r"\end{tabular}",
+      "",
+    ]
+  parts.append("% " + _caption(comparison))
+  return "\n".join(parts) + "\n"
+
+
+def _said(case: dict[str, Any]) -> list[tuple[str, str]]:
+  """Returns who says what in a case: the dialogue, the gold, the systems."""
+  said = [
+    ("listener" if i % 2 else "speaker", turn)
+    for i, turn in enumerate(case["context"])
+  ]
+  said.append((f"gold, {case['emotion']}", case["reference"]))
+  for title, reply in case["responses"].items():
+    emotion = f", {reply['emotion']}" if reply["emotion"] else ""
+    said.append((title + emotion, reply["response"]))
+  return said
+
+
+def _print(comparison: Comparison, console: Console) -> None:
+  for title, (header, *body) in _tables(comparison).items():
+    table = Table(title=title)
+    for name in header:
+      table.add_column(name, justify="right" if name else "left")
+    for row in body:
+      # Narrow: what belongs to a figure stands below it.
+      table.add_row(
+        row[0], *(c.replace(" [", "\n[").replace(" (", "\n(") for c in row[1:])
+      )
+    console.print(table)
+  console.print(_caption(comparison), highlight=False)
+  for case in comparison.cases:
+    console.print()
+    for name, said in _said(case):
+      console.print(f"{name}: {said}", markup=False, highlight=False)
+
+
+def print_comparison(
+  comparison: Comparison, form: str, console: Console
+) -> None:
+  """Prints a comparison.
+
+  Args:
+    comparison: What `compare` returned.
+    form: One of `FORMATS`.
+    console: Where to print.
+  """
+  if form == "terminal":
+    _print(comparison, console)
+    return
+  written = {
+    "markdown": _as_markdown,
+    "csv": _as_csv,
+    "latex": _as_latex,
+    "json": lambda c: json.dumps(dataclasses.asdict(c), indent=2) + "\n",
+  }[form](comparison)
+  # As it is: neither wrapped nor coloured.
+  console.file.write(written)

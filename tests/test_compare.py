@@ -1,0 +1,306 @@
+"""Comparing runs: intervals, tests, tables and what is refused."""
+
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from empdg_jax import compare, config, main, metrics, significance
+from empdg_jax.config import Config
+from empdg_jax.data.vocab import build_vocabulary
+
+WORDS = tuple("abcdefghij")
+VOCABULARY = build_vocabulary([WORDS])
+EMOTIONS = ("sad", "proud", "afraid")
+
+
+def make_lines(seed: int, dialogues: int = 40) -> list[dict[str, Any]]:
+  """Predictions of one seed; ids, references and tokens never differ."""
+  fixed, rng = np.random.default_rng(0), np.random.default_rng(seed)
+  lines = []
+  for dialogue in range(dialogues):
+    for turn in range(1, 2 + 2 * int(fixed.integers(1, 3)), 2):
+      reference = fixed.choice(WORDS, int(fixed.integers(3, 9)))
+      # Replies follow their reference for a while.
+      kept = int(rng.integers(0, len(reference) + 1))
+      own = rng.choice(WORDS[: 4 + seed], int(rng.integers(1, 5)))
+      lines.append(
+        {
+          "id": f"conversation:{dialogue}:{turn}",
+          "emotion": EMOTIONS[dialogue % 3],
+          "predicted_emotion": str(rng.choice(EMOTIONS)),
+          "context": ["i am here ."],
+          "emotion_words": [],
+          "reference": " ".join(reference),
+          "response": " ".join([*reference[:kept], *own]),
+          "nll": float(rng.uniform(5, 20 + 5 * seed)),
+          "tokens": len(reference) + 1,
+        }
+      )
+  return lines
+
+
+def make_run(
+  folder: pathlib.Path, model: str, seed: int, **fields: Any
+) -> pathlib.Path:
+  """Writes a run folder with predictions on test."""
+  run_config = Config()
+  run_config.model.name = model
+  run_config.train.seed = seed
+  for name, value in fields.items():
+    section, _, field = name.partition("__")
+    setattr(getattr(run_config, section), field, value)
+  evaluation = folder / "eval" / "test"
+  evaluation.mkdir(parents=True)
+  (folder / "config.json").write_text(config.to_json(run_config))
+  VOCABULARY.save(folder / "vocab.txt")
+  lines = make_lines(seed)
+  if model == "transformer":
+    lines = [{**line, "predicted_emotion": None} for line in lines]
+  (evaluation / "predictions.jsonl").write_text(
+    "".join(json.dumps(line) + "\n" for line in lines)
+  )
+  values = {"split": "test", "examples": len(lines), "parameters": 1_234}
+  (evaluation / "metrics.json").write_text(json.dumps(values))
+  return folder
+
+
+@pytest.fixture
+def folders(tmp_path: pathlib.Path) -> list[pathlib.Path]:
+  """Three systems' runs."""
+  return [
+    make_run(tmp_path / name, name, seed)
+    for seed, name in enumerate(("empdg", "moel", "transformer"), start=1)
+  ]
+
+
+def test_a_replicate_of_the_split_is_the_split() -> None:
+  """Every metric from sums equals the metric from the lines."""
+  lines = make_lines(1)
+  corpus = significance.summarize(lines, len(VOCABULARY))
+  dialogues = significance.dialogues_of(lines)
+  once = significance.replicate(corpus, np.ones((1, 40), int))
+  expected = metrics.text_metrics(lines, len(VOCABULARY))
+  for name, value in once.items():
+    assert value[0] == pytest.approx(expected[name], rel=1e-9), name
+  # And of a part of it: the first ten dialogues, all but the first twice.
+  counts = np.zeros((1, 40), int)
+  counts[0, :10] = 2
+  counts[0, 0] = 1
+  part = [
+    line
+    for line, dialogue in zip(lines, dialogues, strict=True)
+    for _ in range(counts[0, dialogue])
+  ]
+  assert len(part) > 10
+  expected = metrics.text_metrics(part, len(VOCABULARY))
+  for name, value in significance.replicate(corpus, counts).items():
+    assert value[0] == pytest.approx(expected[name], rel=1e-9), name
+
+
+def test_interval_equals_scipys_bootstrap() -> None:
+  lines = make_lines(2, dialogues=300)
+  dialogues = significance.dialogues_of(lines)
+  correct = np.array([x["emotion"] == x["predicted_emotion"] for x in lines])
+  right = np.bincount(dialogues, correct)
+  sizes = np.bincount(dialogues)
+
+  expected = scipy.stats.bootstrap(
+    (right, sizes),
+    lambda r, s, axis: r.sum(axis) / s.sum(axis),
+    paired=True,
+    vectorized=True,
+    n_resamples=2_000,
+    method="percentile",
+    rng=np.random.default_rng(1),
+  ).confidence_interval
+  corpus = significance.summarize(lines, 10)
+  replicates = significance.replicate(corpus, significance.draw(300))
+  low, high = significance.interval(
+    correct.mean(), replicates["emotion_accuracy"]
+  )
+
+  assert low == pytest.approx(expected.low, abs=0.006)
+  assert high == pytest.approx(expected.high, abs=0.006)
+  assert high - low > 0.05
+
+
+def test_interval_of_distinct_lies_around_the_figure() -> None:
+  """A replicate holds about 1 - 1/e of the dialogues, some repeatedly."""
+  lines = [
+    {**line, "response": f"a{i} b{i}"} for i, line in enumerate(make_lines(1))
+  ]
+  dialogues = significance.dialogues_of(lines)
+  corpus = significance.summarize(lines, 10)
+  counts = significance.draw(int(dialogues.max()) + 1)
+  drawn = significance.replicate(corpus, counts)["distinct_2"]
+  assert metrics.distinct_n([x["response"] for x in lines], 2) == 100.0
+  assert drawn.mean() == pytest.approx(100 * (1 - np.exp(-1)), abs=1.0)
+  low, high = significance.interval(100.0, drawn)
+  assert low < 100.0 < high
+
+
+def test_comparison_equals_a_direct_computation(
+  folders: list[pathlib.Path],
+) -> None:
+  """Figures, intervals, p-values and their correction, once more by hand."""
+  compared = compare.compare(folders, "test")
+  assert [row.title for row in compared.rows] == [
+    "Transformer", "MoEL", "EmpDG",
+  ]  # fmt: skip
+  rng = np.random.default_rng(0)
+  counts = rng.multinomial(40, np.full(40, 1 / 40), size=2_000)
+  p_values, perplexities, draws = [], [], []
+  for seed in (3, 2, 1):
+    lines = make_lines(seed)
+    dialogues = significance.dialogues_of(lines)
+    nll = np.bincount(dialogues, [x["nll"] for x in lines])
+    tokens = np.bincount(dialogues, [x["tokens"] for x in lines])
+    perplexities.append(np.exp(nll.sum() / tokens.sum()))
+    draws.append(np.exp((counts @ nll) / (counts @ tokens)))
+  for row, value, drawn in zip(compared.rows, perplexities, draws, strict=True):
+    figure = row.figures["perplexity"]
+    assert figure is not None
+    assert figure.value == pytest.approx(value, rel=1e-9)
+    low, high = np.percentile(drawn, [2.5, 97.5]) - drawn.mean() + value
+    assert (figure.low, figure.high) == pytest.approx((low, high), rel=1e-9)
+    assert figure.paper is None
+  for i, j in ((0, 1), (0, 2), (1, 2)):
+    difference = perplexities[i] - perplexities[j]
+    drawn = draws[i] - draws[j]
+    beyond = np.abs(drawn - drawn.mean()) >= abs(difference)
+    p_values.append((beyond.sum() + 1) / 2_001)
+  # Holm: the smallest times 3, the next times 2, the largest; never falling.
+  order = np.argsort(p_values)
+  corrected, highest = np.zeros(3), 0.0
+  for factor, index in zip((3, 2, 1), order, strict=True):
+    highest = max(highest, min(1.0, factor * p_values[index]))
+    corrected[index] = highest
+  tests = [t for t in compared.tests if t.metric == "perplexity"]
+  assert [t.p_value for t in tests] == pytest.approx(p_values)
+  assert [t.p_corrected for t in tests] == pytest.approx(corrected)
+  assert min(p_values) < 0.05  # The seeds' losses do differ.
+
+
+def test_a_transformer_has_no_accuracy(folders: list[pathlib.Path]) -> None:
+  compared = compare.compare(folders, "test")
+  rows = {row.name: row for row in compared.rows}
+  assert rows["transformer"].figures["emotion_accuracy"] is None
+  assert rows["moel"].figures["emotion_accuracy"] is not None
+  pairs = {t.systems for t in compared.tests if t.metric == "emotion_accuracy"}
+  assert pairs == {("MoEL", "EmpDG")}
+
+
+def test_seeds_are_pooled(tmp_path: pathlib.Path) -> None:
+  folders = [make_run(tmp_path / str(seed), "moel", seed) for seed in (1, 2, 3)]
+  folders.append(make_run(tmp_path / "other", "empdg", 4))
+  compared = compare.compare(folders, "test")
+  moel, empdg = compared.rows
+  assert len(moel.runs) == 3
+  values = [
+    metrics.text_metrics(make_lines(seed), len(VOCABULARY))
+    for seed in (1, 2, 3)
+  ]
+  for name, figure in moel.figures.items():
+    of_name = [v[name] for v in values]
+    assert figure is not None
+    assert figure.value == pytest.approx(np.mean(of_name))
+    assert figure.deviation == pytest.approx(np.std(of_name, ddof=1))
+    assert figure.low is None
+  assert empdg.figures["bleu"].deviation is None
+  # A run with another setting is a system of its own.
+  folders[1] = make_run(tmp_path / "top", "moel", 2, model__listener_top_k=5)
+  titles = [row.title for row in compare.compare(folders, "test").rows]
+  assert titles == ["MoEL (1)", "MoEL (top)", "EmpDG"]
+
+
+@pytest.mark.parametrize("form", compare.FORMATS)
+def test_formats(
+  folders: list[pathlib.Path], form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+  argv = ["compare", *map(str, folders), f"--format={form}", "--cases=2"]
+  assert main.main(argv) == 0
+  said = capsys.readouterr().out
+  compared = compare.compare(folders, "test", cases=2)
+  accuracy = compared.rows[1].figures["emotion_accuracy"]
+  assert accuracy is not None
+  if form == "json":
+    assert json.loads(said)["rows"][1]["figures"][
+      "emotion_accuracy"
+    ] == dataclasses.asdict(accuracy)
+    assert len(json.loads(said)["cases"]) == 2
+  elif form == "csv":
+    rows = list(csv.DictReader(io.StringIO(said)))
+    (row,) = [
+      row
+      for row in rows
+      if (row["system"], row["metric"]) == ("MoEL", "emotion_accuracy")
+    ]
+    assert float(row["value"]) == accuracy.value
+    assert float(row["paper"]) == 0.32
+  else:
+    assert f"{accuracy.value:.4f}" in said
+    assert "(0.3200)" in said
+    assert "Table 1" in said
+    assert "Table 2" in said
+  if form == "latex":
+    assert said.count(r"\begin{tabular}") == said.count(r"\end{tabular}") == 3
+    body = [line for line in said.splitlines() if line.endswith(r"\\")]
+    assert all(line.count("&") in (1, 3, 9) for line in body)
+  if form in ("markdown", "terminal"):
+    reply = make_lines(1)[0]["response"]
+    assert f"EmpDG, {make_lines(1)[0]['predicted_emotion']}: {reply}" in said
+
+
+def _refused(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
+  assert main.main(["compare", *map(str, argv)]) == 2
+  (line,) = capsys.readouterr().err.strip().splitlines()
+  return line
+
+
+def test_refuses_what_cannot_be_compared(
+  folders: list[pathlib.Path],
+  tmp_path: pathlib.Path,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  first = folders[0]
+  assert "no run folder is given" in _refused(capsys)
+  (tmp_path / "empty").mkdir()
+  assert "is no run folder" in _refused(capsys, first, tmp_path / "empty")
+  said = _refused(capsys, first, "--split=valid")
+  assert "no evaluation of valid" in said
+  assert f"empdg evaluate --workdir={first} --split=valid" in said
+  assert "--split=tset" in _refused(capsys, first, "--split=tset")
+  assert "--format=pdf" in _refused(capsys, first, "--format=pdf")
+
+  turns = make_run(tmp_path / "turns", "moel", 1, data__example_set="all_turns")
+  assert "example sets, 'empdg' and 'all_turns'" in _refused(
+    capsys, first, turns
+  )
+  words = make_run(tmp_path / "words", "moel", 1)
+  build_vocabulary([WORDS[:5]]).save(words / "vocab.txt")
+  assert "different vocabularies, of 18 and 13" in _refused(
+    capsys, first, words
+  )
+
+  predictions = folders[1] / "eval" / "test" / "predictions.jsonl"
+  whole = predictions.read_text()
+  lines = whole.splitlines(keepends=True)
+  predictions.write_text("".join(lines[:-1]))
+  assert f"{len(lines) - 1} predictions of {len(lines)}" in _refused(
+    capsys, *folders
+  )
+  predictions.write_text(whole[:-20])
+  assert f"predictions.jsonl:{len(lines)}: no JSON" in _refused(
+    capsys, *folders
+  )
+  predictions.write_text(whole.replace('"reference"', '"gold"', 1))
+  assert "predictions.jsonl:1: no 'reference'" in _refused(capsys, *folders)
+  predictions.write_text("".join([lines[1], lines[0], *lines[2:]]))
+  assert "different examples" in _refused(capsys, *folders)

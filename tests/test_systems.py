@@ -1,0 +1,133 @@
+"""Every system through the same commands, then all of them compared."""
+
+import io
+import json
+import pathlib
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+
+from empdg_jax import main, train
+from empdg_jax.config import Config
+from empdg_jax.evaluate import read_predictions
+from empdg_jax.models import registry
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SYSTEMS = tuple(registry.MODELS)
+TINY = (
+  "--config.data.source=sample",
+  "--config.data.shapes=((48,24,24),)",
+  "--config.data.feedback_length=12",
+  "--config.model.emb_dim=16",
+  "--config.model.key_value_depth=8",
+  "--config.model.filter_size=12",
+  "--config.model.kernel_widths=(1,2)",
+  "--config.train.batch_size=8",
+  "--config.train.mle_steps=4",
+  "--config.train.mle_eval_every=4",
+  "--config.train.discriminator_steps=1",
+  "--config.train.adversarial_rounds=1",
+  "--config.train.g_steps=1",
+  "--config.train.sample_steps=2",
+  "--config.train.log_every=1",
+  "--config.eval.max_decode_steps=3",
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """Where all systems' runs are."""
+  return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module", params=SYSTEMS)
+def workdir(
+  request: pytest.FixtureRequest, runs: pathlib.Path, sample_config: Config
+) -> pathlib.Path:
+  """A system's run, stopped once by Ctrl-C, resumed and evaluated."""
+  workdir = runs / request.param
+  argv = [
+    "train",
+    f"--config={ROOT}/configs/{request.param}.py",
+    *TINY,
+    f"--config.data.data_dir={sample_config.data.data_dir}",
+    f"--workdir={workdir}",
+  ]
+  write = train.MetricWriter.write
+
+  def write_and_interrupt(self: Any, step: int, *rest: Any) -> None:
+    write(self, step, *rest)
+    if step == 2:
+      signal.raise_signal(signal.SIGINT)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.MetricWriter, "write", write_and_interrupt)
+    assert main.main(argv) == main.INTERRUPTED
+  assert main.main(argv) == 0
+  assert main.main(["evaluate", f"--workdir={workdir}", "--samples=1"]) == 0
+  return workdir
+
+
+def test_a_system_trains_stops_resumes_and_evaluates(
+  workdir: pathlib.Path,
+) -> None:
+  name = workdir.name
+  logged = [
+    json.loads(line)
+    for line in (workdir / "metrics.jsonl").read_text().splitlines()
+  ]
+  losses = [v for v in logged if v["name"] == "train/loss"]
+  steps = [v["step"] for v in losses]
+  assert steps[:4] == [1, 2, 3, 4]  # The resumed run repeats none.
+  assert all(np.isfinite(v["value"]) for v in losses)
+  phases = ["mle"]
+  if name in ("empdg", "empdg_wo_g"):
+    phases += ["discriminator", "adversarial"]
+  assert list(dict.fromkeys(v["phase"] for v in logged)) == phases
+  values = json.loads((workdir / "eval/test/metrics.json").read_text())
+  assert values["model"] == name
+  assert values["parameters"] > 1_000
+  accuracies = {v["name"] for v in logged if "accuracy" in v["name"]}
+  lines = read_predictions(workdir / "eval/test/predictions.jsonl")
+  if name == "transformer":  # Absent, not 0.
+    assert not accuracies
+    assert values["emotion_accuracy"] is None
+    assert {line["predicted_emotion"] for line in lines} == {None}
+  else:
+    assert accuracies == {"train/emotion_accuracy", "valid/emotion_accuracy"}
+    assert 0.0 <= values["emotion_accuracy"] <= 1.0
+
+
+def test_a_system_talks(
+  workdir: pathlib.Path,
+  capsys: pytest.CaptureFixture[str],
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  perceives = workdir.name != "transformer"
+  monkeypatch.setattr(
+    "sys.stdin", io.StringIO('{"context": ["I lost my dog."]}\n')
+  )
+  assert main.main(["generate", f"--workdir={workdir}"]) == 0
+  answer = json.loads(capsys.readouterr().out)
+  assert isinstance(answer["response"], str)
+  assert ("emotion" in answer) == perceives
+  monkeypatch.setattr("sys.stdin", io.StringIO("I lost my dog.\n\n"))
+  assert main.main(["chat", f"--workdir={workdir}"]) == 0
+  assert ("perceived:" in capsys.readouterr().out) == perceives
+
+
+def test_all_systems_compare(
+  runs: pathlib.Path, workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """Whichever have run by now, in the paper's order."""
+  folders = sorted(map(str, runs.iterdir()))
+  assert str(workdir) in folders
+  assert main.main(["compare", *folders, "--format=json"]) == 0
+  compared = json.loads(capsys.readouterr().out)
+  names = [row["name"] for row in compared["rows"]]
+  assert sorted(names) == sorted(folder.name for folder in runs.iterdir())
+  pairs = len(names) * (len(names) - 1) // 2
+  of_perplexity = [t for t in compared["tests"] if t["metric"] == "perplexity"]
+  assert len(of_perplexity) == pairs
