@@ -13,10 +13,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from empdg_jax import checkpoint, evaluate, metrics, significance
+from empdg_jax import (
+  checkpoint,
+  evaluate,
+  metrics,
+  significance,
+  train_state,
+)
 from empdg_jax.checkpoint import Run
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import text
+from empdg_jax.models import registry
 
 FORMATS = ("terminal", "markdown", "csv", "json", "latex")
 
@@ -43,6 +50,8 @@ _TABLES = {
   "Table 1. Systems": ("transformer", "emoprepend", "moel", "empdg"),
   "Table 2. Ablations": ("empdg", "empdg_wo_g", "empdg_wo_d"),
 }
+_TERMINAL_COLUMNS = 4  # Of figures in a table.
+_TESTS = "Paired tests: difference (p after Holm's correction)"
 # Metrics, their titles and decimals, in the order of the columns.
 _COLUMNS = {
   "emotion_accuracy": ("accuracy", 4),
@@ -106,7 +115,7 @@ class Row:
   name: str
   title: str
   runs: tuple[str, ...]
-  parameters: int | None
+  parameters: int
   figures: dict[str, Figure | None]
 
 
@@ -308,7 +317,8 @@ def _row(
     paper = getattr(_PAPER[name], metric, None)
     figures[metric] = Figure(value, low, high, deviation, paper)
   runs = tuple(e.where for e in group)
-  parameters = group[0].values.get("parameters")
+  model = registry.create_model(group[0].run.config.model, vocab_size)
+  parameters = train_state.count_parameters(model)
   return Row(name, title, runs, parameters, figures), replicates
 
 
@@ -397,31 +407,39 @@ def _cell(figure: Figure | None, decimals: int) -> str:
   return cell
 
 
+def _members(rows: Sequence[Row]) -> dict[str, list[Row]]:
+  """Returns each table's systems, without what another table shows as well."""
+  present = {
+    title: [row for row in rows if row.name in names]
+    for title, names in _TABLES.items()
+  }
+  members: dict[str, list[Row]] = {}
+  for title, own in present.items():
+    in_another = any(
+      all(row in other for row in own)
+      for t, other in present.items()
+      if t in members or (t != title and len(other) > len(own))
+    )
+    if not in_another:
+      members[title] = own
+  return members
+
+
 def _tables(comparison: Comparison) -> dict[str, list[list[str]]]:
   """Returns each table's cells, its header first, systems in columns."""
   tables = {}
-  for title, names in _TABLES.items():
-    rows = [row for row in comparison.rows if row.name in names]
-    if not rows:
-      continue
+  for title, rows in _members(comparison.rows).items():
     cells = [["", *(row.title for row in rows)]]
     cells += [
       [name, *(_cell(row.figures[metric], decimals) for row in rows)]
       for metric, (name, decimals) in _COLUMNS.items()
     ]
-    cells.append(
-      [
-        "parameters",
-        *(f"{row.parameters:,}" if row.parameters else "-" for row in rows),
-      ]
-    )
+    cells.append(["parameters", *(f"{row.parameters:,}" for row in rows)])
     if any(len(row.runs) > 1 for row in rows):
       cells.append(["seeds", *(str(len(row.runs)) for row in rows)])
     tables[title] = cells
   if comparison.tests:
-    tables["Paired tests: difference (p after Holm's correction)"] = (
-      _tests_table(comparison.tests)
-    )
+    tables[_TESTS] = _tests_table(comparison.tests)
   return tables
 
 
@@ -517,16 +535,22 @@ def _said(case: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _print(comparison: Comparison, console: Console) -> None:
-  for title, (header, *body) in _tables(comparison).items():
-    table = Table(title=title)
-    for name in header:
-      table.add_column(name, justify="right" if name else "left")
-    for row in body:
-      # Narrow: what belongs to a figure stands below it.
-      table.add_row(
-        row[0], *(c.replace(" [", "\n[").replace(" (", "\n(") for c in row[1:])
-      )
-    console.print(table)
+  for title, cells in _tables(comparison).items():
+    if title == _TESTS:  # There are many pairs; metrics go down the page.
+      cells = list(map(list, zip(*cells, strict=True)))
+    for first in range(1, len(cells[0]), _TERMINAL_COLUMNS):
+      header, *body = [
+        [row[0], *row[first : first + _TERMINAL_COLUMNS]] for row in cells
+      ]
+      table = Table(title=title)
+      for name in header:
+        table.add_column(name, justify="right" if name else "left")
+      for row in body:
+        # Narrow: what belongs to a figure stands below it.
+        table.add_row(
+          *(c.replace(" [", "\n[").replace(" (", "\n(") for c in row)
+        )
+      console.print(table)
   console.print(_caption(comparison), highlight=False)
   for case in comparison.cases:
     console.print()

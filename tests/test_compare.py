@@ -220,10 +220,36 @@ def test_seeds_are_pooled(tmp_path: pathlib.Path) -> None:
   assert titles == ["MoEL (1)", "MoEL (top)", "EmpDG"]
 
 
+@pytest.mark.parametrize(
+  ("models", "tables"),
+  [
+    (("moel", "empdg"), ["Table 1"]),
+    (("empdg_wo_d", "empdg"), ["Table 2"]),
+    (("empdg",), ["Table 1"]),
+    (("moel", "empdg_wo_d", "empdg"), ["Table 1", "Table 2"]),
+  ],
+)
+def test_a_table_is_shown_if_no_other_holds_its_systems(
+  tmp_path: pathlib.Path,
+  models: tuple[str, ...],
+  tables: list[str],
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  folders = [make_run(tmp_path / m, m, i) for i, m in enumerate(models)]
+  argv = ["compare", *map(str, folders), "--format=markdown"]
+  assert main.main(argv) == 0
+  said = capsys.readouterr().out
+  assert [t for t in ("Table 1", "Table 2") if t in said] == tables
+
+
 @pytest.mark.parametrize("form", compare.FORMATS)
 def test_formats(
-  folders: list[pathlib.Path], form: str, capsys: pytest.CaptureFixture[str]
+  folders: list[pathlib.Path],
+  tmp_path: pathlib.Path,
+  form: str,
+  capsys: pytest.CaptureFixture[str],
 ) -> None:
+  folders = [*folders, make_run(tmp_path / "ablation", "empdg_wo_d", 4)]
   argv = ["compare", *map(str, folders), f"--format={form}", "--cases=2"]
   assert main.main(argv) == 0
   said = capsys.readouterr().out
@@ -252,7 +278,7 @@ def test_formats(
   if form == "latex":
     assert said.count(r"\begin{tabular}") == said.count(r"\end{tabular}") == 3
     body = [line for line in said.splitlines() if line.endswith(r"\\")]
-    assert all(line.count("&") in (1, 3, 9) for line in body)
+    assert all(line.count("&") in (2, 3, 9) for line in body)
   if form in ("markdown", "terminal"):
     reply = make_lines(1)[0]["response"]
     assert f"EmpDG, {make_lines(1)[0]['predicted_emotion']}: {reply}" in said
