@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help quickstart test check format
+.PHONY: help quickstart test test-tpu check format
 help:
 	@echo "make quickstart   train, score and talk on the embedded corpus (5 min)"
 	@echo "make test         lint, types, layers, spelling and the fast tests"
+	@echo "make test-tpu     tests with the TPU compiler, which it installs"
 	@echo "make format       format the code"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -35,6 +36,11 @@ check: $(VENV)/installed-dev
 
 test: check
 	$(BIN)/pytest -n 2 --dist loadfile
+
+test-tpu: $(VENV)/installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[tpu]'
+	JAX_PLATFORMS=cpu $(BIN)/pytest -m tpu
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

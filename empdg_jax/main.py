@@ -51,8 +51,12 @@ def _define(name: str, values: flags.FlagValues, argv: list[str]) -> None:
     "predictions": "a predictions.jsonl",
     "output": "where to write the figures; by default benchmark.json",
     "checkpoint": "best or latest; by default the best",
-    "format": "terminal, markdown, csv, json or latex",
+    "format": "terminal or json; compare also has markdown, csv and latex",
+    "topology": "a TPU slice, such as v5e:4x4",
     "image": "where to draw, without the ending; by default in the run folder",
+  }
+  booleans = {
+    "find_batch": "find the largest batch a chip that fits, instead",
   }
   many = {
     "dir": "a run folder; '--dir=' may be left out",
@@ -64,13 +68,15 @@ def _define(name: str, values: flags.FlagValues, argv: list[str]) -> None:
     "cases": (0, "how many examples to show with all systems' replies"),
     "vocab_size": (
       None,
-      "V of EAD; by default the run's vocabulary or the file's distinct tokens",
+      "words in the vocabulary; by default the run's or the data's",
     ),
   }
   if name == "config":
     config_flags.DEFINE_config_file(
       "config", None, "a file of configs/", flag_values=values, sys_argv=argv
     )
+  elif name in booleans:
+    flags.DEFINE_boolean(name, False, booleans[name], flag_values=values)
   elif name in many:
     flags.DEFINE_multi_string(name, [], many[name], flag_values=values)
   elif name in integers:
@@ -283,6 +289,45 @@ def _attention(values: flags.FlagValues) -> int:
   return 0
 
 
+def _compile_check(values: flags.FlagValues) -> int:
+  config = _config(values)
+  if not values.topology:
+    raise InputError("--topology is missing; give a slice such as v5e:4x4")
+  import jax
+
+  # The compiler needs no device; JAX would look for a TPU at length.
+  jax.config.update("jax_platforms", "cpu")
+  from rich.console import Console
+
+  from empdg_jax import compile_check
+  from empdg_jax.data import prepare
+
+  if values.format not in compile_check.FORMATS:
+    raise InputError(f"--format={values.format}: expected terminal or json")
+  compile_check.describe_topology(values.topology)
+  size = values.vocab_size
+  if size is None:
+    size = len(prepare.load_dataset(config.data).vocabulary)
+  console = Console()
+  arguments = config, size, values.topology, Console(stderr=True)
+  if values.find_batch:
+    devices = compile_check.describe_topology(values.topology)[1]
+    rows = compile_check.find_batch(*arguments)
+    console.print(
+      f"The largest batch that fits: {rows} examples a device, "
+      f"--config.train.batch_size={rows * len(devices)}"
+    )
+    return 0
+  reports = compile_check.check(*arguments)
+  compile_check.print_reports(reports, values.topology, values.format, console)
+  if too_large := [r.step for r in reports if r.memory_share > 1.0]:
+    raise InputError(
+      f"--topology={values.topology}: {', '.join(too_large)} do not fit the "
+      "memory of a chip; --find_batch finds the largest batch that does"
+    )
+  return 0
+
+
 def _benchmark(values: flags.FlagValues) -> int:
   config = _config(values)
   _use_compilation_cache()
@@ -358,6 +403,14 @@ _COMMANDS = {
     ("config", "workdir", "checkpoint", "context", "image"),
     _attention,
   ),
+  "compile-check": _Command(
+    "compile every step for a TPU slice, without one; memory and traffic",
+    "empdg compile-check --config=configs/pod.py:8 --topology=v5e:2x4\n"
+    "empdg compile-check --config=configs/empdg.py --topology=v5e:4x4 "
+    "--find_batch",
+    ("config", "topology", "vocab_size", "format", "find_batch"),
+    _compile_check,
+  ),
   "benchmark": _Command(
     "time training steps and decoding on this machine; write JSON",
     "empdg benchmark --config=configs/empdg_wo_d.py --output=benchmark.json",
@@ -369,7 +422,7 @@ _COMMANDS = {
 
 def _usage() -> str:
   lines = ["usage: empdg COMMAND [--flag=value ...]", "", "commands:"]
-  lines += [f"  {name:<10} {c.summary}" for name, c in _COMMANDS.items()]
+  lines += [f"  {name:<13} {c.summary}" for name, c in _COMMANDS.items()]
   lines += [
     "",
     "'empdg COMMAND --help' explains a command. Every field of the",
@@ -413,9 +466,10 @@ def _parse(name: str, argv: list[str]) -> flags.FlagValues:
   try:
     rest = values([name, *argv])[1:]
   except (flags.Error, ValueError, TypeError) as error:
-    raise InputError(
-      f"{str(error).splitlines()[0]}; see 'empdg {name} --help'"
-    ) from error
+    # The first line says which flag, the last one what a file's code raised.
+    first, *more = str(error).strip().splitlines()
+    reason = f"{first} {more[-1]}" if more else first
+    raise InputError(f"{reason}; see 'empdg {name} --help'") from error
   except Exception as error:  # Whatever the configuration file raises.
     raise InputError(f"--config: {error!r}") from error
   if rest:

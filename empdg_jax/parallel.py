@@ -4,7 +4,7 @@ Compiled steps take the state as it is, the same on all devices, and a batch
 with a leading axis over this host's devices, called `"batch"` inside.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ def compile_step(
   in_axes: tuple[int | None, ...],
   out_axes: int | None | tuple[int | None, ...],
   donate_state: bool = False,
+  devices: Sequence[jax.Device] | None = None,
 ) -> Any:
   """Compiles a step for all devices.
 
@@ -34,6 +35,7 @@ def compile_step(
     out_axes: None or 0 for each result.
     donate_state: Whether the first argument's memory may be reused for the
       result.
+    devices: Those to compile for; None takes all that there are.
 
   Returns:
     The compiled step.
@@ -44,6 +46,7 @@ def compile_step(
     in_axes=in_axes,
     out_axes=out_axes,
     donate_argnums=(0,) if donate_state else (),
+    devices=devices,
   )
 
 

@@ -5,7 +5,7 @@ Metrics are sums over the global batch with their counts; divide at the end.
 
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -375,33 +375,44 @@ def predict_step(
   return Prediction(tokens, cache.copied_from, emotion_probs)
 
 
+# Steps are compiled for all devices that there are, or for those given.
+_Devices = Sequence[jax.Device] | None
+
+
 def compile_mle_step(
-  model: EncoderDecoder, optimizer: optax.GradientTransformation
+  model: EncoderDecoder,
+  optimizer: optax.GradientTransformation,
+  devices: _Devices = None,
 ) -> Any:
-  """Returns `mle_step` for all devices; it donates its state."""
+  """Returns the compiled `mle_step`; it donates its state."""
   return compile_step(
     functools.partial(mle_step, model=model, optimizer=optimizer),
     in_axes=(None, 0, None),
     out_axes=(None, None),
     donate_state=True,
+    devices=devices,
   )
 
 
-def compile_eval_step(model: EncoderDecoder) -> Any:
-  """Returns `eval_step` for all devices."""
+def compile_eval_step(model: EncoderDecoder, devices: _Devices = None) -> Any:
+  """Returns the compiled `eval_step`."""
   return compile_step(
     functools.partial(eval_step, model=model),
     in_axes=(None, 0),
     out_axes=(None, 0),
+    devices=devices,
   )
 
 
-def compile_predict_step(model: EncoderDecoder, config: EvalConfig) -> Any:
-  """Returns `predict_step` for all devices."""
+def compile_predict_step(
+  model: EncoderDecoder, config: EvalConfig, devices: _Devices = None
+) -> Any:
+  """Returns the compiled `predict_step`."""
   return compile_step(
     functools.partial(predict_step, model=model, config=config),
     in_axes=(None, 0),
     out_axes=0,
+    devices=devices,
   )
 
 
@@ -409,19 +420,23 @@ def compile_discriminator_step(
   model: EncoderDecoder,
   adversary: Adversary,
   optimizer: optax.GradientTransformation,
+  devices: _Devices = None,
 ) -> Any:
-  """Returns `discriminator_step` for all devices; it donates its state."""
-  return _compile_adversarial(discriminator_step, model, adversary, optimizer)
+  """Returns the compiled `discriminator_step`; it donates its state."""
+  return _compile_adversarial(
+    discriminator_step, model, adversary, optimizer, devices
+  )
 
 
 def compile_adversarial_generator_step(
   model: EncoderDecoder,
   adversary: Adversary,
   optimizer: optax.GradientTransformation,
+  devices: _Devices = None,
 ) -> Any:
-  """Returns `adversarial_generator_step`; it donates its state."""
+  """Returns the compiled `adversarial_generator_step`; it donates its state."""
   return _compile_adversarial(
-    adversarial_generator_step, model, adversary, optimizer
+    adversarial_generator_step, model, adversary, optimizer, devices
   )
 
 
@@ -430,6 +445,7 @@ def _compile_adversarial(
   model: EncoderDecoder,
   adversary: Adversary,
   optimizer: optax.GradientTransformation,
+  devices: _Devices,
 ) -> Any:
   """Compiles `(state, the other's parameters, batch, key)` of one player."""
   return compile_step(
@@ -439,4 +455,5 @@ def _compile_adversarial(
     in_axes=(None, None, 0, None),
     out_axes=(None, None),
     donate_state=True,
+    devices=devices,
   )

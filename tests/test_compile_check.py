@@ -1,0 +1,141 @@
+"""Compiling for TPU slices that do not exist.
+
+What needs the TPU compiler is marked `tpu` and run by `make test-tpu`.
+"""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import pytest
+
+from empdg_jax import compile_check, main
+from empdg_jax.models import registry
+from empdg_jax.train_state import count_parameters
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+VOCAB = 200
+TINY = (
+  "--config.data.shapes=((12,8,8),)",
+  "--config.data.feedback_length=8",
+  "--config.model.emb_dim=16",
+  "--config.model.key_value_depth=8",
+  "--config.model.filter_size=12",
+  "--config.model.kernel_widths=(1,2)",
+  "--config.train.batch_size=8",
+  "--config.train.sample_steps=3",
+  "--config.eval.batch_size=8",
+  "--config.eval.max_decode_steps=3",
+  f"--vocab_size={VOCAB}",
+)
+
+
+def command(system: str, *more: str) -> list[str]:
+  config = f"--config={ROOT}/configs/{system}.py"
+  return ["compile-check", config, *TINY, *more]
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, dict[str, Any]]:
+  """What is said of every step of EmpDG on eight chips."""
+  with pytest.MonkeyPatch.context() as patch:
+    said: list[str] = []
+    patch.setattr("sys.stdout.write", said.append)
+    argv = command("empdg", "--topology=v5e:2x4", "--format=json")
+    assert main.main(argv) == 0
+  values = json.loads("".join(said))
+  assert values["topology"] == "v5e:2x4"
+  return {step["step"]: step for step in values["steps"]}
+
+
+@pytest.mark.tpu
+def test_every_step_is_compiled(reports: dict[str, dict[str, Any]]) -> None:
+  assert list(reports) == [
+    "mle", "discriminator", "adversarial generator", "eval", "predict",
+  ]  # fmt: skip
+  for report in reports.values():
+    parts = ("arguments", "outputs", "temporaries", "code")
+    assert report["memory"] == sum(report[part] for part in parts)
+    assert report["memory_share"] == report["memory"] / (16 * 2**30)
+    assert report["flops"] > 0
+    assert report["all_gathers"] == 0
+
+
+@pytest.mark.tpu
+def test_gradients_are_summed_in_few_operations(
+  reports: dict[str, dict[str, Any]],
+) -> None:
+  """All-reduced bytes are the parameters', and a few metric sums."""
+  from empdg_jax.config import ModelConfig
+
+  model = ModelConfig(
+    name="empdg", emb_dim=16, key_value_depth=8, filter_size=12
+  )
+  parameters = count_parameters(registry.create_model(model, VOCAB))
+  mle = reports["mle"]
+  assert mle["bytes_reduced"] == pytest.approx(4 * parameters, rel=0.05)
+  assert mle["all_reduces"] <= 3
+  # Likelihood's and the signal's gradients are apart.
+  assert reports["adversarial generator"]["bytes_reduced"] == pytest.approx(
+    8 * parameters, rel=0.05
+  )
+  assert reports["predict"]["bytes_reduced"] == 0
+
+
+@pytest.mark.tpu
+def test_largest_batch(
+  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """On a chip whose memory is made so small that little fits."""
+  reports: list[Any] = []
+  report = compile_check._report
+
+  def remember(*args: Any) -> compile_check.Report:
+    reports.append(report(*args))
+    return reports[-1]
+
+  monkeypatch.setattr(compile_check, "_report", remember)
+  chip = compile_check.CHIPS["v5e"]._replace(memory=2**23)
+  monkeypatch.setitem(compile_check.CHIPS, "v5e", chip)
+  argv = command("transformer", "--topology=v5e:2x2", "--find_batch")
+  assert main.main(argv) == 0
+  assert reports[-1].memory_share > 1.0 >= reports[-2].memory_share
+  rows = 2 ** (len(reports) - 2)
+  said = " ".join(capsys.readouterr().out.split())
+  assert f"fits: {rows} examples a device" in said
+  assert f"batch_size={4 * rows}" in said
+
+
+def refused(capsys: pytest.CaptureFixture[str], *more: str) -> str:
+  """Checks the Transformer, which must be refused; returns the one line."""
+  assert main.main(command("transformer", *more)) == 2
+  (line,) = capsys.readouterr().err.strip().splitlines()
+  return line
+
+
+def test_bad_input(
+  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  assert "--topology is missing" in refused(capsys)
+  for name in ("v9:2x2", "v5e:3x5", "v5e"):
+    said = refused(capsys, f"--topology={name}")
+    assert f"--topology={name}: expected one of v4: 2x2x1" in said
+  said = refused(capsys, "--topology=v5e:2x2", "--format=csv")
+  assert "--format=csv" in said
+  monkeypatch.setitem(sys.modules, "libtpu", None)  # As if not installed.
+  said = refused(capsys, "--topology=v5e:2x2")
+  assert "pip install 'empdg-jax[tpu]'" in said
+
+
+@pytest.mark.tpu
+def test_what_does_not_fit_is_refused(
+  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  said = refused(capsys, "--topology=v5e:4x4")
+  assert "batch_size=8 does not divide among 16 devices" in said
+  assert "nearest that does is 16" in said
+  chip = compile_check.CHIPS["v5e"]._replace(memory=1.0)
+  monkeypatch.setitem(compile_check.CHIPS, "v5e", chip)
+  said = refused(capsys, "--topology=v5e:2x2")
+  assert "mle, eval, predict do not fit the memory of a chip" in said
