@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -117,13 +118,11 @@ def describe_topology(name: str) -> tuple[Chip, list[jax.Device]]:
       f"--topology={name}: expected one of "
       + "; ".join(known_topologies().splitlines())
     )
-  try:
-    import libtpu  # noqa: F401
-  except ImportError as error:
+  if importlib.util.find_spec("libtpu") is None:
     raise InputError(
       "the TPU compiler is missing; install it with: pip install "
       "'empdg-jax[tpu]'"
-    ) from error
+    )
   # Else it asks the cloud which machine this is.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -102,6 +102,23 @@ def prepared_files(data_dir: Path) -> list[Path]:
   return [p for f in folders for p in f.rglob("*") if p.is_file()]
 
 
+def test_two_processes_may_prepare_at_once(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Another process finishes while this one is about to."""
+  builder = prepare.empathetic_dialogues.EmpatheticDialogues
+  download_and_prepare = builder.download_and_prepare
+  archive = write_archive(tmp_path / "dialogues.tar.gz", csv_files())
+
+  def be_late(late: object, **kwargs: object) -> None:
+    other = builder(source=str(archive), data_dir=tmp_path / "data")
+    download_and_prepare(other, **kwargs)
+    raise FileExistsError("destination already exists")
+
+  monkeypatch.setattr(builder, "download_and_prepare", be_late)
+  assert load(archive, tmp_path / "data").conversations["train"] > 0
+
+
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
   return write_archive(tmp_path / "dialogues.tar.gz", csv_files())

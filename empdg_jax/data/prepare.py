@@ -99,15 +99,16 @@ def load_dataset(
   if config.source != "official":  # Only a download takes long.
     tfds.disable_progress_bar()
   try:
-    builder = empathetic_dialogues.EmpatheticDialogues(
-      source=config.source, data_dir=data_dir
-    )
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints as it goes.
-      builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(
-          force_checksums_validation=True
+    builder = _open_builder(config.source, data_dir)
+    try:
+      with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints as it goes.
+        builder.download_and_prepare(
+          download_config=tfds.download.DownloadConfig(
+            force_checksums_validation=True
+          )
         )
-      )
+    except FileExistsError:  # Another process was faster.
+      builder = _open_builder(config.source, data_dir)
     raw = {
       split: _read_conversations(builder, split)
       for split in empathetic_dialogues.SPLITS
@@ -147,6 +148,14 @@ def load_dataset(
       for split, members in raw.items()
     },
     shapes=padded_shapes(config),
+  )
+
+
+def _open_builder(
+  source: str, data_dir: pathlib.Path
+) -> empathetic_dialogues.EmpatheticDialogues:
+  return empathetic_dialogues.EmpatheticDialogues(
+    source=source, data_dir=data_dir
   )
 
 
