@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help quickstart test test-tpu check format
+.PHONY: help quickstart test test-hosts test-tpu check format
 help:
 	@echo "make quickstart   train, score and talk on the embedded corpus (5 min)"
 	@echo "make test         lint, types, layers, spelling and the fast tests"
+	@echo "make test-hosts   tests of two hosts, also lost and preempted ones"
 	@echo "make test-tpu     tests with the TPU compiler, which it installs"
 	@echo "make format       format the code"
 
@@ -36,6 +37,9 @@ check: $(VENV)/installed-dev
 
 test: check
 	$(BIN)/pytest -n 2 --dist loadfile
+
+test-hosts: $(VENV)/installed-dev
+	$(BIN)/pytest -m hosts
 
 test-tpu: $(VENV)/installed-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check \

@@ -116,7 +116,14 @@ class Checkpoints:
     self._managers = {
       kind: ocp.CheckpointManager(
         self._root / kind,
-        options=ocp.CheckpointManagerOptions(max_to_keep=1, create=create),
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=1,
+          create=create,
+          # Else the hosts would take one manager's barrier for the other's.
+          multiprocessing_options=ocp.options.MultiprocessingOptions(
+            barrier_sync_key_prefix=kind
+          ),
+        ),
       )
       for kind in (LATEST, BEST)
       if create or (self._root / kind).is_dir()

@@ -157,14 +157,17 @@ class System:
     # Only contexts matter here, so batches are made by them alone.
     blank = [e._replace(target=[vocab.EOS], feedback=[]) for e in encoded]
     shapes = _context_shapes(self.eval_shapes)
-    for batch in pipeline.eval_batches(blank, shapes, batch_size=batch_size):
+    for batch in self._batches(blank, shapes, batch_size):
       prediction = parallel.unshard(
         self.p_predict_step(self.params, parallel.shard(batch))
       )
-      emotions = prediction.emotion_probs
       shape = Shape(batch.context.shape[1], batch.emotion_context.shape[1], 1)
-      for row, index in enumerate(batch.index):
-        if batch.mask[row]:
+      prediction, indices, mask = parallel.gather(
+        (prediction, batch.index, batch.mask)
+      )
+      emotions = prediction.emotion_probs
+      for row, index in enumerate(indices):
+        if mask[row]:
           example = encoded[index]
           yield (
             int(index),
@@ -180,18 +183,30 @@ class System:
             ),
           )
 
+  def _batches(
+    self, encoded: Sequence[Encoded], shapes: Sequence[Shape], batch_size: int
+  ) -> Iterator[Batch]:
+    """Yields this host's part of the examples' batches."""
+    return pipeline.eval_batches(
+      encoded,
+      shapes,
+      batch_size=batch_size,
+      host=jax.process_index(),
+      num_hosts=jax.process_count(),
+    )
+
   def score(
     self, encoded: Sequence[Encoded]
   ) -> Iterator[tuple[int, float, int]]:
     """Yields each example's index, token NLL in all, and token count."""
     batch_size = self.config.eval.batch_size
-    for batch in pipeline.eval_batches(
-      encoded, self.eval_shapes, batch_size=batch_size
-    ):
+    for batch in self._batches(encoded, self.eval_shapes, batch_size):
       _, values = self.p_eval_step(self.params, parallel.shard(batch))
-      values = parallel.unshard(values)
-      for row, index in enumerate(batch.index):
-        if batch.mask[row]:
+      values, indices, mask = parallel.gather(
+        (parallel.unshard(values), batch.index, batch.mask)
+      )
+      for row, index in enumerate(indices):
+        if mask[row]:
           yield (
             int(index),
             float(values["nll"][row]),
@@ -293,7 +308,8 @@ def evaluate_split(
     "parameters": system.parameters,
     **metrics.text_metrics(lines, len(system.vocabulary)),
   }
-  write_evaluation(folder, lines, values)
+  if parallel.is_main_process():
+    write_evaluation(folder, lines, values)
   return values
 
 

@@ -25,6 +25,10 @@ USAGE_ERROR = 2
 INTERRUPTED = 130
 
 
+# Flags of commands that several hosts may run together.
+_HOSTS = ("coordinator_address", "num_processes", "process_id")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Command:
   """A sub-command.
@@ -53,6 +57,10 @@ def _define(name: str, values: flags.FlagValues, argv: list[str]) -> None:
     "checkpoint": "best or latest; by default the best",
     "format": "terminal or json; compare also has markdown, csv and latex",
     "topology": "a TPU slice, such as v5e:4x4",
+    "coordinator_address": (
+      "with several hosts: host:port of the first one; 'auto' on TPU pods and "
+      "with Slurm"
+    ),
     "image": "where to draw, without the ending; by default in the run folder",
   }
   booleans = {
@@ -65,6 +73,8 @@ def _define(name: str, values: flags.FlagValues, argv: list[str]) -> None:
   defaults = {"split": "test", "input": "-", "format": "terminal"}
   integers = {
     "samples": (6, "how many replies to show, each to another emotion"),
+    "num_processes": (None, "with several hosts: how many processes there are"),
+    "process_id": (None, "with several hosts: which of them this is, from 0"),
     "cases": (0, "how many examples to show with all systems' replies"),
     "vocab_size": (
       None,
@@ -139,6 +149,15 @@ def _prepare(values: flags.FlagValues) -> int:
   return 0
 
 
+def _join_hosts(values: flags.FlagValues) -> None:
+  """Joins the other hosts' processes, if the flags tell of any."""
+  from empdg_jax import parallel
+
+  parallel.initialize(
+    values.coordinator_address or "", values.num_processes, values.process_id
+  )
+
+
 def _train(values: flags.FlagValues) -> int:
   workdir = _workdir(values)
   if values.config is None and (workdir / "config.json").exists():
@@ -147,10 +166,12 @@ def _train(values: flags.FlagValues) -> int:
     config = checkpoint.read_config(workdir)
   else:
     config = _config(values)
+  _join_hosts(values)
   _use_compilation_cache()
   from empdg_jax import train
 
-  return 0 if train.train(config, workdir) else INTERRUPTED
+  train.train(config, workdir)
+  return 0
 
 
 def _load_system(values: flags.FlagValues) -> Any:
@@ -184,14 +205,18 @@ def _check_split(values: flags.FlagValues) -> None:
 
 def _evaluate(values: flags.FlagValues) -> int:
   _check_split(values)
+  _join_hosts(values)
   system = _load_system(values)
   from rich.console import Console
 
-  from empdg_jax import evaluate
+  from empdg_jax import evaluate, parallel
 
   folder = _workdir(values) / "eval" / values.split
-  console = Console()
-  metrics = evaluate.evaluate_split(system, values.split, folder, console)
+  console = Console(quiet=not parallel.is_main_process())
+  with parallel.hosts_together():
+    metrics = evaluate.evaluate_split(system, values.split, folder, console)
+  if not parallel.is_main_process():
+    return 0
   evaluate.print_metrics(metrics, console)
   evaluate.print_samples(folder / "predictions.jsonl", values.samples, console)
   workdir = values.workdir
@@ -360,7 +385,7 @@ _COMMANDS = {
     "empdg train --config=configs/quickstart.py --workdir=runs/quickstart\n"
     "empdg train --config=configs/empdg_wo_d.py --config.train.seed=1 "
     "--workdir=runs/empdg_wo_d-1",
-    ("config", "workdir"),
+    ("config", "workdir", *_HOSTS),
     _train,
   ),
   "evaluate": _Command(
@@ -368,7 +393,7 @@ _COMMANDS = {
     "empdg evaluate --workdir=runs/quickstart --split=test\n"
     "empdg evaluate --workdir=runs/quickstart --config=configs/quickstart.py "
     "--config.eval.beam_size=4",
-    ("config", "workdir", "split", "checkpoint", "samples"),
+    ("config", "workdir", "split", "checkpoint", "samples", *_HOSTS),
     _evaluate,
   ),
   "metrics": _Command(

@@ -1,17 +1,127 @@
-"""Data parallelism: the one file that names `pmap`.
+"""Data parallelism over devices and hosts: the one file that names `pmap`.
 
 Compiled steps take the state as it is, the same on all devices, and a batch
 with a leading axis over this host's devices, called `"batch"` inside.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from empdg_jax.config import InputError
+
 AXIS = "batch"
+HOST_LOST = 1  # The exit status.
+INITIALIZATION_SECONDS = 60
+_HEARTBEAT_SECONDS = 60  # After which a silent host counts as lost.
+
+
+def initialize(
+  coordinator_address: str, num_processes: int | None, process_id: int | None
+) -> None:
+  """Joins the processes of all hosts; before anything else is done with JAX.
+
+  Args:
+    coordinator_address: `host:port` of process 0, or `"auto"` where the cluster
+      tells JAX of it (TPU pods, Slurm, Kubernetes); `""` for a single process.
+    num_processes: How many there are, with an address.
+    process_id: Which of them this is, with an address.
+
+  Raises:
+    InputError: The flags do not fit each other, or nobody answers.
+  """
+  numbers = num_processes, process_id
+  if not coordinator_address or coordinator_address == "auto":
+    if numbers != (None, None):
+      raise InputError(
+        "--num_processes and --process_id belong to a --coordinator_address"
+      )
+    if not coordinator_address:
+      return
+    arguments: dict[str, Any] = {}
+  else:
+    if num_processes is None or process_id is None:
+      raise InputError(
+        f"--coordinator_address={coordinator_address} needs --num_processes "
+        "and --process_id as well"
+      )
+    if not 0 <= process_id < num_processes:
+      raise InputError(
+        f"--process_id={process_id}: expected 0 to {num_processes - 1}"
+      )
+    arguments = {
+      "coordinator_address": coordinator_address,
+      "num_processes": num_processes,
+      "process_id": process_id,
+    }
+  try:
+    jax.distributed.initialize(
+      **arguments,
+      initialization_timeout=INITIALIZATION_SECONDS,
+      heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+    )
+  except (RuntimeError, ValueError) as error:
+    raise InputError(
+      f"--coordinator_address={coordinator_address}: the hosts have not met "
+      f"within {INITIALIZATION_SECONDS} s ({str(error).splitlines()[0]})"
+    ) from error
+
+
+@contextlib.contextmanager
+def hosts_together() -> Generator[None]:
+  """Ends this process at once if another host is lost during what is inside.
+
+  Nothing that waits for all hosts, such as a checkpoint, would ever end.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    print(
+      f"empdg: another host is lost ({str(error).splitlines()[0]}); start all "
+      "of them again with the same command: they go on from the latest "
+      "checkpoint",
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(HOST_LOST)
+
+
+def is_main_process() -> bool:
+  """Returns whether this process writes what is written once."""
+  return jax.process_index() == 0
+
+
+def check_same(value: str, what: str) -> None:
+  """Raises InputError unless all processes gave the same value."""
+  digest = hashlib.sha256(value.encode()).digest()[:8]
+  ours = np.frombuffer(digest, np.uint32)
+  all_of_them = multihost_utils.process_allgather(ours)
+  if not np.array_equal(all_of_them, np.broadcast_to(ours, all_of_them.shape)):
+    raise InputError(
+      f"the hosts have different {what}; start all with the same command on "
+      "the same data"
+    )
+
+
+def preempted(step: int) -> bool:
+  """Returns whether the hosts should save and stop, all at the same step.
+
+  Args:
+    step: A number that grows; every host asks with every one.
+  """
+  return jax.process_count() > 1 and (
+    multihost_utils.reached_preemption_sync_point(step)
+  )
 
 
 def compile_step(
@@ -83,6 +193,13 @@ def shard(batch: Any) -> Any:
 def unshard(tree: Any) -> Any:
   """Joins the devices' rows as NumPy: `[devices, n, ...] -> [rows, ...]`."""
   return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), tree)
+
+
+def gather(rows: Any) -> Any:
+  """Joins all hosts' rows of NumPy arrays, in the hosts' order, on each."""
+  if jax.process_count() == 1:
+    return rows
+  return multihost_utils.process_allgather(rows, tiled=True)
 
 
 def step_flops(compiled: Any) -> float:

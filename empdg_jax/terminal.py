@@ -10,25 +10,26 @@ import rich.progress
 
 
 class Interrupt:
-  """Whether the user or the system has asked to stop."""
+  """Whether the user or the system has asked to stop.
 
-  requested = False
+  Attributes:
+    number: The signal that asked, 0 for none.
+  """
+
+  number = 0
 
   def __call__(self, number: int, frame: types.FrameType | None) -> None:
     """Is the signal's handler."""
     del frame
-    self.requested = True
+    self.number = number
     signal.signal(number, signal.SIG_DFL)  # The second time it ends at once.
 
 
 @contextlib.contextmanager
-def catch_interrupts() -> Generator[Interrupt]:
-  """Yields what tells of Ctrl-C and SIGTERM, the first of which is caught."""
+def catch_interrupts(*numbers: signal.Signals) -> Generator[Interrupt]:
+  """Yields what tells of signals, the first of which is caught."""
   interrupt = Interrupt()
-  previous = {
-    number: signal.signal(number, interrupt)
-    for number in (signal.SIGINT, signal.SIGTERM)
-  }
+  previous = {number: signal.signal(number, interrupt) for number in numbers}
   try:
     yield interrupt
   finally:

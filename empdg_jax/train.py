@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from empdg_jax import (
   terminal,
   train_state,
 )
+from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, prepare, vectors
 from empdg_jax.metric_writer import MetricWriter
@@ -85,9 +87,10 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
     workdir: The run folder.
 
   Returns:
-    Whether training came to its end, and was not interrupted.
+    Whether training came to its end, and was not preempted (SIGTERM).
 
   Raises:
+    KeyboardInterrupt: Ctrl-C, after the state has been saved.
     InputError: Something given is wrong, and nothing has been written; or the
       loss is not finite, and the state before that has been saved.
   """
@@ -106,7 +109,8 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
   checkpoint.check_same_config(workdir, config)
   trainer = _Trainer(config, workdir)
   try:
-    return trainer.run()
+    with parallel.hosts_together():
+      return trainer.run()
   finally:
     trainer.close()
 
@@ -117,7 +121,8 @@ class _Trainer:
   def __init__(self, config: Config, workdir: pathlib.Path) -> None:
     """Begins a run, or resumes it."""
     self._config, self._workdir = config, workdir
-    self._console = rich.console.Console()
+    main = parallel.is_main_process()
+    self._console = rich.console.Console(quiet=not main)
     self._progress = Progress()
     dataset = prepare.load_dataset(config.data)
     model = registry.create_model(config.model, len(dataset.vocabulary))
@@ -147,7 +152,10 @@ class _Trainer:
       )
       self._progress.phase = DISCRIMINATOR
     # 3. over both the latest checkpoint, if there is one;
-    checkpoint.write_run(workdir, config, dataset.vocabulary)
+    parallel.check_same(config_lib.to_json(config), "configurations")
+    parallel.check_same("\n".join(dataset.vocabulary.tokens), "vocabularies")
+    if main:
+      checkpoint.write_run(workdir, config, dataset.vocabulary)
     self._checkpoints = checkpoint.Checkpoints(workdir, create=True)
     if self._checkpoints.step(checkpoint.LATEST) is not None:
       self._generator = self._checkpoints.restore_generator(
@@ -167,7 +175,9 @@ class _Trainer:
     self._shapes = dataset.shapes
     self._batches = self._open_batches()
     # 5. the logs, without what was logged after that checkpoint.
-    self._writer = MetricWriter(workdir, self._progress.updates)
+    self._writer = (
+      MetricWriter(workdir, self._progress.updates) if main else None
+    )
 
     self._valid_batches = list(
       pipeline.eval_batches(
@@ -238,7 +248,13 @@ class _Trainer:
   def close(self) -> None:
     """Waits for what is being written."""
     self._checkpoints.close()
-    self._writer.close()
+    if self._writer is not None:
+      self._writer.close()
+
+  def _write(self, phase: _Phase, values: dict[str, float]) -> None:
+    """Writes metrics of the latest update, on one host."""
+    if self._writer is not None:
+      self._writer.write(self._progress.updates, phase.name, values)
 
   def _phases(self) -> list[_Phase]:
     train = self._config.train
@@ -305,17 +321,27 @@ class _Trainer:
     return taken
 
   def run(self) -> bool:
-    """Runs the phases from where training stands to the last one's end."""
+    """Runs the phases from where training stands to the last one's end.
+
+    Returns:
+      Whether it came there, and was not preempted.
+
+    Raises:
+      KeyboardInterrupt: Ctrl-C, after the state has been saved.
+    """
     phases = self._phases()
     names = [phase.name for phase in phases]
     for phase in phases[names.index(self._progress.phase) :]:
       if self._progress.phase != phase.name:
         self._begin(phase)
-      if not self._run_phase(phase):
+      stopped_by = self._run_phase(phase)
+      if stopped_by:
         self._console.print(
           f"Stopped and saved at step {self._progress.updates:,}. The same "
           f"command resumes: empdg train --workdir={self._workdir}"
         )
+        if stopped_by == signal.SIGINT:
+          raise KeyboardInterrupt
         return False
     self._console.print(
       f"Next: empdg evaluate --workdir={self._workdir} --split=test"
@@ -336,13 +362,20 @@ class _Trainer:
     self._progress.data = self._batches.get_state()
     self._batches = self._open_batches()
 
-  def _run_phase(self, phase: _Phase) -> bool:
-    """Runs a phase from where it stands; returns whether it came to its end."""
+  def _run_phase(self, phase: _Phase) -> int:
+    """Runs a phase from where it stands.
+
+    Returns:
+      0 if it came to its end, else the signal that stopped it.
+    """
     train, progress = self._config.train, self._progress
+    # Several hosts must stop together; JAX takes care of that at SIGTERM.
+    caught = (signal.SIGINT, signal.SIGTERM) * (jax.process_count() == 1)
+    stopped_by = 0
     pending: list[_Sums] = []
     logged_at = time.perf_counter()
     with (
-      terminal.catch_interrupts() as interrupt,
+      terminal.catch_interrupts(*caught) as interrupt,
       terminal.progress_bar(self._console) as bar,
     ):
       task = bar.add_task(phase.title, total=phase.total, rate="")
@@ -370,15 +403,17 @@ class _Trainer:
         )
         if validated:
           self._validate(phase)
-        if validated or due(train.checkpoint_every) or interrupt.requested:
+        stopped_by = interrupt.number
+        if parallel.preempted(progress.updates):
+          stopped_by = signal.SIGTERM
+        if validated or due(train.checkpoint_every) or stopped_by:
           self._save(checkpoint.LATEST)
-        if interrupt.requested:
+        if stopped_by:
           break
         if validated:
           logged_at = time.perf_counter()
     self._checkpoints.wait()
-    finished = not interrupt.requested
-    if finished:
+    if not stopped_by:
       self._console.print(
         f"Finished {phase.title.lower()} at step {progress.updates:,}"
         + (
@@ -388,7 +423,7 @@ class _Trainer:
         ),
         highlight=False,
       )
-    return finished
+    return stopped_by
 
   def _log(
     self, phase: _Phase, pending: list[_Sums], since: float
@@ -425,7 +460,7 @@ class _Trainer:
         values[f"discriminator/{name}"] = total / max(judged, 1.0)
       examples += judged
     values["train/examples_per_second"] = examples / seconds
-    self._writer.write(self._progress.updates, phase.name, values)
+    self._write(phase, values)
     return values
 
   def _check_finite(
@@ -477,10 +512,8 @@ class _Trainer:
     values = evaluate.validate(
       self._p_eval_step, self._generator.params, self._valid_batches
     )
-    self._writer.write(
-      progress.updates,
-      phase.name,
-      {f"valid/{k}": v for k, v in values.items() if k != "loss"},
+    self._write(
+      phase, {f"valid/{k}": v for k, v in values.items() if k != "loss"}
     )
     value = values[phase.metric]
     higher_is_better = phase.metric == "emotion_accuracy"

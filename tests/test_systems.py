@@ -3,16 +3,19 @@
 import io
 import json
 import pathlib
+import runpy
 import signal
 from typing import Any
 
 import numpy as np
 import pytest
 
+from empdg_jax import config as config_lib
 from empdg_jax import main, train
 from empdg_jax.config import Config
 from empdg_jax.evaluate import read_predictions
 from empdg_jax.models import registry
+from empdg_jax.train_state import learning_rate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SYSTEMS = tuple(registry.MODELS)
@@ -131,3 +134,24 @@ def test_all_systems_compare(
   pairs = len(names) * (len(names) - 1) // 2
   of_perplexity = [t for t in compared["tests"] if t["metric"] == "perplexity"]
   assert len(of_perplexity) == pairs
+
+
+def test_every_configuration_is_valid() -> None:
+  for path in (ROOT / "configs").glob("*.py"):
+    config_lib.validate(runpy.run_path(str(path))["get_config"]())
+
+
+@pytest.mark.parametrize("devices", [1, 8, 32])
+def test_the_pods_rate_grows_with_the_root_of_its_batch(devices: int) -> None:
+  """After the same number of examples, warm-up included."""
+  default = Config().train
+  pod = runpy.run_path(str(ROOT / "configs" / "pod.py"))["get_config"]
+  train_config = pod(str(devices)).train
+  scale = train_config.batch_size / default.batch_size
+  assert scale == 2 * devices
+  ours = learning_rate(train_config, 300)
+  theirs = learning_rate(default, 300)
+  for step in (500, 1_000, 8_000, 50_000):
+    expected = scale**0.5 * float(theirs(step * 64 - 1))
+    rate = float(ours(step * 64 / scale - 1))
+    assert rate == pytest.approx(expected, rel=1e-4)

@@ -30,7 +30,10 @@ def write_and_die(self, step, phase, values):
     os.kill(os.getpid(), number)
 
 train.MetricWriter.write = write_and_die
-train.train(config, pathlib.Path(sys.argv[2]))
+try:
+  train.train(config, pathlib.Path(sys.argv[2]))
+except KeyboardInterrupt:
+  sys.exit(130)
 """
 
 
@@ -121,13 +124,19 @@ def test_kill_and_resume_gives_the_same_losses(
   )
 
 
+@pytest.mark.parametrize(
+  ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)]
+)
 def test_interrupt_saves_and_says_how_to_resume(
-  trained: tuple[Config, pathlib.Path], tmp_path: pathlib.Path
+  trained: tuple[Config, pathlib.Path],
+  tmp_path: pathlib.Path,
+  number: int,
+  status: int,
 ) -> None:
   config, _ = trained
   workdir = tmp_path / "run"
-  interrupted = _run(config, workdir, 5, signal.SIGINT)
-  assert interrupted.returncode == 0, interrupted.stderr
+  interrupted = _run(config, workdir, 5, number)
+  assert interrupted.returncode == status, interrupted.stderr
   said = " ".join(interrupted.stdout.split())
   assert "Stopped and saved at step" in said
   assert "empdg train" in said
