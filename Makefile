@@ -5,11 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help quickstart test test-hosts test-tpu check format
+.PHONY: help quickstart test test-slow test-tpu check format
 help:
 	@echo "make quickstart   train, score and talk on the embedded corpus (5 min)"
 	@echo "make test         lint, types, layers, spelling and the fast tests"
-	@echo "make test-hosts   tests of two hosts, also lost and preempted ones"
+	@echo "make test-slow    tests of every system, of kills and of two hosts"
 	@echo "make test-tpu     tests with the TPU compiler, which it installs"
 	@echo "make format       format the code"
 
@@ -38,8 +38,8 @@ check: $(VENV)/installed-dev
 test: check
 	$(BIN)/pytest -n 2 --dist loadfile
 
-test-hosts: $(VENV)/installed-dev
-	$(BIN)/pytest -m hosts
+test-slow: $(VENV)/installed-dev
+	$(BIN)/pytest -m slow -n 2 --dist loadfile
 
 test-tpu: $(VENV)/installed-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check \

@@ -13,9 +13,9 @@ def get_config() -> Config:
   """Returns the configuration."""
   config = Config()
   config.model.name = "empdg"
-  # The paper's values are the defaults. With its penalty weight of 0.1 the
-  # critics' slope had not settled after 1,000 steps (19 and rising); what
-  # worked best on the real dataset, see the README:
+  # The paper's values are the defaults. What worked best on the real dataset
+  # (Distinct-2 from 4.10 to 6.59, perplexity + 1%; see the README):
   # config.train.gradient_penalty_weight = 10.0
-  # config.train.generator_signal_weight = 0.1
+  # config.train.generator_signal = "expected"
+  # config.train.generator_signal_weight = 0.02
   return config

@@ -459,7 +459,7 @@ def _usage() -> str:
 def _command_help(name: str, values: flags.FlagValues) -> str:
   command = _COMMANDS[name]
   lines = [f"empdg {name}: {command.summary}", "", "flags:"]
-  lines += [f"  --{flag:<12} {values[flag].help}" for flag in command.flags]
+  lines += [f"  --{flag:<20} {values[flag].help}" for flag in command.flags]
   lines += ["", "examples:", textwrap.indent(command.example, "  ")]
   if "config" in command.flags:
     lines += ["", "fields of --config and their defaults:"]

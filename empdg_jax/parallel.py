@@ -77,19 +77,19 @@ def initialize(
 
 @contextlib.contextmanager
 def hosts_together() -> Generator[None]:
-  """Ends this process at once if another host is lost during what is inside.
+  """Ends this process at once if one of several hosts fails.
 
   Nothing that waits for all hosts, such as a checkpoint, would ever end.
   """
   try:
     yield
-  except jax.errors.JaxRuntimeError as error:
+  except (jax.errors.JaxRuntimeError, InputError) as error:
     if jax.process_count() == 1:
       raise
     print(
-      f"empdg: another host is lost ({str(error).splitlines()[0]}); start all "
-      "of them again with the same command: they go on from the latest "
-      "checkpoint",
+      "empdg: this host failed, or another host is lost "
+      f"({str(error).splitlines()[0]}); start all of them again with the same "
+      "command: they go on from the latest checkpoint",
       file=sys.stderr,
       flush=True,
     )

@@ -517,6 +517,7 @@ def take_a_round(players: Players) -> dict[str, Any]:
   }
 
 
+@pytest.mark.slow
 def test_any_number_of_devices_gives_the_same_round(
   sampling: Players, tmp_path: Path
 ) -> None:

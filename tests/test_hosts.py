@@ -1,6 +1,6 @@
 """Two processes that train and evaluate one run together, over loopback.
 
-What starts them is marked `hosts` and run by `make test-hosts`.
+What starts them is marked `slow` and run by `make test-slow`.
 """
 
 import json
@@ -146,7 +146,7 @@ def undisturbed(
   return workdir
 
 
-@pytest.mark.hosts
+@pytest.mark.slow
 def test_two_hosts_give_the_same_run(
   train_argv: tuple[str, ...],
   undisturbed: pathlib.Path,
@@ -171,7 +171,7 @@ def test_two_hosts_give_the_same_run(
     assert found == expected
 
 
-@pytest.mark.hosts
+@pytest.mark.slow
 def test_a_lost_host_ends_the_others(
   train_argv: tuple[str, ...],
   undisturbed: pathlib.Path,
@@ -190,7 +190,7 @@ def test_a_lost_host_ends_the_others(
   assert_same_run(undisturbed, tmp_path / "run")
 
 
-@pytest.mark.hosts
+@pytest.mark.slow
 def test_preempted_hosts_save_and_resume(
   train_argv: tuple[str, ...],
   undisturbed: pathlib.Path,
@@ -208,7 +208,7 @@ def test_preempted_hosts_save_and_resume(
   assert_same_run(undisturbed, tmp_path / "run")
 
 
-@pytest.mark.hosts
+@pytest.mark.slow
 def test_hosts_must_agree(
   train_argv: tuple[str, ...], tmp_path: pathlib.Path
 ) -> None:

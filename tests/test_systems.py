@@ -1,4 +1,4 @@
-"""Every system through the same commands, then all of them compared."""
+"""Every system through the same commands; run by `make test-slow`."""
 
 import io
 import json
@@ -73,6 +73,7 @@ def workdir(
   return workdir
 
 
+@pytest.mark.slow
 def test_a_system_trains_stops_resumes_and_evaluates(
   workdir: pathlib.Path,
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_system_trains_stops_resumes_and_evaluates(
     assert 0.0 <= values["emotion_accuracy"] <= 1.0
 
 
+@pytest.mark.slow
 def test_a_system_talks(
   workdir: pathlib.Path,
   capsys: pytest.CaptureFixture[str],
@@ -121,6 +123,7 @@ def test_a_system_talks(
   assert ("perceived:" in capsys.readouterr().out) == perceives
 
 
+@pytest.mark.slow
 def test_all_systems_compare(
   runs: pathlib.Path, workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,6 +99,7 @@ def test_phases_follow_each_other(
   assert values[11, "train/learning_rate"] > values[4, "train/learning_rate"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [6, 14])
 def test_kill_and_resume_in_every_phase(
   finished: tuple[Config, pathlib.Path], tmp_path: pathlib.Path, kill_at: int
