@@ -28,6 +28,7 @@ from empdg_jax.data.prepare import Dataset
 from empdg_jax.models import registry
 from empdg_jax.train_state import (
   TrainState,
+  count_parameters,
   create_critics_optimizer,
   create_critics_state,
   create_optimizer,
@@ -198,7 +199,7 @@ def benchmark(
   optimizer = create_optimizer(config.train, config.model.emb_dim)
   state = create_train_state(model, optimizer, config.train.seed)
   params = parallel.unreplicate(parallel.replicate(state.params))
-  parameters = sum(x.size for x in jax.tree.leaves(params))
+  parameters = count_parameters(model)
   state = parallel.replicate(state)
   key = parallel.replicate(jax.random.key(config.train.seed))
   p_mle_step = steps.compile_mle_step(model, optimizer)

@@ -72,7 +72,6 @@ class _Evaluation:
   """A run folder's predictions on a split."""
 
   run: Run
-  values: dict[str, Any]
   lines: list[dict[str, Any]]
 
   @property
@@ -190,7 +189,7 @@ def _read(workdir: pathlib.Path, split: str) -> _Evaluation:
     raise InputError(
       f"{folder} holds an evaluation of {values.get('split')!r}, not {split!r}"
     )
-  return _Evaluation(run, values, lines)
+  return _Evaluation(run, lines)
 
 
 def _check_comparable(evaluations: Sequence[_Evaluation]) -> None:
@@ -356,18 +355,14 @@ def _cases(
   titles: Sequence[str], groups: Sequence[Sequence[_Evaluation]], count: int
 ) -> list[dict[str, Any]]:
   """Returns the replies to some examples, each of another emotion."""
-  first: dict[str, int] = {}
-  for index, line in enumerate(groups[0][0].lines):
-    first.setdefault(line["emotion"], index)
-  chosen = list(first.values())
-  stride = max(1, len(chosen) // max(1, count))
+  lines = groups[0][0].lines
 
   def readable(tokens: str) -> str:
     return text.join_tokens(tokens.split())
 
   cases = []
-  for index in chosen[::stride][:count]:
-    line = groups[0][0].lines[index]
+  for index in evaluate.of_other_emotions(lines, count):
+    line = lines[index]
     cases.append(
       {
         "id": line["id"],

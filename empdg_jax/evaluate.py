@@ -20,7 +20,7 @@ from empdg_jax.data.empathetic_dialogues import EMOTIONS
 from empdg_jax.data.pipeline import Batch, Encoded, Shape
 from empdg_jax.data.vocab import Vocabulary
 from empdg_jax.models import registry
-from empdg_jax.train_state import init_params
+from empdg_jax.train_state import count_parameters, init_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +136,9 @@ class System:
     self.vocabulary = vocabulary
     self.shapes = pipeline.padded_shapes(config.data)
     self.eval_shapes = pipeline.coarse_shapes(self.shapes)
-    self.parameters = sum(x.size for x in jax.tree.leaves(params))
     self.params = parallel.replicate(params)
     model = registry.create_model(config.model, len(vocabulary))
+    self.parameters = count_parameters(model)
     self.p_eval_step = steps.compile_eval_step(model)
     self.p_predict_step = steps.compile_predict_step(model, config.eval)
 
@@ -327,13 +327,19 @@ def print_metrics(values: dict[str, Any], console: Console) -> None:
   console.print(table)
 
 
+def of_other_emotions(lines: Sequence[dict[str, Any]], count: int) -> list[int]:
+  """Returns at most `count` lines' indices, each of another emotion."""
+  first: dict[str, int] = {}
+  for index, line in enumerate(lines):
+    first.setdefault(line["emotion"], index)
+  stride = max(1, len(first) // max(1, count))  # Neighbours may be alike.
+  return list(first.values())[::stride][:count]
+
+
 def print_samples(path: pathlib.Path, count: int, console: Console) -> None:
   """Prints some replies of a `predictions.jsonl`, each to another emotion."""
-  shown: dict[str, dict[str, Any]] = {}
-  for line in read_predictions(path):
-    shown.setdefault(line["emotion"], line)
-  stride = max(1, len(shown) // max(1, count))  # Neighbours may be alike.
-  for line in list(shown.values())[::stride][:count]:
+  lines = read_predictions(path)
+  for line in (lines[index] for index in of_other_emotions(lines, count)):
     user = text.join_tokens(line["context"][-1].split())
     reply = text.join_tokens(line["response"].split())
     perceived = line["predicted_emotion"]

@@ -86,10 +86,15 @@ def summarize(lines: Sequence[dict[str, Any]], vocab_size: int) -> Corpus:
     columns["correct"] = [
       line["emotion"] == line["predicted_emotion"] for line in lines
     ]
+  for n in (1, 2):
+    columns[f"ngrams_{n}"] = [
+      len(metrics.ngrams(line["response"], n)) for line in lines
+    ]
+  dialogues = int(dialogue.max()) + 1
   sums = {}
   for name, column in columns.items():
     values = np.array(column, float)
-    sums[name] = np.zeros((dialogue[-1] + 1, *values.shape[1:]))
+    sums[name] = np.zeros((dialogues, *values.shape[1:]))
     np.add.at(sums[name], dialogue, values)
   ngrams = {}
   for n in (1, 2):
@@ -102,13 +107,7 @@ def summarize(lines: Sequence[dict[str, Any]], vocab_size: int) -> Corpus:
     rows, cols = np.array(sorted(cells), int).reshape(-1, 2).T
     ngrams[n] = scipy.sparse.csr_array(
       (np.ones(len(rows)), (rows, cols)),
-      shape=(dialogue[-1] + 1, max(len(numbers), 1)),
-    )
-    sums[f"ngrams_{n}"] = np.zeros(dialogue[-1] + 1)
-    np.add.at(
-      sums[f"ngrams_{n}"],
-      dialogue,
-      [max(len(line["response"].split()) - n + 1, 0) for line in lines],
+      shape=(dialogues, max(len(numbers), 1)),
     )
   return Corpus(sums, ngrams, vocab_size)
 

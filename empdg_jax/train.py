@@ -370,7 +370,8 @@ class _Trainer:
     """
     train, progress = self._config.train, self._progress
     # Several hosts must stop together; JAX takes care of that at SIGTERM.
-    caught = (signal.SIGINT, signal.SIGTERM) * (jax.process_count() == 1)
+    alone = jax.process_count() == 1
+    caught = (signal.SIGINT, signal.SIGTERM) if alone else ()
     stopped_by = 0
     pending: list[_Sums] = []
     logged_at = time.perf_counter()

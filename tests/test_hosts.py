@@ -15,6 +15,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from test_systems import SMALL
 
 from empdg_jax import checkpoint, evaluate, main
 from empdg_jax.config import Config
@@ -24,14 +25,7 @@ from empdg_jax.train_state import init_params
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = (
   f"--config={ROOT}/configs/empdg.py",
-  "--config.data.source=sample",
-  "--config.data.shapes=((48,24,24),)",
-  "--config.data.feedback_length=12",
-  "--config.model.emb_dim=16",
-  "--config.model.key_value_depth=8",
-  "--config.model.filter_size=12",
-  "--config.model.kernel_widths=(1,2)",
-  "--config.train.batch_size=8",
+  *SMALL,
   "--config.train.discriminator_steps=20",
   "--config.train.adversarial_rounds=7",
   "--config.train.g_steps=3",

@@ -19,7 +19,7 @@ from empdg_jax.train_state import learning_rate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SYSTEMS = tuple(registry.MODELS)
-TINY = (
+SMALL = (
   "--config.data.source=sample",
   "--config.data.shapes=((48,24,24),)",
   "--config.data.feedback_length=12",
@@ -28,6 +28,9 @@ TINY = (
   "--config.model.filter_size=12",
   "--config.model.kernel_widths=(1,2)",
   "--config.train.batch_size=8",
+)
+TINY = (
+  *SMALL,
   "--config.train.mle_steps=4",
   "--config.train.mle_eval_every=4",
   "--config.train.discriminator_steps=1",

@@ -248,27 +248,21 @@ def _fold_in_listeners(keys: jax.Array) -> jax.Array:
   return fold_in(keys, jnp.arange(NUM_EMOTIONS))
 
 
-class MoEL(EncoderDecoder):
+class MoEL(Transformer):
   """The mixture of empathetic listeners (Lin et al., 2019).
 
-  The perceived emotion is the distribution over the listeners; the decoder's
-  first input is SOS.
+  A Transformer whose decoder is the listeners, weighted by the perceived
+  emotion.
   """
 
   def setup(self) -> None:
-    """Creates the encoder and the listeners' keys."""
+    """Creates the listeners' keys."""
     super().setup()
-    self.encoder = encoders.Encoder(self.config)
     self.emotion = nn.Dense(NUM_EMOTIONS, use_bias=False)
 
   def create_decoder(self) -> ListenersDecoder:
     """Returns the listeners."""
     return ListenersDecoder(self.config)
-
-  def source_ids(self, inputs: Inputs) -> tuple[jax.Array, ...]:
-    """Returns words, states and SOS."""
-    start = jnp.full_like(inputs.context[:, :1], vocab.SOS)
-    return inputs.context, inputs.state, start
 
   def read(
     self, inputs: Inputs, embedded: list[jax.Array], keys: jax.Array | None
