@@ -34,6 +34,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/codespell
 	$(BIN)/lint-imports
 	$(BIN)/pyrefly check
+	$(BIN)/shellcheck launch/*.sh launch/*.sbatch
 
 test: check
 	$(BIN)/pytest -n 2 --dist loadfile

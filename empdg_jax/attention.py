@@ -58,7 +58,7 @@ def attend(responder: Responder, context: Sequence[str]) -> Attended:
   """
   system = responder.system
   encoded = responder.encode(context)
-  (response,) = responder.respond([encoded])
+  (response,) = responder.answer([encoded])
   reply = list(response.tokens)
   if len(reply) < system.config.eval.max_decode_steps:
     reply.append("EOS")

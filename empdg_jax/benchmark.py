@@ -22,7 +22,7 @@ from rich.table import Table
 from empdg_jax import config as config_lib
 from empdg_jax import evaluate, parallel, steps
 from empdg_jax.config import Config, InputError
-from empdg_jax.data import pipeline
+from empdg_jax.data import pipeline, prepare
 from empdg_jax.data.pipeline import Batch, Encoded, Shape
 from empdg_jax.data.prepare import Dataset
 from empdg_jax.models import registry
@@ -133,7 +133,8 @@ def _adversarial_steps(
   key: Any,
 ) -> dict[str, Callable[[], Any]]:
   """Returns the steps of phases 2 and 3 on one batch, by signal."""
-  chosen = registry.create_adversary(config, dataset.emotional_table())
+  emotional = prepare.emotional_table(dataset.vocabulary, dataset.lexicon)
+  chosen = registry.create_adversary(config, emotional)
   critics_optimizer = create_critics_optimizer(config.train)
   taken: dict[str, Callable[[], Any]] = {}
   for signal in ("straight_through", "expected"):

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Generator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,8 @@ from empdg_jax.models import registry
 from empdg_jax.train_state import TrainState
 
 LATEST, BEST = "latest", "best"
+# What a resumed run may change.
+_NOT_OF_THE_RUN = ("train.profile_steps", "train.keep_checkpoints")
 # What a generator's parameters mean, besides their shapes.
 _GENERATOR_FIELDS = (
   "emb_dim",
@@ -59,7 +61,9 @@ def write_run(
     # Last, since it marks the folder as a run's.
     with config_lib.atomic_path(workdir / "config.json") as path:
       path.write_text(config_lib.to_json(config), encoding="utf-8")
-  except OSError as error:
+  except InputError:
+    raise
+  except Exception as error:  # Disks raise OSError, buckets what they like.
     raise InputError(f"--workdir={workdir}: cannot write ({error})") from error
 
 
@@ -74,7 +78,11 @@ def check_same_config(workdir: pathlib.Path, config: Config) -> None:
     return
   theirs = config_lib.flatten(read_config(workdir))
   ours = config_lib.flatten(config)
-  different = [name for name in ours if ours[name] != theirs[name]]
+  different = [
+    name
+    for name in ours
+    if ours[name] != theirs[name] and name not in _NOT_OF_THE_RUN
+  ]
   if different:
     name = different[0]
     raise InputError(
@@ -102,22 +110,37 @@ def read_config(workdir: pathlib.Path) -> Config:
   return config_lib.from_json(text, str(path))
 
 
-class Checkpoints:
-  """The latest and the best checkpoint of a run, written in the background."""
+class Selected(NamedTuple):
+  """One of a run's checkpoints.
 
-  def __init__(self, workdir: pathlib.Path, *, create: bool = False) -> None:
+  Attributes:
+    kind: `LATEST` or `BEST`.
+    step: The run's updates before it.
+  """
+
+  kind: str
+  step: int
+
+
+class Checkpoints:
+  """The latest and the best checkpoints of a run, written in the background."""
+
+  def __init__(
+    self, workdir: pathlib.Path, *, create: bool = False, keep: int = 1
+  ) -> None:
     """Opens `workdir/checkpoints`.
 
     Args:
       workdir: The run folder.
       create: Whether to make the folder if it is missing.
+      keep: How many of the latest checkpoints stay when one is written.
     """
-    self._root = workdir.absolute() / "checkpoints"
+    self._root = config_lib.absolute(workdir) / "checkpoints"
     self._managers = {
       kind: ocp.CheckpointManager(
         self._root / kind,
         options=ocp.CheckpointManagerOptions(
-          max_to_keep=1,
+          max_to_keep=keep if kind == LATEST else 1,
           create=create,
           # Else the hosts would take one manager's barrier for the other's.
           multiprocessing_options=ocp.options.MultiprocessingOptions(
@@ -192,12 +215,53 @@ class Checkpoints:
     manager = self._managers.get(kind)
     return None if manager is None else manager.latest_step()
 
-  def restore_params(self, kind: str, like: Any) -> Any:
+  def all(self) -> list[Selected]:
+    """Returns every checkpoint, the latest ones first."""
+    return [
+      Selected(kind, step)
+      for kind, manager in self._managers.items()
+      for step in sorted(manager.all_steps(), reverse=True)
+    ]
+
+  def select(self, which: str | None) -> Selected:
+    """Finds a checkpoint by what a user calls it.
+
+    Args:
+      which: `"best"`, `"latest"` or a step; None takes the best, or the latest
+        if there has been no validation yet.
+
+    Raises:
+      InputError: There is no such checkpoint.
+    """
+    found = self.all()
+    if which is None:
+      which = BEST if any(c.kind == BEST for c in found) else LATEST
+    for checkpoint in found:
+      if which in (checkpoint.kind, str(checkpoint.step)):
+        return checkpoint
+    if which in (LATEST, BEST):
+      raise InputError(
+        f"{self._root} holds no {which} checkpoint; 'empdg train' writes one"
+      )
+    steps = sorted({str(c.step) for c in found}, key=int)
+    raise InputError(
+      f"--checkpoint={which}: expected best, latest or a step that is kept: "
+      + (", ".join(steps) or "there is none yet")
+    )
+
+  def folder(self, checkpoint: Selected) -> pathlib.Path:
+    """Returns where a checkpoint is."""
+    return self._root / checkpoint.kind / str(checkpoint.step)
+
+  def restore_params(
+    self, kind: str, like: Any, step: int | None = None
+  ) -> Any:
     """Reads parameters.
 
     Args:
       kind: `LATEST` or `BEST`.
       like: Parameters of the expected shapes.
+      step: Which of that kind; None takes the latest.
 
     Returns:
       NumPy arrays.
@@ -205,7 +269,7 @@ class Checkpoints:
     Raises:
       InputError: There is no such checkpoint, or its shapes differ.
     """
-    return self._restore(kind, "params", like)
+    return self._restore(kind, "params", like, step)
 
   def restore_generator(self, kind: str, like: TrainState) -> TrainState:
     """Reads the generator that `save` was given; see `restore_params`."""
@@ -226,14 +290,19 @@ class Checkpoints:
       **self._restore(kind, "critics_optimizer", _optimizer(like)),
     )
 
-  def restore_progress(self, kind: str) -> dict[str, Any]:
-    """Reads the progress that `save` was given."""
+  def restore_progress(
+    self, kind: str, step: int | None = None
+  ) -> dict[str, Any]:
+    """Reads the progress that `save` was given; see `restore_params`."""
     return self._managers[kind].restore(
-      self.step(kind), args=ocp.args.Composite(progress=ocp.args.JsonRestore())
+      self.step(kind) if step is None else step,
+      args=ocp.args.Composite(progress=ocp.args.JsonRestore()),
     )["progress"]
 
-  def _restore(self, kind: str, item: str, like: Any) -> Any:
-    step = self.step(kind)
+  def _restore(
+    self, kind: str, item: str, like: Any, step: int | None = None
+  ) -> Any:
+    step = self.step(kind) if step is None else step
     if step is None:
       raise InputError(
         f"{self._root} holds no {kind} checkpoint; 'empdg train' writes one"

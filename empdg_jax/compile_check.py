@@ -18,47 +18,38 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from empdg_jax import steps, train_state
+from empdg_jax import parallel, steps, tpu, train_state
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline
 from empdg_jax.data.pipeline import Batch, Shape
 from empdg_jax.models import registry
+from empdg_jax.tpu import Chip
 from empdg_jax.train_state import TrainState
 
 FORMATS = ("terminal", "json")
 _WITHOUT_UPDATE = ("eval", "predict")
+# Else the compiler asks the cloud which machine this is, and wants to be the
+# only one that uses its TPU.
+_WITHOUT_TPU = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v4-8",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+}
 
 
-class Chip(NamedTuple):
-  """A TPU chip's published rates.
+class Slice(NamedTuple):
+  """A part of a TPU pod.
 
   Attributes:
-    memory: HBM, bytes.
-    flops: Peak, bfloat16, operations/s.
-    bandwidth: Of HBM, bytes/s.
-    interconnect: Of all links to other chips, both directions, bytes/s.
-    layouts: The slices known to work, up to 256 chips.
-    options: What the compiler needs to take a chip as one device.
+    name: As in `v5e:4x4`.
+    chip: What it is made of.
+    devices: Its chips, none of which need exist.
   """
 
-  memory: float
-  flops: float
-  bandwidth: float
-  interconnect: float
-  layouts: tuple[str, ...]
-  options: dict[str, str] = {}  # noqa: RUF012
-
-
-_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
-CHIPS = {
-  "v4": Chip(
-    32 * 2**30, 275e12, 1.2e12, 6e11, _CUBES, {"chip_config_name": "megacore"}
-  ),
-  "v5e": Chip(16 * 2**30, 197e12, 8.19e11, 4e11, _FLAT),
-  "v5p": Chip(95 * 2**30, 459e12, 2.765e12, 1.2e12, _CUBES),
-  "v6e": Chip(32 * 2**30, 918e12, 1.64e12, 8e11, _FLAT),
-}
+  name: str
+  chip: Chip
+  devices: tuple[jax.Device, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +64,14 @@ class Report:
     code: Memory of the program, bytes.
     memory: All of these.
     memory_share: Of the chip's.
-    flops: Floating-point operations.
+    flops: Floating-point operations; a loop's body counts once.
     bytes_accessed: Traffic to memory.
     all_reduces: How many all-reduce operations.
     bytes_reduced: All that they sum over the chips.
     all_gathers: How many all-gather operations.
+    compute_seconds: The operations at the chip's published peak.
+    memory_seconds: The traffic at the published bandwidth of its memory.
+    all_reduce_seconds: See `all_reduce_seconds`.
     compile_seconds: On this machine.
   """
 
@@ -93,18 +87,14 @@ class Report:
   all_reduces: int
   bytes_reduced: int
   all_gathers: int
+  compute_seconds: float
+  memory_seconds: float
+  all_reduce_seconds: float
   compile_seconds: float
 
 
-def known_topologies() -> str:
-  """Returns the slices of `CHIPS` in a line each."""
-  return "\n".join(
-    f"{name}: {', '.join(chip.layouts)}" for name, chip in CHIPS.items()
-  )
-
-
-def describe_topology(name: str) -> tuple[Chip, list[jax.Device]]:
-  """Returns a slice's chip and devices, none of which need exist.
+def describe_topology(name: str) -> Slice:
+  """Returns a slice by its name.
 
   Args:
     name: As in `v5e:4x4`.
@@ -113,22 +103,20 @@ def describe_topology(name: str) -> tuple[Chip, list[jax.Device]]:
     InputError: There is no such slice, or the TPU compiler is not installed.
   """
   version, _, layout = name.partition(":")
-  if version not in CHIPS or layout not in CHIPS[version].layouts:
+  chip = tpu.CHIPS.get(version)
+  if chip is None or layout not in chip.layouts:
     raise InputError(
-      f"--topology={name}: expected one of "
-      + "; ".join(known_topologies().splitlines())
+      f"--topology={name}: expected one of " + "; ".join(tpu.known_slices())
     )
   if importlib.util.find_spec("libtpu") is None:
     raise InputError(
       "the TPU compiler is missing; install it with: pip install "
       "'empdg-jax[tpu]'"
     )
-  # Else it asks the cloud which machine this is.
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-  chip = CHIPS[version]
-  topology = topologies.get_topology_desc(name, "tpu", **chip.options)
-  return chip, list(topology.devices)
+  for variable, value in _WITHOUT_TPU.items():
+    os.environ.setdefault(variable, value)
+  topology = topologies.get_topology_desc(name, "tpu", **dict(chip.options))
+  return Slice(name, chip, tuple(topology.devices))
 
 
 def _batch(shape: Shape, devices: int, per_device: int) -> Batch:
@@ -155,6 +143,7 @@ def _lowerings(
   vocab_size: int,
   devices: Sequence[jax.Device],
   train_rows: int,
+  eval_rows: int,
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
   """Yields each step's name and how to lower it, on the longest lengths.
 
@@ -163,6 +152,7 @@ def _lowerings(
     vocab_size: V.
     devices: The slice's.
     train_rows: Examples a device of a training step.
+    eval_rows: Of evaluation.
 
   Yields:
     Names and functions.
@@ -175,7 +165,6 @@ def _lowerings(
   key = jax.eval_shape(lambda: jax.random.key(0))
   longest = pipeline.padded_shapes(config.data)[-1]
   batch = _batch(longest, len(devices), train_rows)
-  eval_rows = -(-config.eval.batch_size // len(devices))
   eval_batch = _batch(longest, len(devices), eval_rows)
 
   yield (
@@ -247,53 +236,57 @@ def collective_bytes(text: str, operation: str) -> list[int]:
   return found
 
 
-def _for_slice(
-  config: Config, vocab_size: int, topology: str, batch_size: int
-) -> tuple[Chip, list[tuple[str, Callable[[], Any]]]]:
-  """Returns the chip, and each step's name and how to lower it.
+def all_reduce_seconds(size: float, chips: int, interconnect: float) -> float:
+  """Returns the least time to sum arrays over chips, without any latency.
 
-  Raises:
-    InputError: The slice is unknown, or the batch does not divide among it.
+  A chip must send, and receive, `2 (n - 1) / n` times their bytes (Patarasuk
+  and Yuan, 2009), here over all of its links at once.
+
+  Args:
+    size: Of the arrays, bytes.
+    chips: n.
+    interconnect: Of a chip's links in both directions, bytes/s.
+
+  >>> all_reduce_seconds(1e9, chips=4, interconnect=6e9)
+  0.5
   """
-  chip, devices = describe_topology(topology)
-  count = len(devices)
-  per_device, rest = divmod(batch_size, count)
-  if rest:
-    nearest = max(1, round(batch_size / count)) * count
-    raise InputError(
-      f"config.train.batch_size={batch_size} does not divide among {count} "
-      f"devices; the nearest that does is {nearest}"
-    )
-  return chip, list(_lowerings(config, vocab_size, devices, per_device))
+  return 2.0 * (chips - 1) / chips * size / (interconnect / 2.0)
 
 
 def check(
-  config: Config, vocab_size: int, topology: str, console: Console
+  config: Config, vocab_size: int, slice_: Slice, console: Console
 ) -> list[Report]:
   """Compiles every step of a system for a slice, on its longest lengths.
 
   Args:
     config: Of the run; its batch sizes are of the whole slice.
     vocab_size: V.
-    topology: The slice.
+    slice_: The slice.
     console: Shows progress.
 
   Returns:
     A report for each step.
 
   Raises:
-    InputError: The slice is unknown, or the batch does not divide among its
-      chips.
+    InputError: A batch does not divide among the chips.
   """
-  chip, lowerings = _for_slice(
-    config, vocab_size, topology, config.train.batch_size
-  )
+  rows = [
+    parallel.rows_per_device(
+      getattr(config, name).batch_size,
+      len(slice_.devices),
+      f"config.{name}.batch_size",
+    )
+    for name in ("train", "eval")
+  ]
+  lowerings = list(_lowerings(config, vocab_size, slice_.devices, *rows))
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    reports = pool.map(lambda step: _report(step[0], step[1], chip), lowerings)
+    reports = pool.map(
+      lambda step: _report(step[0], step[1], slice_), lowerings
+    )
     return list(
       track(
         reports,
-        f"Compiling for {topology}",
+        f"Compiling for {slice_.name}",
         total=len(lowerings),
         console=console,
         transient=True,
@@ -302,34 +295,35 @@ def check(
 
 
 def find_batch(
-  config: Config, vocab_size: int, topology: str, console: Console
+  config: Config, vocab_size: int, slice_: Slice, console: Console
 ) -> int:
   """Returns the largest power of two of examples a device that fits.
 
   Args:
     config: Of the run.
     vocab_size: V.
-    topology: The slice.
+    slice_: The slice.
     console: Shows each size as it is tried.
 
   Returns:
     Examples a device, of the training step that needs the most memory.
 
   Raises:
-    InputError: The slice is unknown, or not even one example fits.
+    InputError: Not even one example fits.
   """
-  chip, devices = describe_topology(topology)
   fits = 0
   for per_device in (2**n for n in range(15)):
     lowerings = [
       (name, lower)
-      for name, lower in _lowerings(config, vocab_size, devices, per_device)
+      for name, lower in _lowerings(
+        config, vocab_size, slice_.devices, per_device, per_device
+      )
       if name not in _WITHOUT_UPDATE
     ]
     name, lower = lowerings[-1]  # The last one needs what the others need.
     with console.status(f"Compiling for {per_device} examples a device"):
       try:
-        report = _report(name, lower, chip)
+        report = _report(name, lower, slice_)
       except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
           raise
@@ -341,18 +335,22 @@ def find_batch(
       break
     fits = per_device
   if not fits:
-    raise InputError(f"--topology={topology}: not even one example a chip fits")
+    raise InputError(
+      f"--topology={slice_.name}: not even one example a chip fits"
+    )
   return fits
 
 
-def _report(name: str, lower: Callable[[], Any], chip: Chip) -> Report:
+def _report(name: str, lower: Callable[[], Any], slice_: Slice) -> Report:
   """Compiles a step and reads what the compiler says of it."""
+  chip = slice_.chip
   start = time.perf_counter()
   compiled = lower().compile()
   seconds = time.perf_counter() - start
   memory = compiled.memory_analysis()
   cost = compiled.cost_analysis()
   text = compiled.as_text()
+  flops, traffic = float(cost["flops"]), float(cost["bytes accessed"])
   reduced = collective_bytes(text, "all-reduce")
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
   total = (
@@ -369,11 +367,14 @@ def _report(name: str, lower: Callable[[], Any], chip: Chip) -> Report:
     memory.generated_code_size_in_bytes,
     total,
     total / chip.memory,
-    float(cost["flops"]),
-    float(cost["bytes accessed"]),
+    flops,
+    traffic,
     len(reduced),
     sum(reduced),
     len(collective_bytes(text, "all-gather")),
+    flops / chip.flops,
+    traffic / chip.bandwidth,
+    all_reduce_seconds(sum(reduced), len(slice_.devices), chip.interconnect),
     seconds,
   )
 
@@ -396,25 +397,45 @@ def print_reports(
     }
     console.file.write(json.dumps(values, indent=2) + "\n")
     return
-  table = Table(title=f"{topology}, a chip")
-  for column in (
-    "step", "arguments MiB", "outputs MiB", "temporary MiB", "code MiB",
-    "of memory", "GFLOP", "GB moved", "all-reduced MB", "compiled s",
-  ):  # fmt: skip
-    table.add_column(column, justify="left" if column == "step" else "right")
-  for report in reports:
-    table.add_row(
-      report.step,
-      *(
-        f"{size / 2**20:,.1f}"
-        for size in (
-          report.arguments, report.outputs, report.temporaries, report.code
-        )
-      ),
-      f"{report.memory_share:.1%}",
-      f"{report.flops / 1e9:,.1f}",
-      f"{report.bytes_accessed / 1e9:,.2f}",
-      f"{report.bytes_reduced / 1e6:,.1f} in {report.all_reduces}",
-      f"{report.compile_seconds:.0f}",
-    )  # fmt: skip
+  columns = {
+    "step": [report.step for report in reports],
+    "arguments": [f"{r.arguments / 2**20:,.0f}" for r in reports],
+    "outputs": [f"{r.outputs / 2**20:,.1f}" for r in reports],
+    "temporary": [f"{r.temporaries / 2**20:,.0f}" for r in reports],
+    "code": [f"{r.code / 2**20:,.0f}" for r in reports],
+    "share": [f"{r.memory_share:.1%}" for r in reports],
+    "compiled s": [f"{r.compile_seconds:.0f}" for r in reports],
+  }
+  _print_table(f"{topology}: memory of a chip, MiB", columns, console)
+  columns = {
+    "step": columns["step"],
+    "GFLOP": [f"{r.flops / 1e9:,.1f}" for r in reports],
+    "ms": [f"{1e3 * r.compute_seconds:,.2f}" for r in reports],
+    "memory GB": [f"{r.bytes_accessed / 1e9:,.2f}" for r in reports],
+    "ms ": [f"{1e3 * r.memory_seconds:,.1f}" for r in reports],
+    "all-reduced MB": [
+      f"{r.bytes_reduced / 1e6:,.1f} in {r.all_reduces}" for r in reports
+    ],
+    "ms  ": [f"{1e3 * r.all_reduce_seconds:,.2f}" for r in reports],
+  }
+  _print_table(
+    f"{topology}: work of a chip, and its least time at published rates",
+    columns,
+    console,
+    "The body of a loop, as in sampling and decoding, is counted once.",
+  )
+
+
+def _print_table(
+  title: str,
+  columns: dict[str, list[str]],
+  console: Console,
+  caption: str | None = None,
+) -> None:
+  """Prints columns by their names, the first one of words."""
+  table = Table(title=title, caption=caption)
+  for number, name in enumerate(columns):
+    table.add_column(name.strip(), justify="right" if number else "left")
+  for row in zip(*columns.values(), strict=True):
+    table.add_row(*row)
   console.print(table)

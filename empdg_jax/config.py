@@ -134,6 +134,9 @@ class TrainConfig:
   sample_temperature: float = 1.0  # Of their gradients; see `decoding.py`.
   log_every: int = 50  # Updates between lines in metrics.jsonl.
   checkpoint_every: int = 500  # Updates between checkpoints to resume from.
+  keep_checkpoints: int = 3  # How many of the latest ones stay.
+  # "A:B" traces what JAX does between updates A and B, for TensorBoard; "": no.
+  profile_steps: str = ""
 
 
 @dataclasses.dataclass
@@ -250,6 +253,25 @@ def validate(config: Config) -> None:
   if shapes[-1] != tuple(max(axis) for axis in zip(*shapes, strict=True)):
     raise InputError("config.data.shapes: the last must be the longest")
 
+  profile_range(config.train)
+
+
+def profile_range(config: TrainConfig) -> tuple[int, int] | None:
+  """Returns the updates that `profile_steps` names, None for none.
+
+  Raises:
+    InputError: It is not two ascending numbers.
+  """
+  if not config.profile_steps:
+    return None
+  first, _, last = config.profile_steps.partition(":")
+  if first.isdecimal() and last.isdecimal() and int(first) < int(last):
+    return int(first), int(last)
+  raise InputError(
+    f"config.train.profile_steps={config.profile_steps!r}: expected two "
+    "numbers of updates such as 100:110, or ''"
+  )
+
 
 def to_json(config: Config) -> str:
   """Returns the configuration as it stands in a run folder."""
@@ -296,6 +318,49 @@ def cache_dir() -> pathlib.Path:
   """Returns the product's folder in the user's cache."""
   root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   return pathlib.Path(root) / "empdg"
+
+
+def run_path(name: str, flag: str) -> pathlib.Path:
+  """Returns a folder on a disk or, as `gs://bucket/...`, in a bucket.
+
+  Args:
+    name: What the user gave.
+    flag: The flag that it was given with, for messages.
+
+  Returns:
+    A path that is used alike, wherever it is.
+
+  Raises:
+    InputError: The bucket cannot be read.
+  """
+  if "://" not in name:
+    return pathlib.Path(name)
+  from etils import epath
+
+  path: Any = epath.Path(name)
+  try:
+    path.exists()
+  except ImportError as error:
+    raise InputError(
+      f"--{flag}={name}: needs a package for buckets; pip install "
+      f"'empdg-jax[gcs]' ({error})"
+    ) from error
+  except Exception as error:  # Buckets' clients have no common class.
+    raise InputError(
+      f"--{flag}={name}: cannot read the bucket; do you have its permission? "
+      f"({error})"
+    ) from error
+  return path
+
+
+def in_bucket(path: pathlib.Path) -> bool:
+  """Returns whether a path is not on a disk."""
+  return "://" in str(path)
+
+
+def absolute(path: pathlib.Path) -> pathlib.Path:
+  """Returns the absolute path; a bucket's is absolute."""
+  return path if in_bucket(path) else path.absolute()
 
 
 @contextlib.contextmanager

@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
-from empdg_jax import checkpoint, metrics, parallel, steps
+from empdg_jax import bundle, checkpoint, metrics, parallel, steps
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, prepare, text, vocab
 from empdg_jax.data.empathetic_dialogues import EMOTIONS
+from empdg_jax.data.lexicon import Lexicon
 from empdg_jax.data.pipeline import Batch, Encoded, Shape
 from empdg_jax.data.vocab import Vocabulary
 from empdg_jax.models import registry
@@ -37,6 +38,11 @@ class Response:
   tokens: tuple[str, ...]
   emotions: np.ndarray | None
   cut: int
+
+  @property
+  def text(self) -> str:
+    """The response as people write."""
+    return text.join_tokens(self.tokens)
 
   @property
   def emotion(self) -> str | None:
@@ -123,7 +129,12 @@ class System:
   """A trained system: its compiled steps, its parameters, its data rules."""
 
   def __init__(
-    self, config: Config, vocabulary: Vocabulary, params: Any
+    self,
+    config: Config,
+    vocabulary: Vocabulary,
+    params: Any,
+    lexicon: Lexicon | None = None,
+    step: int | None = None,
   ) -> None:
     """Compiles nothing yet; each shape is compiled at its first batch.
 
@@ -131,9 +142,19 @@ class System:
       config: The run's configuration.
       vocabulary: The run's vocabulary.
       params: The model's parameters, not replicated.
+      lexicon: An export's lexicon; None: the one that the configuration names.
+      step: The run's updates before the checkpoint; None if it is none.
+
+    Raises:
+      InputError: The batch size does not divide among the devices.
     """
+    parallel.rows_per_device(
+      config.eval.batch_size, jax.device_count(), "config.eval.batch_size"
+    )
     self.config = config
     self.vocabulary = vocabulary
+    self.lexicon = lexicon
+    self.step = step
     self.shapes = pipeline.padded_shapes(config.data)
     self.eval_shapes = pipeline.coarse_shapes(self.shapes)
     self.params = parallel.replicate(params)
@@ -220,33 +241,47 @@ def _context_shapes(shapes: Sequence[Shape]) -> list[Shape]:
 
 
 def load_system(
-  workdir: pathlib.Path, config: Config | None = None, kind: str | None = None
+  folder: pathlib.Path, config: Config | None = None, which: str | None = None
 ) -> System:
-  """Loads a run folder's system.
+  """Loads the system of a run folder or of an export.
 
   Args:
-    workdir: The run folder.
+    folder: The folder.
     config: The run's configuration with other `eval` fields, or None.
-    kind: Which checkpoint; None takes the best, or the latest if there has
-      been no validation yet.
+    which: Which checkpoint of a run; see `Checkpoints.select`.
 
   Returns:
     The system.
 
   Raises:
-    InputError: The folder holds no run, no checkpoint, or one of other shapes.
+    InputError: The folder holds neither, a damaged export, no such checkpoint,
+      or one of other shapes.
   """
-  run = checkpoint.open_run(workdir)
-  config = config or run.config
-  model = registry.create_model(config.model, len(run.vocabulary))
-  like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  checkpoints = checkpoint.Checkpoints(workdir)
-  if kind is None:
-    best = checkpoints.step(checkpoint.BEST) is not None
-    kind = checkpoint.BEST if best else checkpoint.LATEST
-  params = checkpoints.restore_params(kind, like)
+  if bundle.is_bundle(folder):
+    exported = bundle.open_bundle(folder)
+    return System(
+      config or exported.config,
+      exported.vocabulary,
+      exported.params,
+      exported.lexicon,
+      exported.step,
+    )
+  run = checkpoint.open_run(folder)
+  checkpoints = checkpoint.Checkpoints(folder)
+  selected = checkpoints.select(which)
+  params = checkpoints.restore_params(
+    selected.kind, params_like(run), selected.step
+  )
   checkpoints.close()
-  return System(config, run.vocabulary, params)
+  return System(
+    config or run.config, run.vocabulary, params, step=selected.step
+  )
+
+
+def params_like(run: checkpoint.Run) -> Any:
+  """Returns the shapes of a run's parameters."""
+  model = registry.create_model(run.config.model, len(run.vocabulary))
+  return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
 def evaluate_split(
@@ -266,7 +301,9 @@ def evaluate_split(
   Raises:
     InputError: The data or the folder cannot be used.
   """
-  dataset = prepare.load_dataset(system.config.data, system.vocabulary)
+  dataset = prepare.load_dataset(
+    system.config.data, system.vocabulary, system.lexicon
+  )
   examples, encoded = dataset.examples[split], dataset.encoded(split)
   scores, responses = {}, {}
   with Progress(
@@ -305,6 +342,7 @@ def evaluate_split(
   values = {
     "model": system.config.model.name,
     "split": split,
+    "step": system.step,
     "parameters": system.parameters,
     **metrics.text_metrics(lines, len(system.vocabulary)),
   }
@@ -361,7 +399,7 @@ def vocab_size_of(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> int:
   Returns:
     The size of the run's vocabulary, or the number of distinct tokens.
   """
-  folder = path.absolute().parent.parent
+  folder = config_lib.absolute(path).parent.parent
   vocabulary = folder.parent / "vocab.txt"
   if folder.name == "eval" and vocabulary.is_file():
     return len(vocab.load_vocabulary(vocabulary))

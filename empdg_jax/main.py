@@ -19,14 +19,17 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from empdg_jax import config as config_lib
+from empdg_jax import tpu
 from empdg_jax.config import Config, InputError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
 
-# Flags of commands that several hosts may run together.
+# Flags of commands that several hosts may run together, and of those that use
+# a trained system.
 _HOSTS = ("coordinator_address", "num_processes", "process_id")
+_SYSTEM = ("workdir", "bundle", "checkpoint", "run_config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,23 +41,28 @@ class _Command:
     example: Command lines that work.
     flags: Names of its flags.
     run: Does it; returns the exit status.
+    more: What else its help says, a title and lines.
   """
 
   summary: str
   example: str
   flags: tuple[str, ...]
   run: Callable[[flags.FlagValues], int]
+  more: tuple[str, ...] = ()
 
 
 def _define(name: str, values: flags.FlagValues, argv: list[str]) -> None:
   """Defines one flag, alike for every sub-command that has it."""
   strings = {
-    "workdir": "the run folder",
+    "workdir": "the run folder, on a disk or in a bucket (gs://...)",
     "split": "train, valid or test",
     "input": "contexts, one JSON object a line; '-' is standard input",
     "predictions": "a predictions.jsonl",
     "output": "where to write the figures; by default benchmark.json",
-    "checkpoint": "best or latest; by default the best",
+    "bundle": "an export, instead of a run folder",
+    "out": "where to write",
+    "dtype": "of the parameters: float32 or bfloat16",
+    "checkpoint": "best, latest or a step; by default the best",
     "format": "terminal or json; compare also has markdown, csv and latex",
     "topology": "a TPU slice, such as v5e:4x4",
     "coordinator_address": (
@@ -67,23 +75,33 @@ def _define(name: str, values: flags.FlagValues, argv: list[str]) -> None:
     "find_batch": "find the largest batch a chip that fits, instead",
   }
   many = {
-    "dir": "a run folder; '--dir=' may be left out",
+    "dir": "a run folder or an export; '--dir=' may be left out",
     "context": "what a turn says; once for each turn, the user's last",
   }
-  defaults = {"split": "test", "input": "-", "format": "terminal"}
+  defaults = {
+    "split": "test",
+    "input": "-",
+    "format": "terminal",
+    "dtype": "float32",
+  }
   integers = {
     "samples": (6, "how many replies to show, each to another emotion"),
     "num_processes": (None, "with several hosts: how many processes there are"),
     "process_id": (None, "with several hosts: which of them this is, from 0"),
+    "average": (0, "take the mean of so many of the latest checkpoints"),
     "cases": (0, "how many examples to show with all systems' replies"),
     "vocab_size": (
       None,
       "words in the vocabulary; by default the run's or the data's",
     ),
   }
-  if name == "config":
+  if name == "config" and not _resumes(argv):
     config_flags.DEFINE_config_file(
       "config", None, "a file of configs/", flag_values=values, sys_argv=argv
+    )
+  elif name in ("config", "run_config"):
+    config_flags.DEFINE_config_dataclass(
+      "config", _config_of_folder(argv), flag_values=values, sys_argv=argv
     )
   elif name in booleans:
     flags.DEFINE_boolean(name, False, booleans[name], flag_values=values)
@@ -98,6 +116,45 @@ def _define(name: str, values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string(
       name, defaults.get(name), strings[name], flag_values=values
     )
+
+
+def _argument(argv: Sequence[str], *names: str) -> str | None:
+  """Returns the value of the first of these flags that is given."""
+  for name in names:
+    for arg in argv:
+      if arg.startswith(f"--{name}="):
+        return arg.partition("=")[2]
+  return None
+
+
+def _resumes(argv: Sequence[str]) -> bool:
+  """Returns whether the configuration is that of a run that is there."""
+  workdir = _argument(argv, "workdir")
+  if _argument(argv, "config") or not workdir:
+    return False
+  return (config_lib.run_path(workdir, "workdir") / "config.json").exists()
+
+
+def _config_of_folder(argv: Sequence[str]) -> Config:
+  """Returns the configuration of the run or export that is named.
+
+  Raises:
+    InputError: It holds none.
+  """
+  if given := _argument(argv, "config"):
+    raise InputError(
+      f"--config={given}: a run has its own configuration; change single "
+      "fields, as in --config.eval.beam_size=4"
+    )
+  if folder := _argument(argv, "bundle"):
+    from empdg_jax import bundle
+
+    return bundle.read_config(config_lib.run_path(folder, "bundle"))
+  if folder := _argument(argv, "workdir"):
+    from empdg_jax import checkpoint
+
+    return checkpoint.read_config(config_lib.run_path(folder, "workdir"))
+  return Config()  # The command says what is missing.
 
 
 def _config(values: flags.FlagValues) -> Config:
@@ -116,13 +173,20 @@ def _config(values: flags.FlagValues) -> Config:
 def _workdir(values: flags.FlagValues) -> pathlib.Path:
   if not values.workdir:
     raise InputError("--workdir is missing; give the run folder")
-  return pathlib.Path(values.workdir)
+  return config_lib.run_path(values.workdir, "workdir")
 
 
-def _use_compilation_cache() -> None:
-  """Keeps compiled steps in the user's cache, unless JAX was told otherwise."""
+def _start_jax() -> None:
+  """Finds the devices; keeps compiled steps in the user's cache.
+
+  Raises:
+    InputError: There is no device of the platform asked for.
+  """
   import jax
 
+  from empdg_jax import parallel
+
+  parallel.check_devices()
   if jax.config.values["jax_compilation_cache_dir"] is None:
     folder = config_lib.cache_dir() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -160,40 +224,66 @@ def _join_hosts(values: flags.FlagValues) -> None:
 
 def _train(values: flags.FlagValues) -> int:
   workdir = _workdir(values)
-  if values.config is None and (workdir / "config.json").exists():
-    from empdg_jax import checkpoint
-
-    config = checkpoint.read_config(workdir)
-  else:
-    config = _config(values)
+  config = _config(values)
   _join_hosts(values)
-  _use_compilation_cache()
+  _start_jax()
   from empdg_jax import train
 
   train.train(config, workdir)
   return 0
 
 
-def _load_system(values: flags.FlagValues) -> Any:
-  """Loads the run of --workdir, with the `eval` fields of --config if given."""
-  if values.checkpoint not in (None, "best", "latest"):
-    raise InputError(
-      f"--checkpoint={values.checkpoint}: expected best or latest"
-    )
-  workdir = _workdir(values)
-  from empdg_jax import checkpoint
+# Fields of a run's configuration that those who use it may change.
+_OF_USERS = ("eval.", "data.source", "data.data_dir")
 
-  config = run = checkpoint.read_config(workdir)
-  if values.config is not None:
-    given = _config(values)
-    config = dataclasses.replace(run, eval=given.eval)
-    checkpoint.check_same_config(
-      workdir, dataclasses.replace(given, eval=run.eval)
+
+def _system_folder(values: flags.FlagValues) -> pathlib.Path:
+  """Returns the folder of --workdir or --bundle.
+
+  Raises:
+    InputError: Neither or both are given, or a field is changed that is the
+      run's own.
+  """
+  from empdg_jax import bundle, checkpoint
+
+  if values.bundle and values.workdir:
+    raise InputError("--workdir and --bundle exclude each other; give one")
+  if values.bundle:
+    folder = config_lib.run_path(values.bundle, "bundle")
+    bundle.require_bundle(folder)
+    run = bundle.read_config(folder)
+  elif values.workdir:
+    folder = _workdir(values)
+    run = checkpoint.read_config(folder)
+    if bundle.is_bundle(folder):
+      raise InputError(
+        f"--workdir={folder} is an export; give it as --bundle={folder}"
+      )
+  else:
+    raise InputError(
+      "--workdir is missing; give the run folder, or an export as --bundle"
     )
-  _use_compilation_cache()
+  ours, theirs = config_lib.flatten(_config(values)), config_lib.flatten(run)
+  for name, value in ours.items():
+    if value != theirs[name] and not name.startswith(_OF_USERS):
+      raise InputError(
+        f"config.{name}={value!r}: the run has {theirs[name]!r}; only "
+        "config.eval, config.data.source and config.data.data_dir can change"
+      )
+  return folder
+
+
+def _load_system(values: flags.FlagValues) -> Any:
+  """Loads the system of --workdir or --bundle."""
+  folder = _system_folder(values)
+  if values.bundle and values.checkpoint:
+    raise InputError(
+      f"--checkpoint={values.checkpoint}: an export holds a single one"
+    )
+  _start_jax()
   from empdg_jax import evaluate
 
-  return evaluate.load_system(workdir, config, values.checkpoint)
+  return evaluate.load_system(folder, values.config, values.checkpoint)
 
 
 def _check_split(values: flags.FlagValues) -> None:
@@ -211,7 +301,9 @@ def _evaluate(values: flags.FlagValues) -> int:
 
   from empdg_jax import evaluate, parallel
 
-  folder = _workdir(values) / "eval" / values.split
+  folder = _system_folder(values) / "eval" / values.split
+  if values.out:
+    folder = config_lib.run_path(values.out, "out")
   console = Console(quiet=not parallel.is_main_process())
   with parallel.hosts_together():
     metrics = evaluate.evaluate_split(system, values.split, folder, console)
@@ -219,9 +311,9 @@ def _evaluate(values: flags.FlagValues) -> int:
     return 0
   evaluate.print_metrics(metrics, console)
   evaluate.print_samples(folder / "predictions.jsonl", values.samples, console)
-  workdir = values.workdir
+  flag = "bundle" if values.bundle else "workdir"
   console.print(
-    f"Written to {folder}. Next: empdg chat --workdir={workdir}",
+    f"Written to {folder}. Next: empdg chat --{flag}={values[flag].value}",
     soft_wrap=True, highlight=False,
   )  # fmt: skip
   return 0
@@ -232,7 +324,7 @@ def _metrics(values: flags.FlagValues) -> int:
     raise InputError("--predictions is missing; give a predictions.jsonl")
   from empdg_jax import evaluate, metrics
 
-  path = pathlib.Path(values.predictions)
+  path = config_lib.run_path(values.predictions, "predictions")
   lines = evaluate.read_predictions(path)
   size = values.vocab_size or evaluate.vocab_size_of(path, lines)
   if size < 2:
@@ -278,6 +370,44 @@ def _chat(values: flags.FlagValues) -> int:
   return 0
 
 
+def _export(values: flags.FlagValues) -> int:
+  workdir = _workdir(values)
+  if not values.out:
+    raise InputError("--out is missing; give the folder to write")
+  if values.average and values.checkpoint:
+    raise InputError("--checkpoint and --average exclude each other; give one")
+  from rich.console import Console
+
+  from empdg_jax import export
+
+  if values.dtype not in export.DTYPES:
+    raise InputError(
+      f"--dtype={values.dtype}: expected one of " + ", ".join(export.DTYPES)
+    )
+  export.export(
+    workdir,
+    pathlib.Path(values.out),
+    values.checkpoint,
+    values.average,
+    values.dtype,
+    Console(),
+  )
+  return 0
+
+
+def _checkpoints(values: flags.FlagValues) -> int:
+  workdir = _workdir(values)
+  if values.format not in ("terminal", "json"):
+    raise InputError(f"--format={values.format}: expected terminal or json")
+  from rich.console import Console
+
+  from empdg_jax import checkpoint_list
+
+  listed = checkpoint_list.list_checkpoints(workdir)
+  checkpoint_list.print_checkpoints(listed, values.format, Console())
+  return 0
+
+
 def _compare(values: flags.FlagValues) -> int:
   if not values.dir:
     raise InputError(
@@ -292,7 +422,7 @@ def _compare(values: flags.FlagValues) -> int:
     raise InputError(
       f"--format={values.format}: expected one of " + ", ".join(compare.FORMATS)
     )
-  folders = [pathlib.Path(folder) for folder in values.dir]
+  folders = [config_lib.run_path(folder, "dir") for folder in values.dir]
   comparison = compare.compare(folders, values.split, values.cases)
   compare.print_comparison(comparison, values.format, Console())
   return 0
@@ -308,7 +438,7 @@ def _attention(values: flags.FlagValues) -> int:
   from empdg_jax import attention, respond
 
   drawn = attention.attend(respond.Responder(system), values.context)
-  stem = pathlib.Path(values.image or _workdir(values) / "attention")
+  stem = pathlib.Path(values.image or _system_folder(values) / "attention")
   for path in attention.draw(drawn, stem):
     print(f"Drawn in {path}")
   return 0
@@ -329,18 +459,17 @@ def _compile_check(values: flags.FlagValues) -> int:
 
   if values.format not in compile_check.FORMATS:
     raise InputError(f"--format={values.format}: expected terminal or json")
-  compile_check.describe_topology(values.topology)
+  slice_ = compile_check.describe_topology(values.topology)
   size = values.vocab_size
   if size is None:
     size = len(prepare.load_dataset(config.data).vocabulary)
   console = Console()
-  arguments = config, size, values.topology, Console(stderr=True)
+  arguments = config, size, slice_, Console(stderr=True)
   if values.find_batch:
-    devices = compile_check.describe_topology(values.topology)[1]
     rows = compile_check.find_batch(*arguments)
     console.print(
       f"The largest batch that fits: {rows} examples a device, "
-      f"--config.train.batch_size={rows * len(devices)}"
+      f"--config.train.batch_size={rows * len(slice_.devices)}"
     )
     return 0
   reports = compile_check.check(*arguments)
@@ -355,7 +484,7 @@ def _compile_check(values: flags.FlagValues) -> int:
 
 def _benchmark(values: flags.FlagValues) -> int:
   config = _config(values)
-  _use_compilation_cache()
+  _start_jax()
   from rich.console import Console
 
   from empdg_jax import benchmark
@@ -391,9 +520,11 @@ _COMMANDS = {
   "evaluate": _Command(
     "score and answer a split; write predictions and metrics",
     "empdg evaluate --workdir=runs/quickstart --split=test\n"
-    "empdg evaluate --workdir=runs/quickstart --config=configs/quickstart.py "
-    "--config.eval.beam_size=4",
-    ("config", "workdir", "split", "checkpoint", "samples", *_HOSTS),
+    "empdg evaluate --workdir=runs/quickstart --config.eval.beam_size=4 "
+    "--out=runs/quickstart/eval/beams\n"
+    "empdg evaluate --bundle=quickstart-export "
+    "--config.data.source=empatheticdialogues.tar.gz",
+    (*_SYSTEM, "split", "out", "samples", *_HOSTS),
     _evaluate,
   ),
   "metrics": _Command(
@@ -413,20 +544,34 @@ _COMMANDS = {
     "answer contexts: one JSON object a line in, one out",
     """echo '{"context": ["I lost my job today."]}' | """
     "empdg generate --workdir=runs/quickstart",
-    ("config", "workdir", "checkpoint", "input"),
+    (*_SYSTEM, "input"),
     _generate,
   ),
   "chat": _Command(
     "talk with a trained system; it shows the emotion it perceives",
-    "empdg chat --workdir=runs/quickstart",
-    ("config", "workdir", "checkpoint"),
+    "empdg chat --workdir=runs/quickstart\n"
+    "empdg chat --bundle=quickstart-export",
+    _SYSTEM,
     _chat,
   ),
   "attention": _Command(
     "draw what each word of a reply attends to, and the perceived emotion",
     'empdg attention --workdir=runs/quickstart --context="I lost my job."',
-    ("config", "workdir", "checkpoint", "context", "image"),
+    (*_SYSTEM, "context", "image"),
     _attention,
+  ),
+  "checkpoints": _Command(
+    "list a run's checkpoints: phase, size and metrics",
+    "empdg checkpoints --workdir=runs/quickstart",
+    ("workdir", "format"),
+    _checkpoints,
+  ),
+  "export": _Command(
+    "write a checkpoint as one folder that needs neither run nor data",
+    "empdg export --workdir=runs/quickstart --out=quickstart-export\n"
+    "empdg export --workdir=gs://BUCKET/pod --out=pod-export --average=3",
+    ("workdir", "out", "checkpoint", "average", "dtype"),
+    _export,
   ),
   "compile-check": _Command(
     "compile every step for a TPU slice, without one; memory and traffic",
@@ -435,6 +580,7 @@ _COMMANDS = {
     "--find_batch",
     ("config", "topology", "vocab_size", "format", "find_batch"),
     _compile_check,
+    ("known slices:", *(f"  {line}" for line in tpu.known_slices())),
   ),
   "benchmark": _Command(
     "time training steps and decoding on this machine; write JSON",
@@ -459,8 +605,24 @@ def _usage() -> str:
 def _command_help(name: str, values: flags.FlagValues) -> str:
   command = _COMMANDS[name]
   lines = [f"empdg {name}: {command.summary}", "", "flags:"]
-  lines += [f"  --{flag:<20} {values[flag].help}" for flag in command.flags]
+  lines += [
+    f"  --{flag:<20} {values[flag].help}"
+    for flag in command.flags
+    if flag != "run_config"
+  ]
   lines += ["", "examples:", textwrap.indent(command.example, "  ")]
+  if command.more:
+    lines += ["", *command.more]
+  if "run_config" in command.flags:
+    lines += [
+      "",
+      "The configuration is the run's own. These fields of it can change:",
+      *(
+        f"  --config.{field}"
+        for field in config_lib.flatten(Config())
+        if field.startswith(_OF_USERS)
+      ),
+    ]
   if "config" in command.flags:
     lines += ["", "fields of --config and their defaults:"]
     lines += [
@@ -477,6 +639,7 @@ def _parse(name: str, argv: list[str]) -> flags.FlagValues:
     InputError: A flag or a field of the configuration is wrong.
   """
   values = flags.FlagValues()
+  argv = [_with_underscores(arg) for arg in argv]
   # The configuration's file must be known before its fields.
   argv = sorted(argv, key=lambda arg: not arg.startswith("--config="))
   if "dir" in _COMMANDS[name].flags:
@@ -502,6 +665,14 @@ def _parse(name: str, argv: list[str]) -> flags.FlagValues:
       f"unexpected argument {rest[0]!r}; flags are written --name=value"
     )
   return values
+
+
+def _with_underscores(arg: str) -> str:
+  """Returns an argument whose flag may be written with hyphens."""
+  if not arg.startswith("--"):
+    return arg
+  name, equals, value = arg[2:].partition("=")
+  return f"--{name.replace('-', '_')}{equals}{value}"
 
 
 def _check_config_argument(arg: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import tempfile
 
 from tensorboardX import SummaryWriter
 
@@ -10,22 +11,33 @@ from empdg_jax import config as config_lib
 
 
 class MetricWriter:
-  """Writes `metrics.jsonl` and TensorBoard events."""
+  """Writes `metrics.jsonl` and TensorBoard events.
+
+  A bucket's files cannot grow: there both are kept in a temporary folder and
+  copied as a whole with every checkpoint. What comes after it is forgotten by
+  a run that resumes anyway.
+  """
 
   def __init__(self, workdir: pathlib.Path, resumed_step: int) -> None:
     """Opens both, forgetting what was logged after `resumed_step`."""
-    path = workdir / "metrics.jsonl"
+    self._workdir = workdir
+    self._scratch = None
+    folder = workdir
+    if config_lib.in_bucket(workdir):
+      self._scratch = tempfile.TemporaryDirectory()
+      folder = pathlib.Path(self._scratch.name)
     kept = []
-    if path.exists():
-      for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    if (workdir / "metrics.jsonl").exists():
+      text = (workdir / "metrics.jsonl").read_text(encoding="utf-8")
+      for line in text.splitlines(keepends=True):
         with contextlib.suppress(ValueError):  # The cut-off line of a kill.
           if json.loads(line)["step"] <= resumed_step:
             kept.append(line)
-    with config_lib.atomic_path(path) as temporary:
+    with config_lib.atomic_path(folder / "metrics.jsonl") as temporary:
       temporary.write_text("".join(kept), encoding="utf-8")
-    self._file = path.open("a", encoding="utf-8")
+    self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
     self._board = SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=resumed_step + 1
+      str(folder / "tensorboard"), purge_step=resumed_step + 1
     )
 
   def write(self, step: int, phase: str, values: dict[str, float]) -> None:
@@ -36,7 +48,21 @@ class MetricWriter:
       self._board.add_scalar(name, value, step)
     self._file.flush()
 
+  def copy(self) -> None:
+    """Copies both to the run folder, if it is in a bucket."""
+    if self._scratch is None:
+      return
+    self._board.flush()
+    root = pathlib.Path(self._scratch.name)
+    for path in root.rglob("*"):
+      if path.is_file():
+        to = self._workdir / path.relative_to(root).as_posix()
+        to.write_bytes(path.read_bytes())
+
   def close(self) -> None:
     """Closes both files."""
-    self._file.close()
     self._board.close()
+    self.copy()
+    self._file.close()
+    if self._scratch is not None:
+      self._scratch.cleanup()

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -19,8 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from empdg_jax.config import InputError
 
 AXIS = "batch"
-HOST_LOST = 1  # The exit status.
-INITIALIZATION_SECONDS = 60
+HOST_LOST, NOBODY_ANSWERS = 1, 2  # Exit statuses.
+INITIALIZATION_SECONDS = 120  # The hosts of a pod do not start all at once.
 _HEARTBEAT_SECONDS = 60  # After which a silent host counts as lost.
 
 
@@ -62,17 +63,74 @@ def initialize(
       "num_processes": num_processes,
       "process_id": process_id,
     }
+  # JAX aborts the process, without a message for people, when its own time is
+  # up: this one comes before.
+  timer = threading.Timer(
+    INITIALIZATION_SECONDS, _give_up, [coordinator_address]
+  )
+  timer.daemon = True
+  timer.start()
   try:
     jax.distributed.initialize(
       **arguments,
-      initialization_timeout=INITIALIZATION_SECONDS,
+      initialization_timeout=2 * INITIALIZATION_SECONDS,
       heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
   except (RuntimeError, ValueError) as error:
     raise InputError(
-      f"--coordinator_address={coordinator_address}: the hosts have not met "
-      f"within {INITIALIZATION_SECONDS} s ({str(error).splitlines()[0]})"
+      f"--coordinator_address={coordinator_address}: the hosts cannot meet "
+      f"({error})"
     ) from error
+  finally:
+    timer.cancel()
+
+
+def _give_up(coordinator_address: str) -> None:
+  """Ends the process while it waits for others that do not come."""
+  print(
+    f"empdg: --coordinator_address={coordinator_address}: the hosts have not "
+    f"met within {INITIALIZATION_SECONDS} s; is process 0 running there, are "
+    "all --num_processes started, and is the port open?",
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(NOBODY_ANSWERS)
+
+
+def check_devices() -> None:
+  """Raises InputError unless there are devices of the platform asked for."""
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:  # JAX asserts some plugins.
+    asked = jax.config.values["jax_platforms"] or "any platform"
+    raise InputError(
+      f"no device of {asked} ({str(error) or 'not installed'}); "
+      "JAX_PLATFORMS=cpu takes the processor"
+    ) from error
+
+
+def rows_per_device(batch_size: int, devices: int, name: str) -> int:
+  """Returns how many examples of a global batch each device takes.
+
+  Args:
+    batch_size: Of the global batch.
+    devices: How many there are, on all hosts.
+    name: The field that holds the batch size, for the message.
+
+  Raises:
+    InputError: It does not divide; the message names the nearest that does.
+
+  >>> rows_per_device(32, 8, "config.train.batch_size")
+  4
+  """
+  rows, rest = divmod(batch_size, devices)
+  if rest:
+    nearest = max(1, round(batch_size / devices)) * devices
+    raise InputError(
+      f"{name}={batch_size} does not divide among {devices} devices; the "
+      f"nearest that does is {nearest}"
+    )
+  return rows
 
 
 @contextlib.contextmanager

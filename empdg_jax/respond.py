@@ -24,13 +24,15 @@ class Responder:
   """Turns utterances into replies.
 
   Attributes:
-    system: Who replies.
+    system: The system.
   """
 
   def __init__(self, system: System) -> None:
     """Loads the lexicon that the system was trained with."""
     self.system = system
-    self._lexicon = lexicon_lib.load_lexicon(system.config.data.lexicon)
+    self._lexicon = system.lexicon or lexicon_lib.load_lexicon(
+      system.config.data.lexicon
+    )
     self._tokenizer = text.Tokenizer()
 
   def encode(self, utterances: Sequence[str]) -> Encoded:
@@ -65,8 +67,24 @@ class Responder:
       turns, (), 0, self.system.vocabulary, self.system.shapes[-1]
     )
 
-  def respond(self, encoded: Sequence[Encoded]) -> list[Response]:
-    """Returns a reply to each context, in their order."""
+  def respond(self, context: Sequence[str]) -> Response:
+    """Returns the reply to a dialogue.
+
+    Args:
+      context: Its turns; the last is the user's, and they alternate.
+
+    Raises:
+      InputError: The context cannot be answered; see `encode`.
+    """
+    (reply,) = self.answer([self.encode(context)])
+    return reply
+
+  def respond_batch(self, contexts: Sequence[Sequence[str]]) -> list[Response]:
+    """Returns the replies to several dialogues, in their order."""
+    return self.answer([self.encode(context) for context in contexts])
+
+  def answer(self, encoded: Sequence[Encoded]) -> list[Response]:
+    """Returns a reply to each of what `encode` gave, in their order."""
     # A single reply need not wait for a whole batch: one row a device.
     devices = jax.local_device_count()
     batch_size = self.system.config.eval.batch_size
@@ -129,7 +147,7 @@ def _answer(
   responder: Responder, group: list[tuple[list[str], Encoded] | InputError]
 ) -> Iterator[dict[str, Any]]:
   good = [item[1] for item in group if not isinstance(item, InputError)]
-  replies = iter(responder.respond(good) if good else [])
+  replies = iter(responder.answer(good) if good else [])
   for item in group:
     if isinstance(item, InputError):
       yield {"error": str(item)}
@@ -137,7 +155,7 @@ def _answer(
     reply = next(replies)
     answer: dict[str, Any] = {
       "context": item[0],
-      "response": text.join_tokens(reply.tokens),
+      "response": reply.text,
     }
     if reply.emotions is not None:
       answer["emotion"] = reply.emotion
@@ -169,16 +187,15 @@ def chat(responder: Responder, console: Console, lines: TextIO) -> None:
       turns = []
       continue
     try:
-      (reply,) = responder.respond([responder.encode([*turns, said])])
+      reply = responder.respond([*turns, said])
     except InputError as error:
       console.print(f"({error})", markup=False, highlight=False)
       continue
-    answer = text.join_tokens(reply.tokens)
-    turns += [said, answer]
+    turns += [said, reply.text]
     if reply.emotions is not None:
       likeliest = reply.emotions.argsort()[::-1][:3]
       felt = ", ".join(
         f"{EMOTIONS[e]} {reply.emotions[e]:.0%}" for e in likeliest
       )
       console.print(f"[dim]perceived: {felt}[/dim]", highlight=False)
-    console.print(f"empdg> {answer}", markup=False, highlight=False)
+    console.print(f"empdg> {reply.text}", markup=False, highlight=False)

@@ -334,7 +334,7 @@ def predict_step(
 
   Args:
     params: The model's parameters.
-    batch: This device's examples; targets are not looked at.
+    batch: This device's examples; their contexts alone are looked at.
     model: The system.
     config: Greedy or beam search, and its limits.
 
@@ -343,7 +343,7 @@ def predict_step(
   """
   variables = {"params": params}
   rows, steps, beams = (
-    len(batch.mask),
+    batch.context.shape[0],
     config.max_decode_steps,
     config.beam_size,
   )

@@ -22,7 +22,8 @@ class Interrupt:
     """Is the signal's handler."""
     del frame
     self.number = number
-    signal.signal(number, signal.SIG_DFL)  # The second time it ends at once.
+    if number == signal.SIGINT:  # The second Ctrl-C ends at once. Schedulers
+      signal.signal(number, signal.SIG_DFL)  # may well send SIGTERM twice.
 
 
 @contextlib.contextmanager

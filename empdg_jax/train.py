@@ -25,6 +25,7 @@ from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, prepare, vectors
 from empdg_jax.metric_writer import MetricWriter
 from empdg_jax.models import registry
+from empdg_jax.profiling import InputWait, Trace
 from empdg_jax.train_state import TrainState
 
 MLE, DISCRIMINATOR, ADVERSARIAL = "mle", "discriminator", "adversarial"
@@ -94,13 +95,12 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
     InputError: Something given is wrong, and nothing has been written; or the
       loss is not finite, and the state before that has been saved.
   """
-  devices = jax.device_count()
   for name in ("train", "eval"):
-    if getattr(config, name).batch_size % devices:
-      raise InputError(
-        f"config.{name}.batch_size={getattr(config, name).batch_size} does not "
-        f"divide among {devices} devices"
-      )
+    parallel.rows_per_device(
+      getattr(config, name).batch_size,
+      jax.device_count(),
+      f"config.{name}.batch_size",
+    )
   if config.train.mle_checkpoint and not registry.critic_names(config.model):
     raise InputError(
       f"config.train.mle_checkpoint: {config.model.name} has no phase after "
@@ -113,6 +113,14 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
       return trainer.run()
   finally:
     trainer.close()
+
+
+def _speed(values: dict[str, float]) -> str:
+  """Returns what people want to see of the speed."""
+  return (
+    f"{values['train/examples_per_second']:,.0f} examples/s, waiting for input "
+    f"{values['train/input_wait']:.0%}"
+  )
 
 
 class _Trainer:
@@ -153,10 +161,12 @@ class _Trainer:
       self._progress.phase = DISCRIMINATOR
     # 3. over both the latest checkpoint, if there is one;
     parallel.check_same(config_lib.to_json(config), "configurations")
-    parallel.check_same("\n".join(dataset.vocabulary.tokens), "vocabularies")
+    parallel.check_same(dataset.digest(), "data")
     if main:
       checkpoint.write_run(workdir, config, dataset.vocabulary)
-    self._checkpoints = checkpoint.Checkpoints(workdir, create=True)
+    self._checkpoints = checkpoint.Checkpoints(
+      workdir, create=True, keep=config.train.keep_checkpoints
+    )
     if self._checkpoints.step(checkpoint.LATEST) is not None:
       self._generator = self._checkpoints.restore_generator(
         checkpoint.LATEST, self._generator
@@ -188,6 +198,9 @@ class _Trainer:
         num_hosts=jax.process_count(),
       )
     )
+    profile = config_lib.profile_range(config.train) if main else None
+    self._trace = Trace(profile, workdir / "tensorboard")
+    self._input, self._running = InputWait(), None
     self._generator_steps = int(self._generator.step)
     self._generator = parallel.replicate(self._generator)
     self._critics = parallel.replicate(self._critics)
@@ -233,7 +246,8 @@ class _Trainer:
     names = registry.critic_names(config.model)
     if not names:
       return None
-    adversary = registry.create_adversary(config, dataset.emotional_table())
+    emotional = prepare.emotional_table(dataset.vocabulary, dataset.lexicon)
+    adversary = registry.create_adversary(config, emotional)
     critics_optimizer = train_state.create_critics_optimizer(config.train)
     self._p_discriminator_step = steps.compile_discriminator_step(
       model, adversary, critics_optimizer
@@ -247,9 +261,18 @@ class _Trainer:
 
   def close(self) -> None:
     """Waits for what is being written."""
+    self._say_traced(self._trace.close())
     self._checkpoints.close()
     if self._writer is not None:
       self._writer.close()
+
+  def _say_traced(self, folder: pathlib.Path | None) -> None:
+    if folder is not None:
+      self._console.print(
+        f"Profile in {folder}. To look at it: pip install xprof, then "
+        f"xprof --logdir={self._workdir / 'tensorboard'}",
+        soft_wrap=True, highlight=False,
+      )  # fmt: skip
 
   def _write(self, phase: _Phase, values: dict[str, float]) -> None:
     """Writes metrics of the latest update, on one host."""
@@ -292,20 +315,25 @@ class _Trainer:
     return phases
 
   def _next_batch(self) -> Any:
-    return parallel.shard(next(self._batches))
+    return parallel.shard(self._input.next(self._batches, self._running))
+
+  def _taken(self, kind: str, sums: Any) -> list[_Sums]:
+    """Returns what a phase's `run` does of one update."""
+    self._running = sums["examples"]
+    return [(kind, sums)]
 
   def _mle_step(self) -> list[_Sums]:
     self._generator, sums = self._p_mle_step(
       self._generator, self._next_batch(), self._key
     )
     self._generator_steps += 1
-    return [("generator", sums)]
+    return self._taken("generator", sums)
 
   def _discriminator_step(self) -> list[_Sums]:
     self._critics, sums = self._p_discriminator_step(
       self._critics, self._generator.params, self._next_batch(), self._key
     )
-    return [("discriminator", sums)]
+    return self._taken("discriminator", sums)
 
   def _adversarial_round(self) -> list[_Sums]:
     """Takes `d_steps` of the critics, then `g_steps` of the generator."""
@@ -317,7 +345,7 @@ class _Trainer:
         self._generator, self._critics.params, self._next_batch(), self._key
       )
       self._generator_steps += 1
-      taken.append(("generator", sums))
+      taken += self._taken("generator", sums)
     return taken
 
   def run(self) -> bool:
@@ -336,17 +364,24 @@ class _Trainer:
         self._begin(phase)
       stopped_by = self._run_phase(phase)
       if stopped_by:
-        self._console.print(
+        self._say_last(
           f"Stopped and saved at step {self._progress.updates:,}. The same "
           f"command resumes: empdg train --workdir={self._workdir}"
         )
         if stopped_by == signal.SIGINT:
           raise KeyboardInterrupt
         return False
-    self._console.print(
+    self._say_last(
       f"Next: empdg evaluate --workdir={self._workdir} --split=test"
     )
     return True
+
+  def _say_last(self, line: str) -> None:
+    """Says on every host whether training is finished: launchers look for it.
+
+    The line is not folded, whatever the terminal's width.
+    """
+    rich.console.Console().print(line, soft_wrap=True, highlight=False)
 
   def _begin(self, phase: _Phase) -> None:
     """Goes from a finished phase to the next one, with its best generator."""
@@ -381,10 +416,12 @@ class _Trainer:
     ):
       task = bar.add_task(phase.title, total=phase.total, rate="")
       while progress.done < phase.total and progress.worse < phase.patience:
-        pending += phase.run()
         before = progress.updates
+        with self._trace.before(before):
+          pending += phase.run()
         progress.done += 1
         progress.updates += phase.updates
+        self._say_traced(self._trace.after(progress.updates, self._running))
         last = progress.done == phase.total
 
         def due(every: int, before: int = before, last: bool = last) -> bool:
@@ -393,10 +430,7 @@ class _Trainer:
         if due(train.log_every):
           values = self._log(phase, pending, logged_at)
           logged_at, pending = time.perf_counter(), []
-          rate = values["train/examples_per_second"]
-          bar.update(
-            task, completed=progress.done, rate=f"{rate:,.0f} examples/s"
-          )
+          bar.update(task, completed=progress.done, rate=_speed(values))
           if not self._console.is_terminal and due(10 * train.log_every):
             self._print_log(phase, values)
         validated = phase.eval_every and (
@@ -461,6 +495,7 @@ class _Trainer:
         values[f"discriminator/{name}"] = total / max(judged, 1.0)
       examples += judged
     values["train/examples_per_second"] = examples / seconds
+    values["train/input_wait"] = min(1.0, self._input.take() / seconds)
     self._write(phase, values)
     return values
 
@@ -504,7 +539,7 @@ class _Trainer:
     self._console.print(
       f"step {self._progress.updates:,}: "
       + ", ".join(f"{k} {v:.4g}" for k, v in shown.items() if v is not None)
-      + f", {rate:,.0f} examples/s, ETA {minutes:.0f} min",
+      + f", {_speed(values)}, ETA {minutes:.0f} min",
       highlight=False,
     )
 
@@ -535,6 +570,8 @@ class _Trainer:
     )
 
   def _save(self, kind: str) -> None:
+    if self._writer is not None:
+      self._writer.copy()
     self._progress.data = self._batches.get_state()
     self._checkpoints.save(
       kind,

@@ -10,6 +10,10 @@ import pytest
 from empdg_jax.config import Config, DataConfig
 from empdg_jax.data.prepare import Dataset, load_dataset
 
+# Before any test module makes an array: for the CPU, whatever there is.
+jax.config.update("jax_platforms", "cpu")
+os.environ["JAX_PLATFORMS"] = "cpu"
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _fast_compilation(tmp_path_factory: pytest.TempPathFactory) -> None:

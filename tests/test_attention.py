@@ -106,7 +106,7 @@ def test_bad_input(
   for context in ([""], ["   "]):
     with pytest.raises(InputError, match="the context is empty"):
       attention.attend(responder, context)
-  assert main.main(["attention", f"--workdir={tmp_path}"]) == 2
+  assert main.main(["attention"]) == 2
   assert "--context is missing" in capsys.readouterr().err
   (tmp_path / "file").write_text("")
   attended = attention.attend(responder, CONTEXT[-1:])

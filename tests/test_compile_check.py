@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from empdg_jax import compile_check, main
+from empdg_jax import compile_check, main, tpu
 from empdg_jax.models import registry
 from empdg_jax.train_state import count_parameters
 
@@ -58,7 +58,11 @@ def test_every_step_is_compiled(reports: dict[str, dict[str, Any]]) -> None:
     parts = ("arguments", "outputs", "temporaries", "code")
     assert report["memory"] == sum(report[part] for part in parts)
     assert report["memory_share"] == report["memory"] / (16 * 2**30)
-    assert report["flops"] > 0
+    assert report["compute_seconds"] == report["flops"] / 197e12 > 0
+    assert report["memory_seconds"] == report["bytes_accessed"] / 8.19e11 > 0
+    assert report["all_reduce_seconds"] == pytest.approx(
+      2 * 7 / 8 * report["bytes_reduced"] / 2e11
+    )
     assert report["all_gathers"] == 0
 
 
@@ -96,9 +100,9 @@ def test_largest_batch(
     return reports[-1]
 
   monkeypatch.setattr(compile_check, "_report", remember)
-  chip = compile_check.CHIPS["v5e"]._replace(memory=2**23)
-  monkeypatch.setitem(compile_check.CHIPS, "v5e", chip)
-  argv = command("transformer", "--topology=v5e:2x2", "--find_batch")
+  chip = tpu.CHIPS["v5e"]._replace(memory=2**23)
+  monkeypatch.setitem(tpu.CHIPS, "v5e", chip)
+  argv = command("transformer", "--topology=v5e:2x2", "--find-batch")
   assert main.main(argv) == 0
   assert reports[-1].memory_share > 1.0 >= reports[-2].memory_share
   rows = 2 ** (len(reports) - 2)
@@ -112,6 +116,16 @@ def refused(capsys: pytest.CaptureFixture[str], *more: str) -> str:
   assert main.main(command("transformer", *more)) == 2
   (line,) = capsys.readouterr().err.strip().splitlines()
   return line
+
+
+def test_help_lists_the_known_slices(
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  with pytest.raises(SystemExit):
+    main.main(["compile-check", "--help"])
+  said = capsys.readouterr().out
+  for line in tpu.known_slices():
+    assert line in said
 
 
 def test_bad_input(
@@ -135,7 +149,7 @@ def test_what_does_not_fit_is_refused(
   said = refused(capsys, "--topology=v5e:4x4")
   assert "batch_size=8 does not divide among 16 devices" in said
   assert "nearest that does is 16" in said
-  chip = compile_check.CHIPS["v5e"]._replace(memory=1.0)
-  monkeypatch.setitem(compile_check.CHIPS, "v5e", chip)
+  chip = tpu.CHIPS["v5e"]._replace(memory=1.0)
+  monkeypatch.setitem(tpu.CHIPS, "v5e", chip)
   said = refused(capsys, "--topology=v5e:2x2")
   assert "mle, eval, predict do not fit the memory of a chip" in said

@@ -19,6 +19,7 @@ from test_systems import SMALL
 
 from empdg_jax import checkpoint, evaluate, main
 from empdg_jax.config import Config
+from empdg_jax.data import sample_corpus
 from empdg_jax.models import registry
 from empdg_jax.train_state import init_params
 
@@ -38,8 +39,13 @@ TINY = (
 )
 
 
-def start(*argv: str, second: str = "") -> list[subprocess.Popen[str]]:
-  """Starts a command on two hosts, with one more flag on the second."""
+def start(
+  *argv: str, second: str = "", folders: tuple[pathlib.Path, ...] = (ROOT, ROOT)
+) -> list[subprocess.Popen[str]]:
+  """Starts a command on two hosts, with one more flag on the second.
+
+  Each host works in its own of the two folders.
+  """
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -58,6 +64,7 @@ def start(*argv: str, second: str = "") -> list[subprocess.Popen[str]]:
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
+      cwd=folders[process],
       env={**os.environ, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""},
     )
     for process in range(2)
@@ -85,7 +92,7 @@ def metrics_of(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
   return {
     (line["step"], line["name"]): line["value"]
     for line in lines
-    if line["name"] != "train/examples_per_second"
+    if line["name"] not in ("train/examples_per_second", "train/input_wait")
   }
 
 
@@ -140,6 +147,47 @@ def undisturbed(
   return workdir
 
 
+def assert_same_predictions(one: pathlib.Path, other: pathlib.Path) -> None:
+  """Compares scores to 1e-5, and all else exactly."""
+  expected, found = (
+    evaluate.read_predictions(w / "eval" / "test" / "predictions.jsonl")
+    for w in (one, other)
+  )
+  assert len(expected) == len(found)
+  for ours, theirs in zip(expected, found, strict=True):
+    assert theirs.pop("nll") == pytest.approx(ours.pop("nll"), rel=1e-5)
+    assert theirs == ours
+  ours, theirs = (
+    json.loads((w / "eval" / "test" / "metrics.json").read_text())
+    for w in (one, other)
+  )
+  assert ours.keys() == theirs.keys()
+  for name, value in ours.items():
+    is_float = isinstance(value, float)
+    assert theirs[name] == (pytest.approx(value, 1e-5) if is_float else value)
+
+
+@pytest.mark.slow
+def test_eight_devices_give_the_same_run(
+  train_argv: tuple[str, ...],
+  undisturbed: pathlib.Path,
+  tmp_path: pathlib.Path,
+) -> None:
+  """Each phase's 20 steps, then every prediction and metric."""
+  workdir = tmp_path / "eight"
+  flags = "--xla_force_host_platform_device_count=8"
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+  for argv in (train_argv, ("evaluate", "--samples=1")):
+    subprocess.run(
+      [sys.executable, "-m", "empdg_jax.main", *argv, f"--workdir={workdir}"],
+      check=True,
+      capture_output=True,
+      env=environment,
+    )
+  assert_same_run(undisturbed, workdir)
+  assert_same_predictions(undisturbed, workdir)
+
+
 @pytest.mark.slow
 def test_two_hosts_give_the_same_run(
   train_argv: tuple[str, ...],
@@ -148,21 +196,16 @@ def test_two_hosts_give_the_same_run(
 ) -> None:
   """Each phase's 20 steps, then every prediction."""
   workdir = tmp_path / "two"
-  said, nothing = finish(start(*train_argv, f"--workdir={workdir}"))
-  assert "Next: empdg evaluate" in said
-  assert nothing == ""  # The first host alone speaks.
+  said, little = finish(start(*train_argv, f"--workdir={workdir}"))
+  assert "valid perplexity" in said
+  last = f"Next: empdg evaluate --workdir={workdir} --split=test\n"
+  assert said.endswith(last)
+  assert little == last  # The first host alone speaks otherwise.
   assert_same_run(undisturbed, workdir)
   said, nothing = finish(start("evaluate", f"--workdir={workdir}"))
   assert "Written to" in said
   assert nothing == ""
-  one, two = (
-    evaluate.read_predictions(w / "eval" / "test" / "predictions.jsonl")
-    for w in (undisturbed, workdir)
-  )
-  assert len(one) == len(two)
-  for expected, found in zip(one, two, strict=True):
-    assert found.pop("nll") == pytest.approx(expected.pop("nll"), rel=1e-5)
-    assert found == expected
+  assert_same_predictions(undisturbed, workdir)
 
 
 @pytest.mark.slow
@@ -195,8 +238,8 @@ def test_preempted_hosts_save_and_resume(
   wait_for_step(tmp_path / "run", 23)
   for host in hosts:
     host.send_signal(signal.SIGTERM)
-  said, _ = finish(hosts)
-  assert "Stopped and saved at step" in " ".join(said.split())
+  for said in finish(hosts):
+    assert "Stopped and saved at step" in said.splitlines()[-1]
   assert max(step for step, _ in metrics_of(tmp_path / "run")) < 40 + 7 * 4
   finish(start(*argv))
   assert_same_run(undisturbed, tmp_path / "run")
@@ -216,11 +259,88 @@ def test_hosts_must_agree(
   assert not workdir.exists()
 
 
+@pytest.mark.slow
+def test_hosts_must_have_the_same_data(
+  train_argv: tuple[str, ...], tmp_path: pathlib.Path
+) -> None:
+  """One word of one reply differs between two folders of the same name."""
+  folders = tmp_path / "first", tmp_path / "second"
+  for folder in folders:
+    (folder / "corpus").mkdir(parents=True)
+    for name, text in sample_corpus.csv_files().items():
+      if folder.name == "second":
+        text = text.replace(b"that is", b"it is", 1)
+      (folder / "corpus" / f"{name}.csv").write_bytes(text)
+  workdir = tmp_path / "run"
+  argv = [a for a in train_argv if "data_dir" not in a and "source" not in a]
+  argv += ["--config.data.source=corpus", "--config.data.data_dir=prepared"]
+  hosts = start(*argv, f"--workdir={workdir}", folders=folders)
+  for host in hosts:
+    _, errors = host.communicate(timeout=120)
+    assert host.returncode == 2, errors
+    assert "the hosts have different data" in errors
+  assert not workdir.exists()
+
+
+_IMPATIENT = """
+import sys
+from empdg_jax import main, parallel
+parallel.INITIALIZATION_SECONDS = 1
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def refused_process(*argv: str, **environment: str) -> str:
+  """Runs a command that must be refused; returns its last line."""
+  done = subprocess.run(
+    [sys.executable, "-c", _IMPATIENT, *argv],
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=60,
+    env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+  )
+  assert done.returncode == 2, done.stderr
+  assert "Traceback" not in done.stderr
+  return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_coordinator_that_nobody_answers(
+  process: int, tmp_path: pathlib.Path
+) -> None:
+  """The first host waits for the second, or the second for the first."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  said = refused_process(
+    "train",
+    f"--config={ROOT}/configs/quickstart.py",
+    f"--workdir={tmp_path / 'run'}",
+    f"--coordinator_address={address}",
+    "--num_processes=2",
+    f"--process_id={process}",
+  )
+  assert f"--coordinator_address={address}: the hosts have not met" in said
+
+
+def test_no_device_of_the_platform(tmp_path: pathlib.Path) -> None:
+  said = refused_process(
+    "train",
+    f"--config={ROOT}/configs/quickstart.py",
+    f"--workdir={tmp_path / 'run'}",
+    JAX_PLATFORMS="cuda",
+  )
+  assert "no device of cuda" in said
+  assert not (tmp_path / "run").exists()
+
+
 def test_bad_flags(
   capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
   def refused(*argv: str) -> str:
-    command = ["evaluate", f"--workdir={tmp_path}", *argv]
+    config = f"--config={ROOT}/configs/quickstart.py"
+    command = ["train", config, f"--workdir={tmp_path / 'run'}", *argv]
     assert main.main(command) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     return line

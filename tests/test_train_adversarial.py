@@ -41,7 +41,7 @@ def _values(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
   return {
     (v["step"], v["name"]): v["value"]
     for v in values
-    if v["name"] != "train/examples_per_second"
+    if v["name"] not in ("train/examples_per_second", "train/input_wait")
   }
 
 

@@ -1,7 +1,7 @@
 """From conversations to examples, in the two published example sets."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Protocol
 
 from empdg_jax.data import lexicon as lexicon_lib
@@ -110,7 +110,7 @@ def join_dialogues(conversations: Sequence[Conversation]) -> list[RawDialogue]:
 
 
 def annotate(
-  utterance: str, tokenizer: text.Tokenizer, lexicon: frozenset[str]
+  utterance: str, tokenizer: text.Tokenizer, lexicon: Container[str]
 ) -> Utterance:
   """Tokenises an utterance and marks its emotional words."""
   tokens = tokenizer(utterance)

@@ -1,10 +1,12 @@
 """Emotional words (paper §3): in an emotion lexicon, or adjectives."""
 
+import hashlib
 import importlib.resources
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 
+import numpy as np
 from textblob.en import parser
 
 from empdg_jax.config import InputError
@@ -73,7 +75,52 @@ def load_lexicon(lexicon: str) -> frozenset[str]:
   return frozenset(words)
 
 
-def is_emotional(tokens: Sequence[str], lexicon: frozenset[str]) -> list[bool]:
+def _hash(word: str) -> int:
+  """Returns the first 8 bytes of a word's SHA-256."""
+  return int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
+
+
+def word_hashes(words: Iterable[str]) -> np.ndarray:
+  """Returns a hash of every word, ascending, `[words]` uint64."""
+  return np.array(sorted(map(_hash, words)), np.uint64)
+
+
+class HashedWords(Container[str]):
+  """A lexicon of which only the words' hashes are known.
+
+  Attributes:
+    hashes: What `word_hashes` gave.
+
+  >>> words = HashedWords(word_hashes(["job", "hoping"]))
+  >>> "job" in words, "soon" in words, len(words)
+  (True, False, 2)
+  """
+
+  def __init__(self, hashes: np.ndarray) -> None:
+    """Takes what `word_hashes` gave."""
+    self.hashes = hashes
+    self._set = frozenset(hashes.tolist())
+
+  def __contains__(self, word: object) -> bool:
+    """Returns whether the word is in the lexicon."""
+    return isinstance(word, str) and _hash(word) in self._set
+
+  def __len__(self) -> int:
+    """Returns the number of words."""
+    return len(self._set)
+
+
+Lexicon = frozenset[str] | HashedWords
+
+
+def hashes_of(lexicon: Lexicon) -> np.ndarray:
+  """Returns `word_hashes` of a lexicon of either kind."""
+  if isinstance(lexicon, HashedWords):
+    return lexicon.hashes
+  return word_hashes(lexicon)
+
+
+def is_emotional(tokens: Sequence[str], lexicon: Container[str]) -> list[bool]:
   """Tells which tokens of one utterance are emotional words.
 
   Args:
@@ -91,7 +138,7 @@ def is_emotional(tokens: Sequence[str], lexicon: frozenset[str]) -> list[bool]:
 
 
 def emotional_words(
-  tokens: Sequence[str], lexicon: frozenset[str]
+  tokens: Sequence[str], lexicon: Container[str]
 ) -> list[str]:
   """Returns the emotional words of an utterance, in order, repeats kept.
 

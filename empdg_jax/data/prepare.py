@@ -17,6 +17,7 @@ from empdg_jax.config import DataConfig, InputError, atomic_path, cache_dir
 from empdg_jax.data import empathetic_dialogues, examples, text, vocab
 from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data.examples import Dialogue, Example, Utterance
+from empdg_jax.data.lexicon import Lexicon
 from empdg_jax.data.pipeline import Encoded, Shape, encode, padded_shapes
 from empdg_jax.data.vocab import Vocabulary
 
@@ -31,7 +32,7 @@ class Dataset:
 
   Attributes:
     vocabulary: Tokens and their ids.
-    lexicon: The emotion lexicon's words.
+    lexicon: The emotion lexicon.
     examples: The examples of each split.
     conversations: How many conversations each split has.
     utterances: How many turns they have.
@@ -39,24 +40,19 @@ class Dataset:
   """
 
   vocabulary: Vocabulary
-  lexicon: frozenset[str]
+  lexicon: Lexicon
   examples: dict[str, list[Example]]
   conversations: dict[str, int]
   utterances: dict[str, int]
   shapes: tuple[Shape, ...]
 
-  def emotional_table(self) -> np.ndarray:
-    """Tells of every word, by itself, whether it is emotional, `[V]`.
-
-    For responses that are made of ids: no tagger has seen their sentences.
-    """
-    return np.array(
-      [
-        token in self.vocabulary.ids
-        and lexicon_lib.is_emotional([token], self.lexicon)[0]
-        for token in self.vocabulary.tokens
-      ]
-    )
+  def digest(self) -> str:
+    """Returns a hash of the vocabulary and of all examples, in order."""
+    digest = hashlib.sha256("\n".join(self.vocabulary.tokens).encode())
+    for members in self.examples.values():
+      for example in members:
+        digest.update(repr(example).encode())
+    return digest.hexdigest()
 
   def encoded(self, split: str) -> list[Encoded]:
     """Returns a split's examples as ids."""
@@ -73,14 +69,30 @@ class Dataset:
     ]
 
 
+def emotional_table(vocabulary: Vocabulary, lexicon: Lexicon) -> np.ndarray:
+  """Tells of every word, by itself, whether it is emotional, `[V]`.
+
+  For text that is made of ids: no tagger has seen its sentences.
+  """
+  return np.array(
+    [
+      token in vocabulary.ids and lexicon_lib.is_emotional([token], lexicon)[0]
+      for token in vocabulary.tokens
+    ]
+  )
+
+
 def load_dataset(
-  config: DataConfig, vocabulary: Vocabulary | None = None
+  config: DataConfig,
+  vocabulary: Vocabulary | None = None,
+  lexicon: Lexicon | None = None,
 ) -> Dataset:
   """Builds the dataset, or reads what an earlier call has built.
 
   Args:
     config: What to read and how.
     vocabulary: A run's vocabulary, to use instead of building one.
+    lexicon: An export's lexicon, to use instead of reading one.
 
   Returns:
     The dataset.
@@ -95,7 +107,8 @@ def load_dataset(
     raise InputError(
       f"config.data.data_dir: cannot write {str(data_dir)!r} ({error})"
     ) from error
-  lexicon = lexicon_lib.load_lexicon(config.lexicon)
+  if lexicon is None:
+    lexicon = lexicon_lib.load_lexicon(config.lexicon)
   if config.source != "official":  # Only a download takes long.
     tfds.disable_progress_bar()
   try:
@@ -178,14 +191,15 @@ def _annotate(
   raw: dict[str, list[empathetic_dialogues.Conversation]],
   name: str,
   data_dir: pathlib.Path,
-  lexicon: frozenset[str],
+  lexicon: Lexicon,
 ) -> dict[str, list[Dialogue]]:
   """Tokenises the dialogues and marks emotional words, once for each lexicon.
 
   This takes half a minute on the real dataset, so the result is kept in a
   file beside it, named by the dataset, the lexicon and the rules.
   """
-  digest = hashlib.sha256("\n".join(sorted(lexicon)).encode()).hexdigest()[:16]
+  hashes = lexicon_lib.hashes_of(lexicon)
+  digest = hashlib.sha256(hashes.tobytes()).hexdigest()[:16]
   path = data_dir / "tokenized" / f"{name}-{digest}-v{_RULES_VERSION}.json.gz"
   if path.exists():
     try:

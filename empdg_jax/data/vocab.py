@@ -51,14 +51,32 @@ def load_vocabulary(path: pathlib.Path) -> Vocabulary:
     InputError: The file is missing or does not begin with the special tokens.
   """
   try:
-    tokens = tuple(
-      path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    )
-  except (OSError, UnicodeDecodeError) as error:
+    data = path.read_bytes()
+  except OSError as error:
     raise InputError(f"{path}: cannot read the vocabulary ({error})") from error
+  return parse_vocabulary(data, str(path))
+
+
+def parse_vocabulary(data: bytes, where: str) -> Vocabulary:
+  """Reads the content of a file that `Vocabulary.save` wrote.
+
+  Args:
+    data: The content.
+    where: What to call it in messages.
+
+  Returns:
+    The vocabulary.
+
+  Raises:
+    InputError: It is no text or does not begin with the special tokens.
+  """
+  try:
+    tokens = tuple(data.decode("utf-8").removesuffix("\n").split("\n"))
+  except UnicodeDecodeError as error:
+    raise InputError(f"{where}: not a vocabulary ({error})") from error
   if tokens[: len(SPECIAL_TOKENS)] != SPECIAL_TOKENS:
     raise InputError(
-      f"{path}: not a vocabulary: its first lines must be "
+      f"{where}: not a vocabulary: its first lines must be "
       + " ".join(SPECIAL_TOKENS)
     )
   return Vocabulary(tokens)

@@ -1,0 +1,116 @@
+"""What `empdg checkpoints` tells of a run's checkpoints."""
+
+import dataclasses
+import json
+import pathlib
+from collections import defaultdict
+from typing import Any
+
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+from empdg_jax import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+  """A checkpoint.
+
+  Attributes:
+    step: The run's updates before it.
+    kind: `latest`, or `best` of its phase.
+    phase: Of training.
+    bytes: On the disk or in the bucket.
+    metrics: Of the validation at that step, empty if there was none.
+  """
+
+  step: int
+  kind: str
+  phase: str
+  bytes: int
+  metrics: dict[str, float]
+
+
+def _size(folder: pathlib.Path) -> int:
+  """Returns the bytes of all files below a folder."""
+  return sum(
+    (root / name).stat().length
+    for root, _, names in epath.Path(folder).walk()
+    for name in names
+  )
+
+
+def _validations(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
+  """Returns the metrics of each step's validation."""
+  found: dict[int, dict[str, float]] = defaultdict(dict)
+  path = workdir / "metrics.jsonl"
+  if path.exists():
+    for line in path.read_text(encoding="utf-8").splitlines():
+      entry = json.loads(line)
+      if entry["name"].startswith("valid/"):
+        name = entry["name"].removeprefix("valid/")
+        found[entry["step"]][name] = entry["value"]
+  return found
+
+
+def list_checkpoints(workdir: pathlib.Path) -> list[Listed]:
+  """Returns a run's checkpoints, in the order of their steps.
+
+  Args:
+    workdir: The run folder.
+
+  Returns:
+    The checkpoints, the best one behind the latest of the same step.
+
+  Raises:
+    InputError: The folder holds no run.
+  """
+  checkpoint.read_config(workdir)
+  checkpoints = checkpoint.Checkpoints(workdir)
+  validations = _validations(workdir)
+  listed = [
+    Listed(
+      one.step,
+      one.kind,
+      checkpoints.restore_progress(one.kind, one.step)["phase"],
+      _size(checkpoints.folder(one)),
+      validations.get(one.step, {}),
+    )
+    for one in checkpoints.all()
+  ]
+  checkpoints.close()
+  return sorted(listed, key=lambda one: one.step)
+
+
+def print_checkpoints(
+  listed: list[Listed], form: str, console: Console
+) -> None:
+  """Prints checkpoints.
+
+  Args:
+    listed: The checkpoints.
+    form: `"terminal"` or `"json"`.
+    console: Where to print.
+  """
+  if form == "json":
+    values: list[dict[str, Any]] = [dataclasses.asdict(one) for one in listed]
+    console.file.write(json.dumps(values, indent=2) + "\n")
+    return
+  table = Table("step", "", "phase", "MiB", "perplexity", "emotion accuracy")
+  for column in (table.columns[0], *table.columns[3:]):
+    column.justify = "right"
+
+  def shown(one: Listed, name: str, form: str) -> str:
+    return format(one.metrics[name], form) if name in one.metrics else ""
+
+  for one in listed:
+    table.add_row(
+      f"{one.step:,}",
+      one.kind,
+      one.phase,
+      f"{one.bytes / 2**20:,.1f}",
+      shown(one, "perplexity", ".2f"),
+      shown(one, "emotion_accuracy", ".3f"),
+    )
+  console.print(table)

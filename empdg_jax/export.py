@@ -1,0 +1,347 @@
+"""Writing an export, and loading one in Python."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.resources
+import json
+import os
+import pathlib
+import shutil
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jax import export as jax_export
+from rich.console import Console
+
+from empdg_jax import bundle, checkpoint, evaluate, steps
+from empdg_jax import config as config_lib
+from empdg_jax.checkpoint import Checkpoints, Run
+from empdg_jax.config import Config, EvalConfig, InputError
+from empdg_jax.data import lexicon as lexicon_lib
+from empdg_jax.data import pipeline, prepare
+from empdg_jax.data.empathetic_dialogues import EMOTIONS, SPLITS
+from empdg_jax.data.pipeline import Batch
+from empdg_jax.models import registry
+from empdg_jax.models.encoder_decoder import EncoderDecoder
+from empdg_jax.respond import Responder
+
+DTYPES = ("float32", "bfloat16")
+_PLATFORMS = ("cpu", "cuda", "tpu")
+_SYSTEMS = {
+  "transformer": "a Transformer (Vaswani et al., 2017)",
+  "emoprepend": "EmoPrepend-1 (Rashkin et al., 2019)",
+  "moel": "the mixture of empathetic listeners (Lin et al., 2019)",
+  "empdg_wo_g": "EmoPrepend-1 with a semantic critic (Li et al., 2020)",
+  "empdg_wo_d": "EmpDG's generator without critics (Li et al., 2020)",
+  "empdg": "EmpDG with both interactive critics (Li et al., 2020)",
+}
+
+
+def load(folder: str | os.PathLike[str]) -> Responder:
+  """Loads an export.
+
+  Args:
+    folder: What `empdg export` wrote.
+
+  Returns:
+    Who replies: `load("my-export").respond(["i lost my job today"])` has
+    `text`, `emotion` and `emotions`.
+
+  Raises:
+    InputError: A file is missing, damaged or of a newer format.
+  """
+  path = config_lib.run_path(os.fspath(folder), "bundle")
+  bundle.require_bundle(path)
+  return Responder(evaluate.load_system(path))
+
+
+def respond_step(
+  params: dict[str, jax.Array],
+  context: jax.Array,
+  state: jax.Array,
+  emotion_context: jax.Array,
+  *,
+  model: EncoderDecoder,
+  config: EvalConfig,
+) -> dict[str, jax.Array]:
+  """Is the function that `respond.jax` holds.
+
+  Args:
+    params: By the names of `params.safetensors`.
+    context: Ids, `[batch, context_length]` int32.
+    state: Dialogue-state ids, `[batch, context_length]` int32.
+    emotion_context: Ids, `[batch, emotional_length]` int32.
+    model: The system.
+    config: The limits of decoding.
+
+  Returns:
+    `tokens` and `copied_from`, `[batch, max_decode_steps]` int32, and, if the
+    system perceives emotions, `emotion_probs` `[batch, 32]`; see
+    `steps.Prediction`.
+  """
+  params = {name: array.astype(jnp.float32) for name, array in params.items()}
+  others: dict[str, Any] = dict.fromkeys(Batch._fields)
+  prediction = steps.predict_step(
+    bundle.nested(params),
+    Batch(
+      **others
+      | {
+        "context": context,
+        "state": state,
+        "emotion_context": emotion_context,
+      }
+    ),
+    model=model,
+    config=config,
+  )
+  return {n: x for n, x in prediction._asdict().items() if x is not None}
+
+
+def lower_respond_step(
+  config: Config, vocab_size: int, params: dict[str, np.ndarray]
+) -> bytes:
+  """Lowers `respond_step` for all platforms and any batch size.
+
+  Args:
+    config: Of the run; contexts have its longest lengths.
+    vocab_size: V.
+    params: The parameters, of which only shapes and types matter.
+
+  Returns:
+    The content of `respond.jax`.
+  """
+  longest = pipeline.padded_shapes(config.data)[-1]
+  (batch,) = jax_export.symbolic_shape("batch")
+  context = jax.ShapeDtypeStruct((batch, longest.context), jnp.int32)
+  emotional = jax.ShapeDtypeStruct((batch, longest.emotion), jnp.int32)
+  step = functools.partial(
+    respond_step,
+    model=registry.create_model(config.model, vocab_size),
+    config=dataclasses.replace(config.eval, beam_size=1),
+  )
+  shapes = {
+    name: jax.ShapeDtypeStruct(array.shape, array.dtype)
+    for name, array in params.items()
+  }
+  exported = jax_export.export(jax.jit(step), platforms=_PLATFORMS)(
+    shapes, context, context, emotional
+  )
+  return bytes(exported.serialize())
+
+
+def export(
+  workdir: pathlib.Path,
+  out: pathlib.Path,
+  which: str | None,
+  average: int,
+  dtype: str,
+  console: Console,
+) -> None:
+  """Writes a run's checkpoint as one folder that needs nothing else.
+
+  Args:
+    workdir: The run folder.
+    out: The folder to write; it must not exist.
+    which: The checkpoint; see `Checkpoints.select`.
+    average: If not 0, take the mean of so many of the latest checkpoints.
+    dtype: Of the parameters, one of `DTYPES`.
+    console: Says what is done.
+
+  Raises:
+    InputError: There is no such run or checkpoint, or the folder exists or
+      cannot be written.
+  """
+  if out.exists():
+    raise InputError(f"--out={out} exists; give another folder, or delete it")
+  run = checkpoint.open_run(workdir)
+  lexicon = lexicon_lib.load_lexicon(run.config.data.lexicon)
+  checkpoints = Checkpoints(workdir)
+  if average:
+    params, taken = _average(checkpoints, run, average)
+  else:
+    selected = checkpoints.select(which)
+    taken = [selected.step]
+    params = checkpoints.restore_params(
+      selected.kind, evaluate.params_like(run), selected.step
+    )
+  checkpoints.close()
+  named = {
+    name: array.astype(jnp.dtype(dtype))
+    for name, array in bundle.named(params).items()
+  }
+  metrics = {} if average else _metrics_of(workdir, taken[0])
+  longest = pipeline.padded_shapes(run.config.data)[-1]
+  about = {
+    "format_version": bundle.FORMAT_VERSION,
+    "system": run.config.model.name,
+    "step": None if average else taken[0],
+    "averaged_steps": taken if average else [],
+    "dtype": dtype,
+    "context_length": longest.context,
+    "emotional_length": longest.emotion,
+    "max_decode_steps": run.config.eval.max_decode_steps,
+    "platforms": list(_PLATFORMS),
+    "empdg_jax": importlib.metadata.version("empdg-jax"),
+    "jax": jax.__version__,
+  }
+  console.print("Lowering the reply for " + ", ".join(_PLATFORMS), style="dim")
+  files = {
+    bundle.ABOUT: (json.dumps(about, indent=2) + "\n").encode(),
+    bundle.CONFIG: config_lib.to_json(run.config).encode(),
+    bundle.VOCABULARY: ("\n".join(run.vocabulary.tokens) + "\n").encode(),
+    bundle.EMOTION_NAMES: ("\n".join(EMOTIONS) + "\n").encode(),
+    bundle.EMOTIONAL: bundle.bytes_of(
+      prepare.emotional_table(run.vocabulary, lexicon)
+    ),
+    bundle.LEXICON_HASHES: bundle.bytes_of(lexicon_lib.hashes_of(lexicon)),
+    bundle.PARAMS: safetensors.numpy.save(
+      named, metadata={"format_version": str(bundle.FORMAT_VERSION)}
+    ),
+    bundle.RESPOND: lower_respond_step(run.config, len(run.vocabulary), named),
+    bundle.CARD: _card(run, about, named, metrics).encode(),
+  }
+  if metrics:
+    files[bundle.METRICS] = (json.dumps(metrics, indent=2) + "\n").encode()
+  else:
+    console.print(
+      "No evaluation of this checkpoint goes with it; 'empdg evaluate' makes "
+      "one, before an export or of it"
+    )
+  files[bundle.SUMS] = bundle.sums_text(files).encode()
+  _write(out, files)
+  size = sum(map(len, files.values())) / 2**20
+  console.print(
+    f"Exported {_checkpoint_text(about)} to {out}: {len(files)} files, "
+    f"{size:.1f} MiB. Next: empdg chat --bundle={out}",
+    soft_wrap=True, highlight=False,
+  )  # fmt: skip
+
+
+def _average(
+  checkpoints: Checkpoints, run: Run, count: int
+) -> tuple[Any, list[int]]:
+  """Returns the mean of the latest checkpoints' parameters, and their steps."""
+  latest = [c for c in checkpoints.all() if c.kind == checkpoint.LATEST]
+  if count > len(latest):
+    raise InputError(
+      f"--average={count}: the run keeps {len(latest)} of its latest "
+      "checkpoints; config.train.keep_checkpoints says how many"
+    )
+  taken = latest[:count]
+  like = evaluate.params_like(run)
+  total = None
+  for one in taken:  # One at a time in memory, summed in float64.
+    params = checkpoints.restore_params(one.kind, like, one.step)
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    total = wide if total is None else jax.tree.map(np.add, total, wide)
+  mean = jax.tree.map(lambda x: (x / count).astype(np.float32), total)
+  return mean, sorted(one.step for one in taken)
+
+
+def _metrics_of(workdir: pathlib.Path, step: int) -> dict[str, Any]:
+  """Returns each split's metrics of this very checkpoint, where present."""
+  found = {}
+  for split in SPLITS:
+    path = workdir / "eval" / split / "metrics.json"
+    if path.exists():
+      values = json.loads(path.read_text(encoding="utf-8"))
+      if values.get("step") == step:
+        found[split] = values
+  return found
+
+
+def _write(out: pathlib.Path, files: dict[str, bytes]) -> None:
+  """Writes a folder under a temporary name, then renames it."""
+  temporary = out.with_name(f".{out.name}.{os.getpid()}")
+  try:
+    for name, data in files.items():
+      path = temporary / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(data)
+    temporary.rename(out)
+  except OSError as error:
+    raise InputError(f"--out={out}: cannot write ({error})") from error
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _checkpoint_text(about: dict[str, Any]) -> str:
+  if about["step"] is None:
+    steps_text = ", ".join(f"{step:,}" for step in about["averaged_steps"])
+    return f"the mean of the checkpoints at steps {steps_text}"
+  return f"the checkpoint at step {about['step']:,}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Returns a table in Markdown."""
+  lines = [header, ["---"] * len(header), *rows]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _metrics_text(metrics: dict[str, Any]) -> str:
+  if not metrics:
+    return "None of this checkpoint is on record."
+  first = next(iter(metrics.values()))
+  names = [n for n in first if n not in ("model", "split", "step")]
+
+  def shown(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+  rows = [
+    [name, *(shown(values.get(name)) for values in metrics.values())]
+    for name in names
+  ]
+  return _table(["", *metrics], rows)
+
+
+def _card(
+  run: Run,
+  about: dict[str, Any],
+  named: dict[str, np.ndarray],
+  metrics: dict[str, Any],
+) -> str:
+  """Returns the model card."""
+  data = run.config.data
+  if data.source == "sample":
+    source = "EmpDG-JAX's embedded corpus"
+    licences = "The corpus was written for EmpDG-JAX and has its licence,"
+    citations = ""
+  else:
+    source = "EmpatheticDialogues (Rashkin et al., 2019)"
+    licences = "EmpatheticDialogues is CC BY-NC 4.0, so this model is not for"
+    licences += " commercial use. EmpDG-JAX itself is"
+    citations = ", Rashkin et al. (2019) for the data"
+  licences += (
+    " Apache-2.0. The emotion lexicon behind `lexicon.npy` and "
+    "`lexicon_hashes.npy` is the NRC Emotion Lexicon unless the run was given "
+    "another: it is free for research alone, and its words are not listed here."
+  )
+  template = importlib.resources.files("empdg_jax") / "model_card.md"
+  size = sum(array.size for array in named.values())
+  return string.Template(template.read_text(encoding="utf-8")).substitute(
+    title=f"{about['system']}, an empathetic dialogue system",
+    version=about["empdg_jax"],
+    system=about["system"],
+    system_description=_SYSTEMS[about["system"]],
+    parameters=f"{size:,}",
+    dtype=about["dtype"],
+    checkpoint=_checkpoint_text(about),
+    data=f"{source}, example set `{data.example_set}`, train split",
+    words=f"{len(run.vocabulary):,}",
+    emotions=f"{len(EMOTIONS)}, in `emotions.txt`",
+    metrics=_metrics_text(metrics),
+    platforms=", ".join(about["platforms"]),
+    jax=about["jax"],
+    licences=licences,
+    citations=f"{citations} and Mohammad and Turney (2013) for the lexicon",
+    names=_table(
+      ["name", "shape"],
+      [[f"`{n}`", "x".join(map(str, a.shape))] for n, a in named.items()],
+    ),
+  )

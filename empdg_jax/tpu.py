@@ -1,0 +1,45 @@
+"""What Google publishes of its TPU chips, and the slices that they come in."""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+  """A TPU chip's published rates.
+
+  Attributes:
+    memory: HBM, bytes.
+    flops: Peak, bfloat16, operations/s.
+    bandwidth: Of HBM, bytes/s.
+    interconnect: Of all links to other chips, both directions, bytes/s.
+    layouts: The slices known to work, up to 256 chips.
+    options: What the compiler needs to take a chip as one device.
+  """
+
+  memory: float
+  flops: float
+  bandwidth: float
+  interconnect: float
+  layouts: tuple[str, ...]
+  options: tuple[tuple[str, str], ...] = ()
+
+
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
+CHIPS = {
+  "v4": Chip(
+    32 * 2**30,
+    275e12,
+    1.2e12,
+    6e11,
+    _CUBES,
+    (("chip_config_name", "megacore"),),
+  ),
+  "v5e": Chip(16 * 2**30, 197e12, 8.19e11, 4e11, _FLAT),
+  "v5p": Chip(95 * 2**30, 459e12, 2.765e12, 1.2e12, _CUBES),
+  "v6e": Chip(32 * 2**30, 918e12, 1.64e12, 8e11, _FLAT),
+}
+
+
+def known_slices() -> list[str]:
+  """Returns the slices of `CHIPS`, a line for each chip."""
+  return [f"{name}: {', '.join(c.layouts)}" for name, c in CHIPS.items()]

@@ -1,0 +1,70 @@
+"""A run in a bucket, which a stand-in for Cloud Storage keeps in memory."""
+
+import json
+import pathlib
+from collections.abc import Generator
+
+import fake_bucket
+import pytest
+from test_systems import SMALL
+
+from empdg_jax import main
+from empdg_jax.config import Config
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def storage() -> Generator[fake_bucket.FakeStorage]:
+  """The service, with the bucket `gs://pod`."""
+  with (
+    fake_bucket.serve("pod") as server,
+    pytest.MonkeyPatch.context() as patch,
+  ):
+    for name, value in server.environment.items():
+      patch.setenv(name, value)
+    yield server
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket(
+  storage: fake_bucket.FakeStorage, sample_config: Config
+) -> None:
+  """It trains, goes on, and is evaluated."""
+  argv = (
+    f"--config={ROOT}/configs/transformer.py",
+    *SMALL,
+    f"--config.data.data_dir={sample_config.data.data_dir}",
+    "--config.train.mle_steps=4",
+    "--config.train.mle_eval_every=2",
+    "--config.train.log_every=1",
+    "--config.eval.max_decode_steps=3",
+    "--workdir=gs://pod/runs/one",
+  )
+  assert main.main(["train", *argv]) == 0
+  names = set(storage.objects)
+  assert {"runs/one/config.json", "runs/one/vocab.txt"} <= names
+  (events,) = (n for n in names if n.startswith("runs/one/tensorboard/"))
+  assert b"train/loss" in storage.objects[events].data
+  assert not [n for n in names if "/." in n]  # No temporary file is left.
+  lines = storage.objects["runs/one/metrics.jsonl"].data.splitlines()
+  losses = [e["step"] for e in map(json.loads, lines) if "loss" in e["name"]]
+  assert losses == [1, 2, 3, 4]
+  assert main.main(["train", *argv]) == 0  # Nothing is left to do.
+  assert storage.objects["runs/one/metrics.jsonl"].data.splitlines() == lines
+  assert main.main(["evaluate", "--workdir=gs://pod/runs/one"]) == 0
+  values = json.loads(storage.objects["runs/one/eval/test/metrics.json"].data)
+  assert values["examples"] == 128
+
+
+def test_a_bucket_without_permission(
+  storage: fake_bucket.FakeStorage,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  monkeypatch.setattr(storage, "forbidden", True)
+  config = f"--config={ROOT}/configs/quickstart.py"
+  assert main.main(["train", config, "--workdir=gs://pod/runs/two"]) == 2
+  said = capsys.readouterr().err.strip().splitlines()
+  assert len(said) == 1
+  assert "--workdir=gs://pod/runs/two: cannot read the bucket" in said[0]

@@ -1,0 +1,97 @@
+"""Traces of some steps, and the time that devices wait for batches."""
+
+import itertools
+import pathlib
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from empdg_jax import config as config_lib
+from empdg_jax.config import Config, InputError
+from empdg_jax.profiling import InputWait, Trace
+
+
+def test_a_trace_holds_the_steps_between(tmp_path: pathlib.Path) -> None:
+  trace = Trace((2, 4), tmp_path)
+  step = jax.jit(jnp.sin)
+  ended = []
+  for done in range(6):
+    with trace.before(done):
+      result = step(jnp.ones(8))
+    ended.append(trace.after(done + 1, result))
+  assert trace.close() is None
+  assert [folder is not None for folder in ended] == [
+    False, False, False, True, False, False,
+  ]  # fmt: skip
+  (found,) = (tmp_path / "plugins" / "profile").glob("*/*.xplane.pb")
+  assert found.parent == ended[3]
+  data = jax.profiler.ProfileData.from_file(str(found))
+  steps = [
+    dict(event.stats)["step_num"]
+    for plane in data.planes
+    for line in plane.lines
+    for event in line.events
+    if event.name == "train"
+  ]
+  assert steps == [2, 3]
+
+
+def test_a_run_that_ends_early_keeps_its_trace(tmp_path: pathlib.Path) -> None:
+  trace = Trace((0, 100), tmp_path)
+  trace.before(0)
+  assert trace.after(1, jnp.ones(1)) is None
+  assert trace.close() is not None
+  assert list(tmp_path.rglob("*.xplane.pb"))
+  trace.before(1)  # It does not begin again.
+  assert trace.close() is None
+
+
+def test_no_trace(tmp_path: pathlib.Path) -> None:
+  trace = Trace(None, tmp_path)
+  trace.before(0)
+  assert trace.after(1, jnp.ones(1)) is None
+  assert not list(tmp_path.iterdir())
+
+
+class Result:
+  """A step's result that is or is not there yet."""
+
+  def __init__(self, ready: bool) -> None:
+    self._ready = ready
+
+  def is_ready(self) -> bool:
+    return self._ready
+
+
+def slow_batches() -> Iterator[int]:
+  for number in itertools.count():
+    time.sleep(0.02)
+    yield number
+
+
+def test_only_idle_devices_wait() -> None:
+  wait, batches = InputWait(), slow_batches()
+  assert wait.next(batches, None) == 0  # Nothing runs before the first step.
+  first = wait.take()
+  assert 0.02 <= first < 0.2
+  assert wait.next(batches, Result(ready=False)) == 1
+  assert wait.take() == 0.0
+  wait.next(batches, Result(ready=True))
+  wait.next(batches, Result(ready=True))
+  assert 0.04 <= wait.take() < 0.4
+
+
+@pytest.mark.parametrize("steps", ["3", "4:4", "5:4", "a:b", "1:2:3", "-1:3"])
+def test_bad_ranges(config: Config, steps: str) -> None:
+  config.train.profile_steps = steps
+  with pytest.raises(InputError, match="profile_steps"):
+    config_lib.validate(config)
+
+
+def test_a_range(config: Config) -> None:
+  config.train.profile_steps = "100:110"
+  config_lib.validate(config)
+  assert config_lib.profile_range(config.train) == (100, 110)
