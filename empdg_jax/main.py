@@ -1,25 +1,19 @@
-"""The `empdg` command: the only file with flags.
-
-Sub-commands import what they need when they run, so that `--help` and
-mistakes in flags answer at once.
-"""
+"""The `empdg` command: the only file with flags; `commands.py` acts on them."""
 
 import dataclasses
 import difflib
-import json
 import os
 import pathlib
 import platform
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
 
+from empdg_jax import commands, tpu
 from empdg_jax import config as config_lib
-from empdg_jax import tpu
 from empdg_jax.config import Config, InputError
 
 USAGE_ERROR = 2
@@ -157,349 +151,6 @@ def _config_of_folder(argv: Sequence[str]) -> Config:
   return Config()  # The command says what is missing.
 
 
-def _config(values: flags.FlagValues) -> Config:
-  """Returns the validated configuration that the flags give."""
-  if values.config is None:
-    raise InputError(
-      "--config is missing; give a file such as --config=configs/quickstart.py"
-    )
-  config = values.config
-  if not isinstance(config, Config):
-    raise InputError("--config: get_config() must return an empdg_jax Config")
-  config_lib.validate(config)
-  return config
-
-
-def _workdir(values: flags.FlagValues) -> pathlib.Path:
-  if not values.workdir:
-    raise InputError("--workdir is missing; give the run folder")
-  return config_lib.run_path(values.workdir, "workdir")
-
-
-def _start_jax() -> None:
-  """Finds the devices; keeps compiled steps in the user's cache.
-
-  Raises:
-    InputError: There is no device of the platform asked for.
-  """
-  import jax
-
-  from empdg_jax import parallel
-
-  parallel.check_devices()
-  if jax.config.values["jax_compilation_cache_dir"] is None:
-    folder = config_lib.cache_dir() / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _prepare(values: flags.FlagValues) -> int:
-  config = _config(values)
-  from rich.console import Console
-
-  from empdg_jax.data import prepare, report
-
-  console = Console()
-  dataset = prepare.load_dataset(config.data)
-  report.print_report(dataset, config, console)
-
-  from empdg_jax import train_state
-  from empdg_jax.models import registry
-
-  model = registry.create_model(config.model, len(dataset.vocabulary))
-  console.print(
-    f"{config.model.name}: {train_state.count_parameters(model):,} parameters"
-  )
-  return 0
-
-
-def _join_hosts(values: flags.FlagValues) -> None:
-  """Joins the other hosts' processes, if the flags tell of any."""
-  from empdg_jax import parallel
-
-  parallel.initialize(
-    values.coordinator_address or "", values.num_processes, values.process_id
-  )
-
-
-def _train(values: flags.FlagValues) -> int:
-  workdir = _workdir(values)
-  config = _config(values)
-  _join_hosts(values)
-  _start_jax()
-  from empdg_jax import train
-
-  train.train(config, workdir)
-  return 0
-
-
-# Fields of a run's configuration that those who use it may change.
-_OF_USERS = ("eval.", "data.source", "data.data_dir")
-
-
-def _system_folder(values: flags.FlagValues) -> pathlib.Path:
-  """Returns the folder of --workdir or --bundle.
-
-  Raises:
-    InputError: Neither or both are given, or a field is changed that is the
-      run's own.
-  """
-  from empdg_jax import bundle, checkpoint
-
-  if values.bundle and values.workdir:
-    raise InputError("--workdir and --bundle exclude each other; give one")
-  if values.bundle:
-    folder = config_lib.run_path(values.bundle, "bundle")
-    bundle.require_bundle(folder)
-    run = bundle.read_config(folder)
-  elif values.workdir:
-    folder = _workdir(values)
-    run = checkpoint.read_config(folder)
-    if bundle.is_bundle(folder):
-      raise InputError(
-        f"--workdir={folder} is an export; give it as --bundle={folder}"
-      )
-  else:
-    raise InputError(
-      "--workdir is missing; give the run folder, or an export as --bundle"
-    )
-  ours, theirs = config_lib.flatten(_config(values)), config_lib.flatten(run)
-  for name, value in ours.items():
-    if value != theirs[name] and not name.startswith(_OF_USERS):
-      raise InputError(
-        f"config.{name}={value!r}: the run has {theirs[name]!r}; only "
-        "config.eval, config.data.source and config.data.data_dir can change"
-      )
-  return folder
-
-
-def _load_system(values: flags.FlagValues) -> Any:
-  """Loads the system of --workdir or --bundle."""
-  folder = _system_folder(values)
-  if values.bundle and values.checkpoint:
-    raise InputError(
-      f"--checkpoint={values.checkpoint}: an export holds a single one"
-    )
-  _start_jax()
-  from empdg_jax import evaluate
-
-  return evaluate.load_system(folder, values.config, values.checkpoint)
-
-
-def _check_split(values: flags.FlagValues) -> None:
-  if values.split not in ("train", "valid", "test"):
-    raise InputError(
-      f"--split={values.split}: expected one of train, valid, test"
-    )
-
-
-def _evaluate(values: flags.FlagValues) -> int:
-  _check_split(values)
-  _join_hosts(values)
-  system = _load_system(values)
-  from rich.console import Console
-
-  from empdg_jax import evaluate, parallel
-
-  folder = _system_folder(values) / "eval" / values.split
-  if values.out:
-    folder = config_lib.run_path(values.out, "out")
-  console = Console(quiet=not parallel.is_main_process())
-  with parallel.hosts_together():
-    metrics = evaluate.evaluate_split(system, values.split, folder, console)
-  if not parallel.is_main_process():
-    return 0
-  evaluate.print_metrics(metrics, console)
-  evaluate.print_samples(folder / "predictions.jsonl", values.samples, console)
-  flag = "bundle" if values.bundle else "workdir"
-  console.print(
-    f"Written to {folder}. Next: empdg chat --{flag}={values[flag].value}",
-    soft_wrap=True, highlight=False,
-  )  # fmt: skip
-  return 0
-
-
-def _metrics(values: flags.FlagValues) -> int:
-  if not values.predictions:
-    raise InputError("--predictions is missing; give a predictions.jsonl")
-  from empdg_jax import evaluate, metrics
-
-  path = config_lib.run_path(values.predictions, "predictions")
-  lines = evaluate.read_predictions(path)
-  size = values.vocab_size or evaluate.vocab_size_of(path, lines)
-  if size < 2:
-    raise InputError(f"--vocab_size={size}: expected at least 2")
-  print(json.dumps(metrics.text_metrics(lines, size), indent=2))
-  return 0
-
-
-def _generate(values: flags.FlagValues) -> int:
-  source = values.input
-  try:
-    lines = (
-      sys.stdin
-      if source == "-"
-      else pathlib.Path(source).read_text(encoding="utf-8").splitlines()
-    )
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError(f"--input={source}: cannot read ({error})") from error
-  system = _load_system(values)
-  from empdg_jax import respond
-
-  failed = total = 0
-  batch_size = system.config.eval.batch_size
-  for answer in respond.generate(respond.Responder(system), lines, batch_size):
-    print(json.dumps(answer, ensure_ascii=False), flush=True)
-    total += 1
-    failed += "error" in answer
-  if failed:
-    raise InputError(
-      f"{failed} of {total} lines of {source!r} could not be answered; each "
-      "says why in its 'error' field"
-    )
-  return 0
-
-
-def _chat(values: flags.FlagValues) -> int:
-  system = _load_system(values)
-  from rich.console import Console
-
-  from empdg_jax import respond
-
-  respond.chat(respond.Responder(system), Console(), sys.stdin)
-  return 0
-
-
-def _export(values: flags.FlagValues) -> int:
-  workdir = _workdir(values)
-  if not values.out:
-    raise InputError("--out is missing; give the folder to write")
-  if values.average and values.checkpoint:
-    raise InputError("--checkpoint and --average exclude each other; give one")
-  from rich.console import Console
-
-  from empdg_jax import export
-
-  if values.dtype not in export.DTYPES:
-    raise InputError(
-      f"--dtype={values.dtype}: expected one of " + ", ".join(export.DTYPES)
-    )
-  export.export(
-    workdir,
-    pathlib.Path(values.out),
-    values.checkpoint,
-    values.average,
-    values.dtype,
-    Console(),
-  )
-  return 0
-
-
-def _checkpoints(values: flags.FlagValues) -> int:
-  workdir = _workdir(values)
-  if values.format not in ("terminal", "json"):
-    raise InputError(f"--format={values.format}: expected terminal or json")
-  from rich.console import Console
-
-  from empdg_jax import checkpoint_list
-
-  listed = checkpoint_list.list_checkpoints(workdir)
-  checkpoint_list.print_checkpoints(listed, values.format, Console())
-  return 0
-
-
-def _compare(values: flags.FlagValues) -> int:
-  if not values.dir:
-    raise InputError(
-      "no run folder is given; write empdg compare runs/empdg runs/moel"
-    )
-  _check_split(values)
-  from rich.console import Console
-
-  from empdg_jax import compare
-
-  if values.format not in compare.FORMATS:
-    raise InputError(
-      f"--format={values.format}: expected one of " + ", ".join(compare.FORMATS)
-    )
-  folders = [config_lib.run_path(folder, "dir") for folder in values.dir]
-  comparison = compare.compare(folders, values.split, values.cases)
-  compare.print_comparison(comparison, values.format, Console())
-  return 0
-
-
-def _attention(values: flags.FlagValues) -> int:
-  if not values.context:
-    raise InputError(
-      '--context is missing; write what the user says, as in --context="I lost '
-      'my job."'
-    )
-  system = _load_system(values)
-  from empdg_jax import attention, respond
-
-  drawn = attention.attend(respond.Responder(system), values.context)
-  stem = pathlib.Path(values.image or _system_folder(values) / "attention")
-  for path in attention.draw(drawn, stem):
-    print(f"Drawn in {path}")
-  return 0
-
-
-def _compile_check(values: flags.FlagValues) -> int:
-  config = _config(values)
-  if not values.topology:
-    raise InputError("--topology is missing; give a slice such as v5e:4x4")
-  import jax
-
-  # The compiler needs no device; JAX would look for a TPU at length.
-  jax.config.update("jax_platforms", "cpu")
-  from rich.console import Console
-
-  from empdg_jax import compile_check
-  from empdg_jax.data import prepare
-
-  if values.format not in compile_check.FORMATS:
-    raise InputError(f"--format={values.format}: expected terminal or json")
-  slice_ = compile_check.describe_topology(values.topology)
-  size = values.vocab_size
-  if size is None:
-    size = len(prepare.load_dataset(config.data).vocabulary)
-  console = Console()
-  arguments = config, size, slice_, Console(stderr=True)
-  if values.find_batch:
-    rows = compile_check.find_batch(*arguments)
-    console.print(
-      f"The largest batch that fits: {rows} examples a device, "
-      f"--config.train.batch_size={rows * len(slice_.devices)}"
-    )
-    return 0
-  reports = compile_check.check(*arguments)
-  compile_check.print_reports(reports, values.topology, values.format, console)
-  if too_large := [r.step for r in reports if r.memory_share > 1.0]:
-    raise InputError(
-      f"--topology={values.topology}: {', '.join(too_large)} do not fit the "
-      "memory of a chip; --find_batch finds the largest batch that does"
-    )
-  return 0
-
-
-def _benchmark(values: flags.FlagValues) -> int:
-  config = _config(values)
-  _start_jax()
-  from rich.console import Console
-
-  from empdg_jax import benchmark
-  from empdg_jax.data import prepare
-
-  console = Console()
-  dataset = prepare.load_dataset(config.data)
-  results = benchmark.benchmark(dataset, config, console)
-  benchmark.print_benchmark(results, console)
-  path = pathlib.Path(values.output or "benchmark.json")
-  benchmark.write_benchmark(results, path)
-  console.print(f"Written to {path}")
-  return 0
-
-
 _COMMANDS = {
   "prepare": _Command(
     "build and check the data; print counts, coverage, cuts and padding",
@@ -507,7 +158,7 @@ _COMMANDS = {
     "empdg prepare --config=configs/empdg_wo_d.py "
     "--config.data.source=empatheticdialogues.tar.gz",
     ("config",),
-    _prepare,
+    commands.prepare,
   ),
   "train": _Command(
     "train a system; the same command resumes",
@@ -515,7 +166,7 @@ _COMMANDS = {
     "empdg train --config=configs/empdg_wo_d.py --config.train.seed=1 "
     "--workdir=runs/empdg_wo_d-1",
     ("config", "workdir", *_HOSTS),
-    _train,
+    commands.train,
   ),
   "evaluate": _Command(
     "score and answer a split; write predictions and metrics",
@@ -525,53 +176,53 @@ _COMMANDS = {
     "empdg evaluate --bundle=quickstart-export "
     "--config.data.source=empatheticdialogues.tar.gz",
     (*_SYSTEM, "split", "out", "samples", *_HOSTS),
-    _evaluate,
+    commands.evaluate,
   ),
   "metrics": _Command(
     "recompute text metrics from a predictions file alone",
     "empdg metrics --predictions=runs/quickstart/eval/test/predictions.jsonl",
     ("predictions", "vocab_size"),
-    _metrics,
+    commands.metrics,
   ),
   "compare": _Command(
     "the paper's Tables 1 and 2 from evaluated run folders, with tests",
     "empdg compare runs/transformer runs/moel runs/empdg --cases=2\n"
     "empdg compare runs/* --split=valid --format=markdown",
     ("dir", "split", "format", "cases"),
-    _compare,
+    commands.compare,
   ),
   "generate": _Command(
     "answer contexts: one JSON object a line in, one out",
     """echo '{"context": ["I lost my job today."]}' | """
     "empdg generate --workdir=runs/quickstart",
     (*_SYSTEM, "input"),
-    _generate,
+    commands.generate,
   ),
   "chat": _Command(
     "talk with a trained system; it shows the emotion it perceives",
     "empdg chat --workdir=runs/quickstart\n"
     "empdg chat --bundle=quickstart-export",
     _SYSTEM,
-    _chat,
+    commands.chat,
   ),
   "attention": _Command(
     "draw what each word of a reply attends to, and the perceived emotion",
     'empdg attention --workdir=runs/quickstart --context="I lost my job."',
     (*_SYSTEM, "context", "image"),
-    _attention,
+    commands.attention,
   ),
   "checkpoints": _Command(
     "list a run's checkpoints: phase, size and metrics",
     "empdg checkpoints --workdir=runs/quickstart",
     ("workdir", "format"),
-    _checkpoints,
+    commands.checkpoints,
   ),
   "export": _Command(
     "write a checkpoint as one folder that needs neither run nor data",
     "empdg export --workdir=runs/quickstart --out=quickstart-export\n"
     "empdg export --workdir=gs://BUCKET/pod --out=pod-export --average=3",
     ("workdir", "out", "checkpoint", "average", "dtype"),
-    _export,
+    commands.export,
   ),
   "compile-check": _Command(
     "compile every step for a TPU slice, without one; memory and traffic",
@@ -579,14 +230,14 @@ _COMMANDS = {
     "empdg compile-check --config=configs/empdg.py --topology=v5e:4x4 "
     "--find_batch",
     ("config", "topology", "vocab_size", "format", "find_batch"),
-    _compile_check,
+    commands.compile_check,
     ("known slices:", *(f"  {line}" for line in tpu.known_slices())),
   ),
   "benchmark": _Command(
     "time training steps and decoding on this machine; write JSON",
     "empdg benchmark --config=configs/empdg_wo_d.py --output=benchmark.json",
     ("config", "output"),
-    _benchmark,
+    commands.benchmark,
   ),
 }
 
@@ -620,7 +271,7 @@ def _command_help(name: str, values: flags.FlagValues) -> str:
       *(
         f"  --config.{field}"
         for field in config_lib.flatten(Config())
-        if field.startswith(_OF_USERS)
+        if field.startswith(commands.OF_USERS)
       ),
     ]
   if "config" in command.flags:

@@ -12,26 +12,16 @@ import jax
 import numpy as np
 import rich.console
 
-from empdg_jax import (
-  checkpoint,
-  evaluate,
-  parallel,
-  steps,
-  terminal,
-  train_state,
-)
+from empdg_jax import checkpoint, parallel, terminal, train_log, train_state
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, prepare, vectors
 from empdg_jax.metric_writer import MetricWriter
 from empdg_jax.models import registry
+from empdg_jax.players import Players, Sums
 from empdg_jax.profiling import InputWait, Trace
-from empdg_jax.train_state import TrainState
 
 MLE, DISCRIMINATOR, ADVERSARIAL = "mle", "discriminator", "adversarial"
-
-# Metric sums of one step, of the "generator" or the "discriminator".
-_Sums = tuple[str, Any]
 
 
 @dataclasses.dataclass
@@ -74,7 +64,7 @@ class _Phase:
   title: str
   total: int
   updates: int
-  run: Callable[[], list[_Sums]]
+  run: Callable[[], list[Sums]]
   eval_every: int = 0
   patience: int = 1
   metric: str = "perplexity"
@@ -115,14 +105,6 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
     trainer.close()
 
 
-def _speed(values: dict[str, float]) -> str:
-  """Returns what people want to see of the speed."""
-  return (
-    f"{values['train/examples_per_second']:,.0f} examples/s, waiting for input "
-    f"{values['train/input_wait']:.0%}"
-  )
-
-
 class _Trainer:
   """One process's view of a run in progress."""
 
@@ -131,32 +113,28 @@ class _Trainer:
     self._config, self._workdir = config, workdir
     main = parallel.is_main_process()
     self._console = rich.console.Console(quiet=not main)
+    profile = config_lib.profile_range(config.train) if main else None
+    self._trace = Trace(profile, workdir / "tensorboard")
+    self._input = InputWait()
     self._progress = Progress()
-    dataset = prepare.load_dataset(config.data)
-    model = registry.create_model(config.model, len(dataset.vocabulary))
-    self._console.print(
-      f"{config.model.name}: {train_state.count_parameters(model):,} parameters"
-    )
-    optimizer = train_state.create_optimizer(config.train, config.model.emb_dim)
     self._learning_rate = train_state.learning_rate(
       config.train, config.model.emb_dim
     )
-    self._p_mle_step = steps.compile_mle_step(model, optimizer)
-    self._p_eval_step = steps.compile_eval_step(model)
+    dataset = prepare.load_dataset(config.data)
 
     # In this order:
-    # 1. the state of a new run, which also gives the shapes;
-    self._generator = train_state.create_train_state(
-      model, optimizer, config.train.seed, self._word_vectors(dataset)
+    # 1. the states of a new run, which also give the shapes;
+    self._players = Players(config, dataset, self._word_vectors(dataset))
+    self._console.print(
+      f"{config.model.name}: {self._players.parameters:,} parameters"
     )
-    self._critics: Any = self._create_adversary(dataset, model, optimizer)
-    # 2. over it another run's generator, if one is given;
+    # 2. over them another run's generator, if one is given;
     if config.train.mle_checkpoint:
-      self._generator = checkpoint.restore_generator(
-        pathlib.Path(config.train.mle_checkpoint),
-        config,
-        dataset.vocabulary,
-        self._generator,
+      self._players.take_over(
+        config_lib.run_path(
+          config.train.mle_checkpoint, "config.train.mle_checkpoint"
+        ),
+        dataset,
       )
       self._progress.phase = DISCRIMINATOR
     # 3. over both the latest checkpoint, if there is one;
@@ -168,12 +146,7 @@ class _Trainer:
       workdir, create=True, keep=config.train.keep_checkpoints
     )
     if self._checkpoints.step(checkpoint.LATEST) is not None:
-      self._generator = self._checkpoints.restore_generator(
-        checkpoint.LATEST, self._generator
-      )
-      self._critics = self._checkpoints.restore_critics(
-        checkpoint.LATEST, self._critics
-      )
+      self._players.restore(self._checkpoints)
       self._progress = Progress(
         **self._checkpoints.restore_progress(checkpoint.LATEST)
       )
@@ -198,13 +171,7 @@ class _Trainer:
         num_hosts=jax.process_count(),
       )
     )
-    profile = config_lib.profile_range(config.train) if main else None
-    self._trace = Trace(profile, workdir / "tensorboard")
-    self._input, self._running = InputWait(), None
-    self._generator_steps = int(self._generator.step)
-    self._generator = parallel.replicate(self._generator)
-    self._critics = parallel.replicate(self._critics)
-    self._key = parallel.replicate(jax.random.key(config.train.seed))
+    self._players.start()
 
   def _open_batches(self) -> Any:
     """Returns the iterator over the phase's batches, where training stands.
@@ -237,27 +204,6 @@ class _Trainer:
     )
     self._console.print(f"Word vectors for {coverage:.1%} of the vocabulary")
     return embeddings
-
-  def _create_adversary(
-    self, dataset: prepare.Dataset, model: Any, optimizer: Any
-  ) -> TrainState | None:
-    """Creates the critics' state and steps, if the system has critics."""
-    config = self._config
-    names = registry.critic_names(config.model)
-    if not names:
-      return None
-    emotional = prepare.emotional_table(dataset.vocabulary, dataset.lexicon)
-    adversary = registry.create_adversary(config, emotional)
-    critics_optimizer = train_state.create_critics_optimizer(config.train)
-    self._p_discriminator_step = steps.compile_discriminator_step(
-      model, adversary, critics_optimizer
-    )
-    self._p_adversarial_generator_step = (
-      steps.compile_adversarial_generator_step(model, adversary, optimizer)
-    )
-    return train_state.create_critics_state(
-      adversary.critic, names, critics_optimizer, config.train.seed
-    )
 
   def close(self) -> None:
     """Waits for what is being written."""
@@ -292,7 +238,7 @@ class _Trainer:
         patience=train.mle_patience,
       )
     ]
-    if self._critics is not None:
+    if self._players.has_critics:
       phases += [
         _Phase(
           DISCRIMINATOR,
@@ -314,39 +260,21 @@ class _Trainer:
       ]
     return phases
 
-  def _next_batch(self) -> Any:
-    return parallel.shard(self._input.next(self._batches, self._running))
+  def _next_batch(self) -> pipeline.Batch:
+    return self._input.next(self._batches, self._players.running)
 
-  def _taken(self, kind: str, sums: Any) -> list[_Sums]:
-    """Returns what a phase's `run` does of one update."""
-    self._running = sums["examples"]
-    return [(kind, sums)]
+  def _mle_step(self) -> list[Sums]:
+    return [self._players.mle_step(self._next_batch())]
 
-  def _mle_step(self) -> list[_Sums]:
-    self._generator, sums = self._p_mle_step(
-      self._generator, self._next_batch(), self._key
-    )
-    self._generator_steps += 1
-    return self._taken("generator", sums)
+  def _discriminator_step(self) -> list[Sums]:
+    return [self._players.discriminator_step(self._next_batch())]
 
-  def _discriminator_step(self) -> list[_Sums]:
-    self._critics, sums = self._p_discriminator_step(
-      self._critics, self._generator.params, self._next_batch(), self._key
-    )
-    return self._taken("discriminator", sums)
-
-  def _adversarial_round(self) -> list[_Sums]:
+  def _adversarial_round(self) -> list[Sums]:
     """Takes `d_steps` of the critics, then `g_steps` of the generator."""
-    taken = []
-    for _ in range(self._config.train.d_steps):
-      taken += self._discriminator_step()
-    for _ in range(self._config.train.g_steps):
-      self._generator, sums = self._p_adversarial_generator_step(
-        self._generator, self._critics.params, self._next_batch(), self._key
-      )
-      self._generator_steps += 1
-      taken += self._taken("generator", sums)
-    return taken
+    train, players = self._config.train, self._players
+    steps = [players.discriminator_step] * train.d_steps
+    steps += [players.adversarial_generator_step] * train.g_steps
+    return [step(self._next_batch()) for step in steps]
 
   def run(self) -> bool:
     """Runs the phases from where training stands to the last one's end.
@@ -387,11 +315,7 @@ class _Trainer:
     """Goes from a finished phase to the next one, with its best generator."""
     if self._progress.phase == MLE:
       self._checkpoints.wait()
-      best = self._checkpoints.restore_generator(
-        checkpoint.BEST, parallel.unreplicate(self._generator)
-      )
-      self._generator_steps = int(best.step)
-      self._generator = parallel.replicate(best)
+      self._players.restore_best(self._checkpoints)
     self._progress.phase, self._progress.done = phase.name, 0
     self._progress.best, self._progress.worse = None, 0
     self._progress.data = self._batches.get_state()
@@ -408,7 +332,7 @@ class _Trainer:
     alone = jax.process_count() == 1
     caught = (signal.SIGINT, signal.SIGTERM) if alone else ()
     stopped_by = 0
-    pending: list[_Sums] = []
+    pending: list[Sums] = []
     logged_at = time.perf_counter()
     with (
       terminal.catch_interrupts(*caught) as interrupt,
@@ -421,7 +345,9 @@ class _Trainer:
           pending += phase.run()
         progress.done += 1
         progress.updates += phase.updates
-        self._say_traced(self._trace.after(progress.updates, self._running))
+        self._say_traced(
+          self._trace.after(progress.updates, self._players.running)
+        )
         last = progress.done == phase.total
 
         def due(every: int, before: int = before, last: bool = last) -> bool:
@@ -430,9 +356,15 @@ class _Trainer:
         if due(train.log_every):
           values = self._log(phase, pending, logged_at)
           logged_at, pending = time.perf_counter(), []
-          bar.update(task, completed=progress.done, rate=_speed(values))
+          bar.update(
+            task, completed=progress.done, rate=train_log.speed(values)
+          )
           if not self._console.is_terminal and due(10 * train.log_every):
-            self._print_log(phase, values)
+            left = (phase.total - progress.done) * phase.updates
+            self._console.print(
+              train_log.line(progress.updates, values, left * train.batch_size),
+              highlight=False,
+            )
         validated = phase.eval_every and (
           progress.done % phase.eval_every == 0 or last
         )
@@ -461,93 +393,44 @@ class _Trainer:
     return stopped_by
 
   def _log(
-    self, phase: _Phase, pending: list[_Sums], since: float
+    self, phase: _Phase, taken: list[Sums], since: float
   ) -> dict[str, float]:
-    """Writes the averages since the last log; waits for the devices."""
-    sums = {
-      kind: evaluate.sum_metrics(s for k, s in pending if k == kind)
-      for kind in {kind for kind, _ in pending}
-    }
+    """Writes the averages since the last log; waits for the devices.
+
+    Raises:
+      InputError: A loss is not finite. Such a step has no gradient, so the
+        state is still a good one, and is saved.
+    """
+    values = train_log.average(taken)
     seconds = time.perf_counter() - since
-    self._check_finite(sums, pending)
-    values = {}
-    examples = 0.0
-    if "generator" in sums:
-      of_generator = sums["generator"]
-      averages = evaluate.average_metrics(of_generator)
-      for name in ("loss", "perplexity", "emotion_accuracy"):
-        if name in averages:
-          values[f"train/{name}"] = averages[name]
-      rate = self._learning_rate(self._generator_steps - 1)
-      values["train/learning_rate"] = np.asarray(rate).item()
-      examples += of_generator["examples"]
-      if "signal" in of_generator:
-        values["generator/signal"] = of_generator["signal"] / max(
-          of_generator["judged"], 1.0
-        )
-        values["generator/signal_grad_norm"] = (
-          of_generator["signal_grad_norm"] / of_generator["examples"]
-        )
-    if "discriminator" in sums:
-      of_critics = dict(sums["discriminator"])
-      judged = of_critics.pop("examples")
-      for name, total in of_critics.items():
-        values[f"discriminator/{name}"] = total / max(judged, 1.0)
-      examples += judged
-    values["train/examples_per_second"] = examples / seconds
+    if not all(map(math.isfinite, values.values())):
+      self._give_up(taken)
+    values["train/examples_per_second"] = values.pop("examples") / seconds
     values["train/input_wait"] = min(1.0, self._input.take() / seconds)
+    if "train/loss" in values:
+      rate = self._learning_rate(self._players.generator_steps - 1)
+      values["train/learning_rate"] = np.asarray(rate).item()
     self._write(phase, values)
     return values
 
-  def _check_finite(
-    self, sums: dict[str, dict[str, float]], pending: list[_Sums]
-  ) -> None:
-    """Saves and raises InputError if a loss since the last log is not finite.
-
-    Such a step has no gradient, so the state is still a good one.
-    """
-    if all(math.isfinite(v) for s in sums.values() for v in s.values()):
+  def _give_up(self, taken: list[Sums]) -> None:
+    """Saves, and raises InputError of the first update that is not finite."""
+    found = train_log.not_finite(taken)
+    if found is None:  # Only the exponential of a finite loss overflowed.
       return
     self._save(checkpoint.LATEST)
     self._checkpoints.wait()
-    first = self._progress.updates - len(pending) + 1
-    for step, (kind, of_step) in enumerate(pending, start=first):
-      terms = [
-        name
-        for name, value in evaluate.sum_metrics([of_step]).items()
-        if not math.isfinite(value)
-      ]
-      if terms:
-        raise InputError(
-          f"step {step:,}: not finite: {kind} {', '.join(terms)}; the last "
-          f"good state is saved in {self._workdir}; a lower learning rate or "
-          "weight of that term, in another --workdir, may help"
-        )
-
-  def _print_log(self, phase: _Phase, values: dict[str, float]) -> None:
-    """Prints a line for those who read a log rather than a progress bar."""
-    train = self._config.train
-    rate = values["train/examples_per_second"]
-    left = phase.total - self._progress.done
-    minutes = left * phase.updates * train.batch_size / rate / 60
-    shown = {
-      "perplexity": values.get("train/perplexity"),
-      "emotion accuracy": values.get("train/emotion_accuracy"),
-      "Wasserstein": values.get("discriminator/wasserstein"),
-      "slope": values.get("discriminator/gradient_norm"),
-    }
-    self._console.print(
-      f"step {self._progress.updates:,}: "
-      + ", ".join(f"{k} {v:.4g}" for k, v in shown.items() if v is not None)
-      + f", {_speed(values)}, ETA {minutes:.0f} min",
-      highlight=False,
+    number, terms = found
+    step = self._progress.updates - len(taken) + 1 + number
+    raise InputError(
+      f"step {step:,}: not finite: {terms}; the last good state is saved in "
+      f"{self._workdir}; a lower learning rate or weight of that term, in "
+      "another --workdir, may help"
     )
 
   def _validate(self, phase: _Phase) -> None:
     progress = self._progress
-    values = evaluate.validate(
-      self._p_eval_step, self._generator.params, self._valid_batches
-    )
+    values = self._players.validate(self._valid_batches)
     self._write(
       phase, {f"valid/{k}": v for k, v in values.items() if k != "loss"}
     )
@@ -573,10 +456,9 @@ class _Trainer:
     if self._writer is not None:
       self._writer.copy()
     self._progress.data = self._batches.get_state()
-    self._checkpoints.save(
+    self._players.save(
+      self._checkpoints,
       kind,
       self._progress.updates,
-      parallel.unreplicate(self._generator),
-      parallel.unreplicate(self._critics),
       dataclasses.asdict(self._progress),
     )

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from empdg_jax import checkpoint, train
+from empdg_jax import checkpoint, evaluate, train
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
 
@@ -188,7 +188,7 @@ def test_early_stop_keeps_the_best(
       "emotion_accuracy": 0.5,
     }
 
-  monkeypatch.setattr(train.evaluate, "validate", validate)
+  monkeypatch.setattr(evaluate, "validate", validate)
   config = _short(config)
   config.train.mle_steps, config.train.mle_eval_every = 100, 2
   assert train.train(config, tmp_path / "run")

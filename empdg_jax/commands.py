@@ -1,0 +1,374 @@
+"""What each sub-command does with its flags.
+
+`values` has an attribute for every flag that `main.py` defines. Each function
+returns the exit status, or raises InputError. It imports what it needs when it
+runs, so that `--help` and mistakes in flags answer at once.
+"""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+from empdg_jax import config as config_lib
+from empdg_jax.config import Config, InputError
+
+
+def _config(values: Any) -> Config:
+  """Returns the validated configuration that the flags give."""
+  if values.config is None:
+    raise InputError(
+      "--config is missing; give a file such as --config=configs/quickstart.py"
+    )
+  config = values.config
+  if not isinstance(config, Config):
+    raise InputError("--config: get_config() must return an empdg_jax Config")
+  config_lib.validate(config)
+  return config
+
+
+def _workdir(values: Any) -> pathlib.Path:
+  if not values.workdir:
+    raise InputError("--workdir is missing; give the run folder")
+  return config_lib.run_path(values.workdir, "workdir")
+
+
+def _start_jax() -> None:
+  """Finds the devices; keeps compiled steps in the user's cache.
+
+  Raises:
+    InputError: There is no device of the platform asked for.
+  """
+  import jax
+
+  from empdg_jax import parallel
+
+  parallel.check_devices()
+  if jax.config.values["jax_compilation_cache_dir"] is None:
+    folder = config_lib.cache_dir() / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def prepare(values: Any) -> int:
+  """Builds and checks the data, and reports on them."""
+  config = _config(values)
+  from rich.console import Console
+
+  from empdg_jax.data import prepare, report
+
+  console = Console()
+  dataset = prepare.load_dataset(config.data)
+  report.print_report(dataset, config, console)
+
+  from empdg_jax import train_state
+  from empdg_jax.models import registry
+
+  model = registry.create_model(config.model, len(dataset.vocabulary))
+  console.print(
+    f"{config.model.name}: {train_state.count_parameters(model):,} parameters"
+  )
+  return 0
+
+
+def _join_hosts(values: Any) -> None:
+  """Joins the other hosts' processes, if the flags tell of any."""
+  from empdg_jax import parallel
+
+  parallel.initialize(
+    values.coordinator_address or "", values.num_processes, values.process_id
+  )
+
+
+def train(values: Any) -> int:
+  """Trains a system, or goes on with a run."""
+  workdir = _workdir(values)
+  config = _config(values)
+  _join_hosts(values)
+  _start_jax()
+  from empdg_jax import train
+
+  train.train(config, workdir)
+  return 0
+
+
+# Fields of a run's configuration that those who use it may change.
+OF_USERS = ("eval.", "data.source", "data.data_dir")
+
+
+def _system_folder(values: Any) -> pathlib.Path:
+  """Returns the folder of --workdir or --bundle.
+
+  Raises:
+    InputError: Neither or both are given, or a field is changed that is the
+      run's own.
+  """
+  from empdg_jax import bundle, checkpoint
+
+  if values.bundle and values.workdir:
+    raise InputError("--workdir and --bundle exclude each other; give one")
+  if values.bundle:
+    folder = config_lib.run_path(values.bundle, "bundle")
+    bundle.require_bundle(folder)
+    run = bundle.read_config(folder)
+  elif values.workdir:
+    folder = _workdir(values)
+    run = checkpoint.read_config(folder)
+    if bundle.is_bundle(folder):
+      raise InputError(
+        f"--workdir={folder} is an export; give it as --bundle={folder}"
+      )
+  else:
+    raise InputError(
+      "--workdir is missing; give the run folder, or an export as --bundle"
+    )
+  ours, theirs = config_lib.flatten(_config(values)), config_lib.flatten(run)
+  for name, value in ours.items():
+    if value != theirs[name] and not name.startswith(OF_USERS):
+      raise InputError(
+        f"config.{name}={value!r}: the run has {theirs[name]!r}; only "
+        "config.eval, config.data.source and config.data.data_dir can change"
+      )
+  return folder
+
+
+def _load_system(values: Any) -> Any:
+  """Loads the system of --workdir or --bundle."""
+  folder = _system_folder(values)
+  if values.bundle and values.checkpoint:
+    raise InputError(
+      f"--checkpoint={values.checkpoint}: an export holds a single one"
+    )
+  _start_jax()
+  from empdg_jax import evaluate
+
+  return evaluate.load_system(folder, values.config, values.checkpoint)
+
+
+def _check_split(values: Any) -> None:
+  if values.split not in ("train", "valid", "test"):
+    raise InputError(
+      f"--split={values.split}: expected one of train, valid, test"
+    )
+
+
+def evaluate(values: Any) -> int:
+  """Scores a split and answers it."""
+  _check_split(values)
+  _join_hosts(values)
+  system = _load_system(values)
+  from rich.console import Console
+
+  from empdg_jax import evaluate, parallel
+
+  folder = _system_folder(values) / "eval" / values.split
+  if values.out:
+    folder = config_lib.run_path(values.out, "out")
+  console = Console(quiet=not parallel.is_main_process())
+  with parallel.hosts_together():
+    metrics = evaluate.evaluate_split(system, values.split, folder, console)
+  if not parallel.is_main_process():
+    return 0
+  evaluate.print_metrics(metrics, console)
+  evaluate.print_samples(folder / "predictions.jsonl", values.samples, console)
+  system_flag = (
+    f"--bundle={values.bundle}"
+    if values.bundle
+    else f"--workdir={values.workdir}"
+  )
+  console.print(
+    f"Written to {folder}. Next: empdg chat {system_flag}",
+    soft_wrap=True, highlight=False,
+  )  # fmt: skip
+  return 0
+
+
+def metrics(values: Any) -> int:
+  """Recomputes text metrics of a predictions file."""
+  if not values.predictions:
+    raise InputError("--predictions is missing; give a predictions.jsonl")
+  from empdg_jax import evaluate, metrics
+
+  path = config_lib.run_path(values.predictions, "predictions")
+  lines = evaluate.read_predictions(path)
+  size = values.vocab_size or evaluate.vocab_size_of(path, lines)
+  if size < 2:
+    raise InputError(f"--vocab_size={size}: expected at least 2")
+  print(json.dumps(metrics.text_metrics(lines, size), indent=2))
+  return 0
+
+
+def generate(values: Any) -> int:
+  """Answers contexts, a JSON value a line."""
+  source = values.input
+  try:
+    lines = (
+      sys.stdin
+      if source == "-"
+      else pathlib.Path(source).read_text(encoding="utf-8").splitlines()
+    )
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(f"--input={source}: cannot read ({error})") from error
+  system = _load_system(values)
+  from empdg_jax import respond
+
+  failed = total = 0
+  batch_size = system.config.eval.batch_size
+  for answer in respond.generate(respond.Responder(system), lines, batch_size):
+    print(json.dumps(answer, ensure_ascii=False), flush=True)
+    total += 1
+    failed += "error" in answer
+  if failed:
+    raise InputError(
+      f"{failed} of {total} lines of {source!r} could not be answered; each "
+      "says why in its 'error' field"
+    )
+  return 0
+
+
+def chat(values: Any) -> int:
+  """Talks in the terminal."""
+  system = _load_system(values)
+  from rich.console import Console
+
+  from empdg_jax import respond
+
+  respond.chat(respond.Responder(system), Console(), sys.stdin)
+  return 0
+
+
+def export(values: Any) -> int:
+  """Writes a checkpoint as one folder."""
+  workdir = _workdir(values)
+  if not values.out:
+    raise InputError("--out is missing; give the folder to write")
+  if values.average and values.checkpoint:
+    raise InputError("--checkpoint and --average exclude each other; give one")
+  from rich.console import Console
+
+  from empdg_jax import export
+
+  if values.dtype not in export.DTYPES:
+    raise InputError(
+      f"--dtype={values.dtype}: expected one of " + ", ".join(export.DTYPES)
+    )
+  export.export(
+    workdir,
+    pathlib.Path(values.out),
+    values.checkpoint,
+    values.average,
+    values.dtype,
+    Console(),
+  )
+  return 0
+
+
+def checkpoints(values: Any) -> int:
+  """Lists a run's checkpoints."""
+  workdir = _workdir(values)
+  if values.format not in ("terminal", "json"):
+    raise InputError(f"--format={values.format}: expected terminal or json")
+  from rich.console import Console
+
+  from empdg_jax import checkpoint_list
+
+  listed = checkpoint_list.list_checkpoints(workdir)
+  checkpoint_list.print_checkpoints(listed, values.format, Console())
+  return 0
+
+
+def compare(values: Any) -> int:
+  """Prints the paper's tables of several runs."""
+  if not values.dir:
+    raise InputError(
+      "no run folder is given; write empdg compare runs/empdg runs/moel"
+    )
+  _check_split(values)
+  from rich.console import Console
+
+  from empdg_jax import compare, compare_output
+
+  formats = compare_output.FORMATS
+  if values.format not in formats:
+    raise InputError(
+      f"--format={values.format}: expected one of " + ", ".join(formats)
+    )
+  folders = [config_lib.run_path(folder, "dir") for folder in values.dir]
+  comparison = compare.compare(folders, values.split, values.cases)
+  compare_output.print_comparison(comparison, values.format, Console())
+  return 0
+
+
+def attention(values: Any) -> int:
+  """Draws the attention of a reply."""
+  if not values.context:
+    raise InputError(
+      '--context is missing; write what the user says, as in --context="I lost '
+      'my job."'
+    )
+  system = _load_system(values)
+  from empdg_jax import attention, respond
+
+  drawn = attention.attend(respond.Responder(system), values.context)
+  stem = pathlib.Path(values.image or _system_folder(values) / "attention")
+  for path in attention.draw(drawn, stem):
+    print(f"Drawn in {path}")
+  return 0
+
+
+def compile_check(values: Any) -> int:
+  """Compiles every step for a TPU slice."""
+  config = _config(values)
+  if not values.topology:
+    raise InputError("--topology is missing; give a slice such as v5e:4x4")
+  import jax
+
+  # The compiler needs no device; JAX would look for a TPU at length.
+  jax.config.update("jax_platforms", "cpu")
+  from rich.console import Console
+
+  from empdg_jax import compile_check
+  from empdg_jax.data import prepare
+
+  if values.format not in compile_check.FORMATS:
+    raise InputError(f"--format={values.format}: expected terminal or json")
+  slice_ = compile_check.describe_topology(values.topology)
+  size = values.vocab_size
+  if size is None:
+    size = len(prepare.load_dataset(config.data).vocabulary)
+  console = Console()
+  arguments = config, size, slice_, Console(stderr=True)
+  if values.find_batch:
+    rows = compile_check.find_batch(*arguments)
+    console.print(
+      f"The largest batch that fits: {rows} examples a device, "
+      f"--config.train.batch_size={rows * len(slice_.devices)}"
+    )
+    return 0
+  reports = compile_check.check(*arguments)
+  compile_check.print_reports(reports, values.topology, values.format, console)
+  if too_large := [r.step for r in reports if r.memory_share > 1.0]:
+    raise InputError(
+      f"--topology={values.topology}: {', '.join(too_large)} do not fit the "
+      "memory of a chip; --find_batch finds the largest batch that does"
+    )
+  return 0
+
+
+def benchmark(values: Any) -> int:
+  """Times this machine."""
+  config = _config(values)
+  _start_jax()
+  from rich.console import Console
+
+  from empdg_jax import benchmark
+  from empdg_jax.data import prepare
+
+  console = Console()
+  dataset = prepare.load_dataset(config.data)
+  results = benchmark.benchmark(dataset, config, console)
+  benchmark.print_benchmark(results, console)
+  path = pathlib.Path(values.output or "benchmark.json")
+  benchmark.write_benchmark(results, path)
+  console.print(f"Written to {path}")
+  return 0
