@@ -105,45 +105,84 @@ def sums_text(files: Mapping[str, bytes]) -> str:
   )
 
 
-def _check(folder: pathlib.Path) -> dict[str, bytes]:
-  """Reads all of an export's files and checks what they hold.
+class _Checked:
+  """Reads an export's files, each checked against SHA256SUMS."""
 
-  Raises:
-    InputError: Naming the file that is missing, damaged or too new.
-  """
-  require_bundle(folder)
-  expected = {}
-  for number, line in enumerate(
-    read_file(folder, SUMS).decode("utf-8", "replace").splitlines(), start=1
-  ):
-    digest, two_spaces, name = line.partition("  ")
-    if not two_spaces or len(digest) != 64:
-      raise InputError(
-        f"--bundle={folder}: {SUMS} is damaged in line {number}; export again"
-      )
-    expected[name] = digest
+  def __init__(self, folder: pathlib.Path) -> None:
+    """Reads SHA256SUMS, and the version of the format.
 
-  def checked(name: str) -> bytes:
-    if name not in expected:
+    Raises:
+      InputError: The folder is no export, or one of a newer format; or naming
+        the file that is missing or damaged.
+    """
+    require_bundle(folder)
+    self._folder = folder
+    self.digests: dict[str, str] = {}
+    text = read_file(folder, SUMS).decode("utf-8", "replace")
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+      digest, two_spaces, name = line.partition("  ")
+      if not two_spaces or len(digest) != 64 or not name.isprintable():
+        raise InputError(
+          f"--bundle={folder}: {SUMS} is damaged in line {number}; export again"
+        )
+      self.digests[name] = digest
+    # First, since a newer format may have other files and other fields.
+    version = json.loads(self.read(ABOUT))["format_version"]
+    if version > FORMAT_VERSION:
       raise InputError(
-        f"--bundle={folder}: {SUMS} does not list {name}; export again"
+        f"--bundle={folder}: {ABOUT} has format version {version}; this "
+        f"package reads up to {FORMAT_VERSION}: update empdg-jax"
       )
-    data = read_file(folder, name)
-    if hashlib.sha256(data).hexdigest() != expected[name]:
+
+  def read(self, name: str) -> bytes:
+    """Returns a file's bytes.
+
+    Raises:
+      InputError: It is not listed, cannot be read or is damaged.
+    """
+    if name not in self.digests:
       raise InputError(
-        f"--bundle={folder}: {name} is not what was exported (its SHA-256 "
-        f"differs from {SUMS}); copy or export it again"
+        f"--bundle={self._folder}: {SUMS} does not list {name}; export again"
+      )
+    data = read_file(self._folder, name)
+    if hashlib.sha256(data).hexdigest() != self.digests[name]:
+      raise InputError(
+        f"--bundle={self._folder}: {name} is not what was exported (its "
+        f"SHA-256 differs from {SUMS}); copy or export it again"
       )
     return data
 
-  # First, since a newer format may have other files.
-  version = json.loads(checked(ABOUT))["format_version"]
-  if version > FORMAT_VERSION:
-    raise InputError(
-      f"--bundle={folder}: {ABOUT} has format version {version}; this package "
-      f"reads up to {FORMAT_VERSION}: update empdg-jax"
-    )
-  return {name: checked(name) for name in dict.fromkeys([*REQUIRED, *expected])}
+  def read_all(self) -> dict[str, bytes]:
+    """Returns every file of the format; see `read`."""
+    if unknown := set(self.digests) - {*REQUIRED, METRICS}:
+      raise InputError(
+        f"--bundle={self._folder}: {SUMS} lists {min(unknown)!r}, which is no "
+        "file of an export; export again"
+      )
+    return {
+      name: self.read(name)
+      for name in {**dict.fromkeys(REQUIRED), **self.digests}
+    }
+
+  def config(self) -> Config:
+    """Returns the configuration of the export's run."""
+    text = self.read(CONFIG).decode()
+    return config_lib.from_json(text, f"{self._folder}/{CONFIG}")
+
+  def vocabulary(self) -> Vocabulary:
+    """Returns the vocabulary of the export's run."""
+    where = f"{self._folder}/{VOCABULARY}"
+    return vocab.parse_vocabulary(self.read(VOCABULARY), where)
+
+
+def read_config(folder: pathlib.Path) -> Config:
+  """Reads the configuration of an export's run; see `open_bundle`."""
+  return _Checked(folder).config()
+
+
+def read_vocabulary(folder: pathlib.Path) -> Vocabulary:
+  """Reads the vocabulary of an export's run; see `open_bundle`."""
+  return _Checked(folder).vocabulary()
 
 
 def open_bundle(folder: pathlib.Path) -> Bundle:
@@ -158,15 +197,16 @@ def open_bundle(folder: pathlib.Path) -> Bundle:
   Raises:
     InputError: Naming the file that is missing, damaged or too new.
   """
-  files = _check(folder)
+  checked = _Checked(folder)
+  files = checked.read_all()
   if files[EMOTION_NAMES].decode().split() != list(EMOTIONS):
     raise InputError(
       f"--bundle={folder}: {EMOTION_NAMES} names other emotions than this "
       "package's"
     )
   return Bundle(
-    config_lib.from_json(files[CONFIG].decode(), f"{folder}/{CONFIG}"),
-    vocab.parse_vocabulary(files[VOCABULARY], f"{folder}/{VOCABULARY}"),
+    checked.config(),
+    checked.vocabulary(),
     HashedWords(array_of(files[LEXICON_HASHES])),
     nested(
       {
@@ -178,12 +218,6 @@ def open_bundle(folder: pathlib.Path) -> Bundle:
     ),
     json.loads(files[ABOUT])["step"],
   )
-
-
-def read_config(folder: pathlib.Path) -> Config:
-  """Reads the configuration of an export's run alone, unchecked."""
-  text = read_file(folder, CONFIG).decode("utf-8", "replace")
-  return config_lib.from_json(text, f"{folder}/{CONFIG}")
 
 
 def bytes_of(array: np.ndarray) -> bytes:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from empdg_jax import bundle
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import vocab
@@ -99,6 +100,11 @@ def read_config(workdir: pathlib.Path) -> Config:
   Raises:
     InputError: There is none, or it is malformed.
   """
+  if bundle.is_bundle(workdir):
+    raise InputError(
+      f"--workdir={workdir} is an export, not a run folder; to use it, give it "
+      f"as --bundle={workdir}"
+    )
   path = workdir / "config.json"
   try:
     text = path.read_text(encoding="utf-8")
@@ -294,10 +300,16 @@ class Checkpoints:
     self, kind: str, step: int | None = None
   ) -> dict[str, Any]:
     """Reads the progress that `save` was given; see `restore_params`."""
-    return self._managers[kind].restore(
-      self.step(kind) if step is None else step,
-      args=ocp.args.Composite(progress=ocp.args.JsonRestore()),
-    )["progress"]
+    step = self.step(kind) if step is None else step
+    try:
+      return self._managers[kind].restore(
+        step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
+      )["progress"]
+    except (ValueError, KeyError, OSError) as error:
+      raise InputError(
+        f"{self._root / kind / str(step)}: damaged: it does not tell of the "
+        f"run's progress ({error!r}); delete it"
+      ) from error
 
   def _restore(
     self, kind: str, item: str, like: Any, step: int | None = None

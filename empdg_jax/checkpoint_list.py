@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from empdg_jax import checkpoint
+from empdg_jax.metric_writer import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +45,10 @@ def _size(folder: pathlib.Path) -> int:
 def _validations(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
   """Returns the metrics of each step's validation."""
   found: dict[int, dict[str, float]] = defaultdict(dict)
-  path = workdir / "metrics.jsonl"
-  if path.exists():
-    for line in path.read_text(encoding="utf-8").splitlines():
-      entry = json.loads(line)
-      if entry["name"].startswith("valid/"):
-        name = entry["name"].removeprefix("valid/")
-        found[entry["step"]][name] = entry["value"]
+  for entry in read_metrics(workdir / "metrics.jsonl"):
+    if entry["name"].startswith("valid/"):
+      name = entry["name"].removeprefix("valid/")
+      found[entry["step"]][name] = entry["value"]
   return found
 
 
@@ -97,7 +95,9 @@ def print_checkpoints(
     values: list[dict[str, Any]] = [dataclasses.asdict(one) for one in listed]
     console.file.write(json.dumps(values, indent=2) + "\n")
     return
-  table = Table("step", "", "phase", "MiB", "perplexity", "emotion accuracy")
+  table = Table(
+    "step", "kind", "phase", "MiB", "perplexity", "emotion accuracy"
+  )
   for column in (table.columns[0], *table.columns[3:]):
     column.justify = "right"
 

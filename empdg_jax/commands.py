@@ -109,15 +109,10 @@ def _system_folder(values: Any) -> pathlib.Path:
     raise InputError("--workdir and --bundle exclude each other; give one")
   if values.bundle:
     folder = config_lib.run_path(values.bundle, "bundle")
-    bundle.require_bundle(folder)
     run = bundle.read_config(folder)
   elif values.workdir:
     folder = _workdir(values)
     run = checkpoint.read_config(folder)
-    if bundle.is_bundle(folder):
-      raise InputError(
-        f"--workdir={folder} is an export; give it as --bundle={folder}"
-      )
   else:
     raise InputError(
       "--workdir is missing; give the run folder, or an export as --bundle"
@@ -242,8 +237,13 @@ def export(values: Any) -> int:
   workdir = _workdir(values)
   if not values.out:
     raise InputError("--out is missing; give the folder to write")
+  if "://" in values.out:
+    raise InputError(
+      f"--out={values.out}: expected a folder on a disk; copy it to a bucket"
+    )
   if values.average and values.checkpoint:
     raise InputError("--checkpoint and --average exclude each other; give one")
+  _start_jax()
   from rich.console import Console
 
   from empdg_jax import export
@@ -268,6 +268,7 @@ def checkpoints(values: Any) -> int:
   workdir = _workdir(values)
   if values.format not in ("terminal", "json"):
     raise InputError(f"--format={values.format}: expected terminal or json")
+  _start_jax()
   from rich.console import Console
 
   from empdg_jax import checkpoint_list

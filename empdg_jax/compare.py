@@ -4,12 +4,14 @@ import dataclasses
 import itertools
 import json
 import pathlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from empdg_jax import (
+  bundle,
   checkpoint,
   evaluate,
   metrics,
@@ -152,11 +154,19 @@ def _read(workdir: pathlib.Path, split: str) -> _Evaluation:
   Raises:
     InputError: The folder is no run's, or has no whole evaluation of the split.
   """
-  run = checkpoint.open_run(workdir)
+  if bundle.is_bundle(workdir):
+    run = Run(
+      workdir, bundle.read_config(workdir), bundle.read_vocabulary(workdir)
+    )
+    flag = "--bundle"
+  else:
+    run, flag = checkpoint.open_run(workdir), "--workdir"
   folder = workdir / "eval" / split
-  again = f"'empdg evaluate --workdir={workdir} --split={split}'"
+  again = f"'empdg evaluate {flag}={workdir} --split={split}'"
   try:
     values = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+      raise ValueError("metrics.json holds no object")
   except (OSError, ValueError) as error:
     raise InputError(
       f"{workdir} has no evaluation of {split} ({error}); run {again}"
@@ -214,8 +224,27 @@ def _check_comparable(evaluations: Sequence[_Evaluation]) -> None:
 
 def _system_key(config: Config) -> str:
   """Returns what runs of one system share: all but the seed."""
-  train = dataclasses.replace(config.train, seed=0, mle_checkpoint="")
+  train = dataclasses.replace(
+    config.train,
+    seed=0,
+    mle_checkpoint="",
+    profile_steps="",
+    keep_checkpoints=1,
+  )
   return repr(dataclasses.replace(config, train=train))
+
+
+def _groups(evaluations: Sequence[_Evaluation]) -> list[list[_Evaluation]]:
+  """Puts runs of one system together, each seed once in a group."""
+  groups: dict[tuple[str, int], list[_Evaluation]] = {}
+  seen: Counter[tuple[str, int]] = Counter()
+  for evaluation in evaluations:
+    config = evaluation.run.config
+    key = _system_key(config)
+    seed = config.train.seed
+    groups.setdefault((key, seen[key, seed]), []).append(evaluation)
+    seen[key, seed] += 1
+  return list(groups.values())
 
 
 def _titles(groups: Sequence[Sequence[_Evaluation]]) -> list[str]:
@@ -234,8 +263,8 @@ def compare(
   """Compares runs on a split that all have been evaluated on.
 
   Args:
-    workdirs: The run folders; those that differ by their seed alone are one
-      system.
+    workdirs: The run folders or exports; those that differ by their seed alone
+      are one system. Several of one run, of other checkpoints, are several.
     split: The split.
     cases: How many examples to show side by side.
 
@@ -248,14 +277,10 @@ def compare(
   """
   evaluations = [_read(workdir, split) for workdir in workdirs]
   _check_comparable(evaluations)
-  by_system: dict[str, list[_Evaluation]] = {}
-  for evaluation in evaluations:
-    by_system.setdefault(_system_key(evaluation.run.config), []).append(
-      evaluation
-    )
   order = list(_PAPER)
   groups = sorted(
-    by_system.values(), key=lambda g: order.index(g[0].run.config.model.name)
+    _groups(evaluations),
+    key=lambda g: order.index(g[0].run.config.model.name),
   )
   lines = evaluations[0].lines
   dialogues = int(significance.dialogues_of(lines).max()) + 1

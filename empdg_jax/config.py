@@ -310,7 +310,10 @@ def from_json(text: str, where: str) -> Config:
       raise ValueError(f"unknown section {', '.join(values)}")
   except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise InputError(f"{where}: not a run's configuration ({error})") from error
-  validate(config)
+  try:
+    validate(config)
+  except InputError as error:
+    raise InputError(f"{where}: {error}") from error
   return config
 
 

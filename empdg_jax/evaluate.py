@@ -342,7 +342,7 @@ def evaluate_split(
   values = {
     "model": system.config.model.name,
     "split": split,
-    "step": system.step,
+    **origin(system.config, system.step),
     "parameters": system.parameters,
     **metrics.text_metrics(lines, len(system.vocabulary)),
   }
@@ -351,13 +351,29 @@ def evaluate_split(
   return values
 
 
+def origin(config: Config, step: int | None) -> dict[str, Any]:
+  """Returns what `metrics.json` says of where its figures come from.
+
+  Args:
+    config: What the system was evaluated with.
+    step: Of the checkpoint.
+  """
+  return {
+    "step": step,
+    "source": config.data.source,
+    "max_decode_steps": config.eval.max_decode_steps,
+    "beam_size": config.eval.beam_size,
+    "length_penalty": config.eval.length_penalty,
+  }
+
+
 def print_metrics(values: dict[str, Any], console: Console) -> None:
   """Prints the content of a `metrics.json` as a table."""
   table = Table(title=f"{values['model']} on {values['split']}")
   table.add_column("metric")
   table.add_column("value", justify="right")
   for name, value in values.items():
-    if name not in ("model", "split"):
+    if name not in ("model", "split", "source"):
       form = "{:.4f}" if name == "emotion_accuracy" else "{:,.2f}"
       if not isinstance(value, float):
         form = "-" if value is None else "{:,}"

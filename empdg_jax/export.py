@@ -3,13 +3,10 @@
 import dataclasses
 import functools
 import importlib.metadata
-import importlib.resources
 import json
 import os
 import pathlib
 import shutil
-import string
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,7 +16,7 @@ import safetensors.numpy
 from jax import export as jax_export
 from rich.console import Console
 
-from empdg_jax import bundle, checkpoint, evaluate, steps
+from empdg_jax import bundle, checkpoint, evaluate, model_card, steps
 from empdg_jax import config as config_lib
 from empdg_jax.checkpoint import Checkpoints, Run
 from empdg_jax.config import Config, EvalConfig, InputError
@@ -33,14 +30,6 @@ from empdg_jax.respond import Responder
 
 DTYPES = ("float32", "bfloat16")
 _PLATFORMS = ("cpu", "cuda", "tpu")
-_SYSTEMS = {
-  "transformer": "a Transformer (Vaswani et al., 2017)",
-  "emoprepend": "EmoPrepend-1 (Rashkin et al., 2019)",
-  "moel": "the mixture of empathetic listeners (Lin et al., 2019)",
-  "empdg_wo_g": "EmoPrepend-1 with a semantic critic (Li et al., 2020)",
-  "empdg_wo_d": "EmpDG's generator without critics (Li et al., 2020)",
-  "empdg": "EmpDG with both interactive critics (Li et al., 2020)",
-}
 
 
 def load(folder: str | os.PathLike[str]) -> Responder:
@@ -86,16 +75,18 @@ def respond_step(
     `steps.Prediction`.
   """
   params = {name: array.astype(jnp.float32) for name, array in params.items()}
-  others: dict[str, Any] = dict.fromkeys(Batch._fields)
   prediction = steps.predict_step(
     bundle.nested(params),
     Batch(
-      **others
-      | {
-        "context": context,
-        "state": state,
-        "emotion_context": emotion_context,
-      }
+      context=context,
+      state=state,
+      emotion_context=emotion_context,
+      target=None,
+      feedback=None,
+      emotion=None,
+      mask=None,
+      position=None,
+      index=None,
     ),
     model=model,
     config=config,
@@ -159,6 +150,10 @@ def export(
   """
   if out.exists():
     raise InputError(f"--out={out} exists; give another folder, or delete it")
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(f"--out={out}: cannot write ({error})") from error
   run = checkpoint.open_run(workdir)
   lexicon = lexicon_lib.load_lexicon(run.config.data.lexicon)
   checkpoints = Checkpoints(workdir)
@@ -175,7 +170,10 @@ def export(
     name: array.astype(jnp.dtype(dtype))
     for name, array in bundle.named(params).items()
   }
-  metrics = {} if average else _metrics_of(workdir, taken[0])
+  # Those of the very parameters that are written, or none.
+  metrics = {}
+  if not average and dtype == "float32":
+    metrics = _metrics_of(workdir, evaluate.origin(run.config, taken[0]))
   longest = pipeline.padded_shapes(run.config.data)[-1]
   about = {
     "format_version": bundle.FORMAT_VERSION,
@@ -204,21 +202,25 @@ def export(
       named, metadata={"format_version": str(bundle.FORMAT_VERSION)}
     ),
     bundle.RESPOND: lower_respond_step(run.config, len(run.vocabulary), named),
-    bundle.CARD: _card(run, about, named, metrics).encode(),
+    bundle.CARD: model_card.write_card(
+      run, lexicon, about, named, metrics
+    ).encode(),
   }
   if metrics:
     files[bundle.METRICS] = (json.dumps(metrics, indent=2) + "\n").encode()
   else:
     console.print(
-      "No evaluation of this checkpoint goes with it; 'empdg evaluate' makes "
-      "one, before an export or of it"
+      "No evaluation of these parameters goes with it; to make one of the "
+      f"export: empdg evaluate --bundle={out}",
+      soft_wrap=True,
+      highlight=False,
     )
   files[bundle.SUMS] = bundle.sums_text(files).encode()
   _write(out, files)
   size = sum(map(len, files.values())) / 2**20
   console.print(
-    f"Exported {_checkpoint_text(about)} to {out}: {len(files)} files, "
-    f"{size:.1f} MiB. Next: empdg chat --bundle={out}",
+    f"Exported {model_card.checkpoint_text(about)} to {out}: {len(files)} "
+    f"files, {size:.1f} MiB. Next: empdg chat --bundle={out}",
     soft_wrap=True, highlight=False,
   )  # fmt: skip
 
@@ -234,6 +236,15 @@ def _average(
       "checkpoints; config.train.keep_checkpoints says how many"
     )
   taken = latest[:count]
+  phases = {
+    checkpoints.restore_progress(one.kind, one.step)["phase"] for one in taken
+  }
+  if len(phases) > 1:
+    raise InputError(
+      f"--average={count}: the latest checkpoints are of several phases, "
+      + ", ".join(sorted(phases))
+      + "; 'empdg checkpoints' lists them"
+    )
   like = evaluate.params_like(run)
   total = None
   for one in taken:  # One at a time in memory, summed in float64.
@@ -244,21 +255,29 @@ def _average(
   return mean, sorted(one.step for one in taken)
 
 
-def _metrics_of(workdir: pathlib.Path, step: int) -> dict[str, Any]:
-  """Returns each split's metrics of this very checkpoint, where present."""
+def _metrics_of(
+  workdir: pathlib.Path, origin: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns each split's metrics that have this origin, where present."""
   found = {}
   for split in SPLITS:
     path = workdir / "eval" / split / "metrics.json"
     if path.exists():
-      values = json.loads(path.read_text(encoding="utf-8"))
-      if values.get("step") == step:
-        found[split] = values
+      try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if origin.items() <= values.items():
+          found[split] = values
+      except (ValueError, AttributeError) as error:
+        raise InputError(
+          f"{path}: damaged ({error}); run empdg evaluate again"
+        ) from error
   return found
 
 
 def _write(out: pathlib.Path, files: dict[str, bytes]) -> None:
   """Writes a folder under a temporary name, then renames it."""
   temporary = out.with_name(f".{out.name}.{os.getpid()}")
+  shutil.rmtree(temporary, ignore_errors=True)  # A killed process's.
   try:
     for name, data in files.items():
       path = temporary / name
@@ -269,79 +288,3 @@ def _write(out: pathlib.Path, files: dict[str, bytes]) -> None:
     raise InputError(f"--out={out}: cannot write ({error})") from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _checkpoint_text(about: dict[str, Any]) -> str:
-  if about["step"] is None:
-    steps_text = ", ".join(f"{step:,}" for step in about["averaged_steps"])
-    return f"the mean of the checkpoints at steps {steps_text}"
-  return f"the checkpoint at step {about['step']:,}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Returns a table in Markdown."""
-  lines = [header, ["---"] * len(header), *rows]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _metrics_text(metrics: dict[str, Any]) -> str:
-  if not metrics:
-    return "None of this checkpoint is on record."
-  first = next(iter(metrics.values()))
-  names = [n for n in first if n not in ("model", "split", "step")]
-
-  def shown(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
-
-  rows = [
-    [name, *(shown(values.get(name)) for values in metrics.values())]
-    for name in names
-  ]
-  return _table(["", *metrics], rows)
-
-
-def _card(
-  run: Run,
-  about: dict[str, Any],
-  named: dict[str, np.ndarray],
-  metrics: dict[str, Any],
-) -> str:
-  """Returns the model card."""
-  data = run.config.data
-  if data.source == "sample":
-    source = "EmpDG-JAX's embedded corpus"
-    licences = "The corpus was written for EmpDG-JAX and has its licence,"
-    citations = ""
-  else:
-    source = "EmpatheticDialogues (Rashkin et al., 2019)"
-    licences = "EmpatheticDialogues is CC BY-NC 4.0, so this model is not for"
-    licences += " commercial use. EmpDG-JAX itself is"
-    citations = ", Rashkin et al. (2019) for the data"
-  licences += (
-    " Apache-2.0. The emotion lexicon behind `lexicon.npy` and "
-    "`lexicon_hashes.npy` is the NRC Emotion Lexicon unless the run was given "
-    "another: it is free for research alone, and its words are not listed here."
-  )
-  template = importlib.resources.files("empdg_jax") / "model_card.md"
-  size = sum(array.size for array in named.values())
-  return string.Template(template.read_text(encoding="utf-8")).substitute(
-    title=f"{about['system']}, an empathetic dialogue system",
-    version=about["empdg_jax"],
-    system=about["system"],
-    system_description=_SYSTEMS[about["system"]],
-    parameters=f"{size:,}",
-    dtype=about["dtype"],
-    checkpoint=_checkpoint_text(about),
-    data=f"{source}, example set `{data.example_set}`, train split",
-    words=f"{len(run.vocabulary):,}",
-    emotions=f"{len(EMOTIONS)}, in `emotions.txt`",
-    metrics=_metrics_text(metrics),
-    platforms=", ".join(about["platforms"]),
-    jax=about["jax"],
-    licences=licences,
-    citations=f"{citations} and Mohammad and Turney (2013) for the lexicon",
-    names=_table(
-      ["name", "shape"],
-      [[f"`{n}`", "x".join(map(str, a.shape))] for n, a in named.items()],
-    ),
-  )

@@ -7,7 +7,7 @@ import pathlib
 import platform
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -24,6 +24,10 @@ INTERRUPTED = 130
 # a trained system.
 _HOSTS = ("coordinator_address", "num_processes", "process_id")
 _SYSTEM = ("workdir", "bundle", "checkpoint", "run_config")
+_BOOLEANS = {
+  "find_batch": "find the largest batch a chip that fits, instead",
+  "help": "explain the command",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,7 @@ def _define(name: str, values: flags.FlagValues, argv: list[str]) -> None:
     "predictions": "a predictions.jsonl",
     "output": "where to write the figures; by default benchmark.json",
     "bundle": "an export, instead of a run folder",
-    "out": "where to write",
+    "out": "the folder to write; an export's must not exist",
     "dtype": "of the parameters: float32 or bfloat16",
     "checkpoint": "best, latest or a step; by default the best",
     "format": "terminal or json; compare also has markdown, csv and latex",
@@ -64,9 +68,6 @@ def _define(name: str, values: flags.FlagValues, argv: list[str]) -> None:
       "with Slurm"
     ),
     "image": "where to draw, without the ending; by default in the run folder",
-  }
-  booleans = {
-    "find_batch": "find the largest batch a chip that fits, instead",
   }
   many = {
     "dir": "a run folder or an export; '--dir=' may be left out",
@@ -97,8 +98,8 @@ def _define(name: str, values: flags.FlagValues, argv: list[str]) -> None:
     config_flags.DEFINE_config_dataclass(
       "config", _config_of_folder(argv), flag_values=values, sys_argv=argv
     )
-  elif name in booleans:
-    flags.DEFINE_boolean(name, False, booleans[name], flag_values=values)
+  elif name in _BOOLEANS:
+    flags.DEFINE_boolean(name, False, _BOOLEANS[name], flag_values=values)
   elif name in many:
     flags.DEFINE_multi_string(name, [], many[name], flag_values=values)
   elif name in integers:
@@ -290,7 +291,7 @@ def _parse(name: str, argv: list[str]) -> flags.FlagValues:
     InputError: A flag or a field of the configuration is wrong.
   """
   values = flags.FlagValues()
-  argv = [_with_underscores(arg) for arg in argv]
+  argv = _joined(_with_underscores(arg) for arg in argv)
   # The configuration's file must be known before its fields.
   argv = sorted(argv, key=lambda arg: not arg.startswith("--config="))
   if "dir" in _COMMANDS[name].flags:
@@ -324,6 +325,19 @@ def _with_underscores(arg: str) -> str:
     return arg
   name, equals, value = arg[2:].partition("=")
   return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _joined(argv: Iterable[str]) -> list[str]:
+  """Returns `--flag value` as `--flag=value`."""
+  joined: list[str] = []
+  for arg in argv:
+    last = joined[-1] if joined else ""
+    waits = last.startswith("--") and "=" not in last
+    if waits and last[2:] not in _BOOLEANS and not arg.startswith("-"):
+      joined[-1] = f"{last}={arg}"
+    else:
+      joined.append(arg)
+  return joined
 
 
 def _check_config_argument(arg: str) -> None:

@@ -4,10 +4,23 @@ import contextlib
 import json
 import pathlib
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 from tensorboardX import SummaryWriter
 
 from empdg_jax import config as config_lib
+
+
+def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  """Yields the entries of a `metrics.jsonl`, if it is there.
+
+  Without the cut-off line that a killed run may have left.
+  """
+  if path.exists():
+    for line in path.read_text(encoding="utf-8").splitlines():
+      with contextlib.suppress(ValueError):
+        yield json.loads(line)
 
 
 class MetricWriter:
@@ -26,13 +39,11 @@ class MetricWriter:
     if config_lib.in_bucket(workdir):
       self._scratch = tempfile.TemporaryDirectory()
       folder = pathlib.Path(self._scratch.name)
-    kept = []
-    if (workdir / "metrics.jsonl").exists():
-      text = (workdir / "metrics.jsonl").read_text(encoding="utf-8")
-      for line in text.splitlines(keepends=True):
-        with contextlib.suppress(ValueError):  # The cut-off line of a kill.
-          if json.loads(line)["step"] <= resumed_step:
-            kept.append(line)
+    kept = [
+      json.dumps(entry) + "\n"
+      for entry in read_metrics(workdir / "metrics.jsonl")
+      if entry["step"] <= resumed_step
+    ]
     with config_lib.atomic_path(folder / "metrics.jsonl") as temporary:
       temporary.write_text("".join(kept), encoding="utf-8")
     self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")

@@ -30,8 +30,10 @@ class Responder:
   def __init__(self, system: System) -> None:
     """Loads the lexicon that the system was trained with."""
     self.system = system
-    self._lexicon = system.lexicon or lexicon_lib.load_lexicon(
-      system.config.data.lexicon
+    self._lexicon = (
+      lexicon_lib.load_lexicon(system.config.data.lexicon)
+      if system.lexicon is None
+      else system.lexicon
     )
     self._tokenizer = text.Tokenizer()
 
@@ -45,8 +47,13 @@ class Responder:
       The example.
 
     Raises:
-      InputError: There is no word, none that the system knows, or too many.
+      InputError: There is no word, none that the system knows, or too many; or
+        the turns are not a list.
     """
+    if isinstance(utterances, str):
+      raise InputError(
+        f"{utterances[:60]!r}: expected a list of turns, the user's last"
+      )
     turns = [annotate(u, self._tokenizer, self._lexicon) for u in utterances]
     if len(turns) % 2 == 0:  # The dialogue began with the listener.
       turns.insert(0, Utterance((), ()))
@@ -85,6 +92,8 @@ class Responder:
 
   def answer(self, encoded: Sequence[Encoded]) -> list[Response]:
     """Returns a reply to each of what `encode` gave, in their order."""
+    if not encoded:
+      return []
     # A single reply need not wait for a whole batch: one row a device.
     devices = jax.local_device_count()
     batch_size = self.system.config.eval.batch_size

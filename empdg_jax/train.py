@@ -363,6 +363,7 @@ class _Trainer:
             left = (phase.total - progress.done) * phase.updates
             self._console.print(
               train_log.line(progress.updates, values, left * train.batch_size),
+              soft_wrap=True,
               highlight=False,
             )
         validated = phase.eval_every and (

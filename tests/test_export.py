@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from example import ALONE, example_of, run_example
 
 from empdg_jax import bundle, checkpoint, evaluate, export, main, train
 from empdg_jax import config as config_lib
@@ -23,7 +24,6 @@ from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data import prepare
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-ALONE = "import sys; sys.modules['empdg_jax'] = None\n"
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +86,11 @@ def test_the_folder(exported: pathlib.Path, workdir: pathlib.Path) -> None:
   for name, digest in listed.items():
     data = (exported / name).read_bytes()
     assert hashlib.sha256(data).hexdigest() == digest
-    with pytest.raises(
-      (pickle.UnpicklingError, ValueError, EOFError, KeyError)
-    ):
-      pickle.loads(data)
+    if name.endswith(".npy"):  # Which may hold pickles.
+      assert not np.load(exported / name, allow_pickle=False).dtype.hasobject
+    else:
+      with pytest.raises((pickle.UnpicklingError, ValueError, EOFError)):
+        pickle.loads(data)
   for name in ("config.json", "vocab.txt"):
     assert (exported / name).read_bytes() == (workdir / name).read_bytes()
   metrics = json.loads((exported / "eval/metrics.json").read_text())
@@ -124,12 +125,13 @@ def test_evaluation_is_the_runs(
   lexicon_file: pathlib.Path,
   tmp_path: pathlib.Path,
 ) -> None:
-  """Though neither the lexicon nor anything else of the run is there."""
+  """Though neither the run's lexicon nor its tokenised data are there."""
   hidden = lexicon_file.with_name("hidden.txt")
   lexicon_file.rename(hidden)
   try:
     argv = ("evaluate", f"--bundle={exported}", f"--out={tmp_path / 'out'}")
-    assert main.main([*argv, "--samples=1"]) == 0
+    data_dir = f"--config.data.data_dir={tmp_path / 'data'}"
+    assert main.main([*argv, data_dir, "--samples=1"]) == 0
   finally:
     hidden.rename(lexicon_file)
   ours = workdir / "eval" / "test"
@@ -221,36 +223,25 @@ def test_respond_without_the_package(
     assert emotion == line["predicted_emotion"]
 
 
-def example_of(path: pathlib.Path) -> str:
-  """Returns the example that reads `respond.jax`."""
-  blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
-  (example,) = (block for block in blocks if "deserialize" in block)
-  return example
-
-
-def test_the_cards_example(exported: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+  "turns",
+  [
+    ["i lost my dog ."],
+    ["oh no ?", "i lost my dog ."],  # The listener began.
+    ["i lost my dog .", "oh no .", "i zyzzyva it ."],
+    ["i lost my dog . " * 20],  # Longer than what the system reads.
+  ],
+)
+def test_the_cards_example(exported: pathlib.Path, turns: list[str]) -> None:
   example = example_of(exported / "README.md")
   assert example == example_of(ROOT / "README.md")
-  turn = "i lost my dog zyzzyva ."
-  example = example.replace('"FOLDER"', repr(str(exported)))
-  example = example.replace("i lost my job today .", turn)
-  said = subprocess.run(
-    [sys.executable, "-c", ALONE + example],
-    check=True,
-    capture_output=True,
-    text=True,
-  ).stdout.splitlines()
-  reply = export.load(exported).respond([turn.replace("zyzzyva ", "")])
-  assert said[0] in evaluate.EMOTIONS
-  assert len(said[1].split()) == 6
-  example = example.replace("zyzzyva ", "")
-  said = subprocess.run(
-    [sys.executable, "-c", ALONE + example],
-    check=True,
-    capture_output=True,
-    text=True,
-  ).stdout.splitlines()
+  # Words outside the vocabulary are emotional for the package alone.
+  known = [turn.replace("zyzzyva", "saw") for turn in turns]
+  reply = export.load(exported).respond(known)
+  said = run_example(example, exported, known).splitlines()
   assert said == [reply.emotion, " ".join(reply.tokens)]
+  if turns != known:
+    assert len(run_example(example, exported, turns).splitlines()) == 2
 
 
 def test_in_python(exported: pathlib.Path, workdir: pathlib.Path) -> None:
@@ -266,6 +257,9 @@ def test_in_python(exported: pathlib.Path, workdir: pathlib.Path) -> None:
   ours = export.Responder(ours)
   assert ours.encode(turns) == loaded.encode(turns)
   assert "zyzzyva" in loaded.encode(turns).emotion_words
+  assert loaded.respond_batch([]) == []
+  with pytest.raises(InputError, match="expected a list of turns"):
+    loaded.respond("i lost my dog")
   two = loaded.respond_batch([turns, turns[:1]])
   assert [r.text for r in two] == [reply.text, loaded.respond(turns[:1]).text]
 
@@ -302,8 +296,13 @@ def test_commands_take_exports(
   capsys.readouterr()
   assert main.main(argv) == 0
   rows = json.loads(capsys.readouterr().out)["rows"]
-  # The same configuration and seed twice.
-  assert rows[0]["figures"]["perplexity"]["deviation"] == 0.0
+  # The same run twice is no second seed.
+  assert [row["runs"] for row in rows] == [[str(workdir)], [str(folder)]]
+  ours, theirs = (row["figures"]["perplexity"]["value"] for row in rows)
+  assert ours == theirs
+  (folder / "config.json").write_text("{}")
+  said = refused(capsys, "compare", str(workdir), str(folder))
+  assert "config.json is not what was exported" in said
 
 
 @pytest.mark.parametrize("name", [*bundle.REQUIRED, "eval/metrics.json"])
@@ -326,6 +325,29 @@ def test_a_damaged_file_is_named(
     path.write_bytes(data)
   said = refused(capsys, "generate", f"--bundle={folder}")
   assert name in said
+
+
+def test_any_flipped_bit_is_found(
+  exported: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  """In all of SHA256SUMS, and here and there in the other files."""
+  folder = tmp_path / "export"
+  shutil.copytree(exported, folder)
+  bundle.open_bundle(folder)
+  rng = np.random.default_rng(0)
+  for name in ("SHA256SUMS", *bundle.REQUIRED):
+    path = folder / name
+    data = path.read_bytes()
+    places = range(len(data))
+    if name != "SHA256SUMS":
+      places = rng.integers(0, len(data), 8)
+    for place in places:
+      flipped = bytearray(data)
+      flipped[place] ^= 1 << int(rng.integers(8))
+      path.write_bytes(flipped)
+      with pytest.raises(InputError, match="SHA256SUMS"):
+        bundle.open_bundle(folder)
+    path.write_bytes(data)
 
 
 def test_damaged_sums(
@@ -366,6 +388,9 @@ def test_a_newer_format(
   about = json.loads((folder / "export.json").read_text())
   about["format_version"] = bundle.FORMAT_VERSION + 1
   (folder / "export.json").write_text(json.dumps(about))
+  config = json.loads((folder / "config.json").read_text())
+  config["model"]["mixture_of_experts"] = 8
+  (folder / "config.json").write_text(json.dumps(config))
   names = ("export.json", "config.json")
   files = {name: (folder / name).read_bytes() for name in names}
   (folder / "SHA256SUMS").write_text(bundle.sums_text(files))
@@ -397,6 +422,39 @@ def test_the_mean_of_checkpoints(
   assert not (out / "eval").exists()  # No evaluation is of the mean.
 
 
+def test_the_mean_is_of_one_phase(
+  workdir: pathlib.Path,
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  monkeypatch.setattr(
+    checkpoint.Checkpoints,
+    "restore_progress",
+    lambda self, kind, step: {"phase": "mle" if step == 30 else "adversarial"},
+  )
+  argv = [f"--workdir={workdir}", f"--out={tmp_path / 'out'}", "--average=3"]
+  said = refused(capsys, "export", *argv)
+  assert "are of several phases, adversarial, mle" in said
+
+
+def test_metrics_of_another_decoding_do_not_go_along(
+  workdir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  copied = tmp_path / "run"
+  shutil.copytree(workdir, copied)
+  argv = ["evaluate", f"--workdir={copied}", "--checkpoint=60", "--samples=1"]
+  assert main.main([*argv, "--config.eval.max_decode_steps=4"]) == 0
+  argv = ["export", f"--workdir={copied}", f"--out={tmp_path / 'out'}"]
+  assert main.main([*argv, "--checkpoint=60"]) == 0
+  assert not (tmp_path / "out" / "eval").exists()
+  (copied / "eval" / "test" / "metrics.json").write_text("[]")
+  with pytest.raises(InputError, match=r"metrics\.json: damaged"):
+    export.export(
+      copied, tmp_path / "two", "60", 0, "float32", export.Console()
+    )
+
+
 def test_bfloat16(
   workdir: pathlib.Path, exported: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -407,13 +465,13 @@ def test_bfloat16(
     (folder / "params.safetensors").stat().st_size for folder in (out, exported)
   ]
   assert sizes[0] < 0.6 * sizes[1]
+  assert not (out / "eval").exists()  # The run's is of float32.
   half = bundle.open_bundle(out).params["embedding"]
   whole = bundle.open_bundle(exported).params["embedding"]
   np.testing.assert_array_equal(
     half, np.asarray(jnp.asarray(whole, jnp.bfloat16), np.float32)
   )
-  example = example_of(out / "README.md").replace('"FOLDER"', repr(str(out)))
-  subprocess.run([sys.executable, "-c", ALONE + example], check=True)
+  assert run_example(example_of(out / "README.md"), out, ["i lost my dog ."])
   assert export.load(out).respond(["i lost my dog ."]).text
 
 
@@ -432,6 +490,9 @@ def test_the_list_of_checkpoints(
     assert best["metrics"]["perplexity"] <= one["metrics"]["perplexity"]
   assert main.main(argv) == 0
   assert capsys.readouterr().out.count("latest") == 3
+  with (workdir / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 60, "na')  # As a kill leaves it.
+  assert main.main(argv) == 0
 
 
 @pytest.mark.parametrize(
@@ -443,6 +504,8 @@ def test_the_list_of_checkpoints(
     (["--dtype=int8"], "--dtype=int8: expected one of float32, bfloat16"),
     (["--out=EXPORT"], "exists"),
     (["--out="], "--out is missing"),
+    (["--out=gs://bucket/out"], "expected a folder on a disk"),
+    (["--workdir=EXPORT"], "is an export, not a run folder"),
     (["--workdir=/nowhere"], "is no run folder"),
   ],
 )
@@ -482,8 +545,9 @@ def test_nothing_is_half_written(
     (["--bundle=EXPORT", "--workdir=RUN"], "exclude each other"),
     (["--bundle=EXPORT", "--checkpoint=best"], "holds a single one"),
     (["--bundle=RUN"], "is no export: it holds no SHA256SUMS"),
-    (["--bundle=/nowhere"], "config.json cannot be read"),
-    (["--workdir=EXPORT"], "is an export; give it as --bundle="),
+    (["--bundle=/nowhere"], "is no export: it holds no SHA256SUMS"),
+    (["--bundle", "/nowhere"], "--bundle=/nowhere is no export"),
+    (["--workdir=EXPORT"], "is an export, not a run folder"),
     (["--bundle=EXPORT", "--config.model.emb_dim=8"], "config.model.emb_dim=8"),
     (["--bundle=EXPORT", "--config=x.py"], "--config=x.py: a run has its own"),
   ],
@@ -500,6 +564,16 @@ def test_systems_that_cannot_be_loaded(
     for a in argv
   ]
   assert says in refused(capsys, "chat", *argv)
+
+
+def test_training_does_not_go_on_in_an_export(
+  exported: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  before = sorted(exported.iterdir())
+  for command in ("train", "checkpoints"):
+    said = refused(capsys, command, f"--workdir={exported}")
+    assert "is an export, not a run folder" in said
+  assert sorted(exported.iterdir()) == before
 
 
 def test_load_says_what_is_wrong(workdir: pathlib.Path) -> None:

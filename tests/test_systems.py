@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from example import example_of, run_example
 
 from empdg_jax import config as config_lib
 from empdg_jax import main, train
 from empdg_jax.config import Config
+from empdg_jax.data import text
 from empdg_jax.evaluate import read_predictions
 from empdg_jax.models import registry
 from empdg_jax.train_state import learning_rate
@@ -124,6 +126,29 @@ def test_a_system_talks(
   monkeypatch.setattr("sys.stdin", io.StringIO("I lost my dog.\n\n"))
   assert main.main(["chat", f"--workdir={workdir}"]) == 0
   assert ("perceived:" in capsys.readouterr().out) == perceives
+
+
+@pytest.mark.slow
+def test_a_system_is_exported(
+  workdir: pathlib.Path,
+  tmp_path: pathlib.Path,
+  capsys: pytest.CaptureFixture[str],
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """The export answers as the run, and its `respond.jax` does as well."""
+  out = tmp_path / "export"
+  assert main.main(["export", f"--workdir={workdir}", f"--out={out}"]) == 0
+  context = '{"context": ["I lost my dog."]}\n'
+  capsys.readouterr()
+  for flag in (f"--workdir={workdir}", f"--bundle={out}"):
+    monkeypatch.setattr("sys.stdin", io.StringIO(context))
+    assert main.main(["generate", flag]) == 0
+  ours, theirs = capsys.readouterr().out.splitlines()
+  assert ours == theirs
+  said = run_example(example_of(out / "README.md"), out, ["i lost my dog ."])
+  *emotion, reply = said.splitlines()
+  assert len(emotion) == (workdir.name != "transformer")
+  assert text.join_tokens(reply.split()) == json.loads(ours)["response"]
 
 
 @pytest.mark.slow
