@@ -33,13 +33,11 @@ class Listed:
   metrics: dict[str, float]
 
 
-def _size(folder: pathlib.Path) -> int:
-  """Returns the bytes of all files below a folder."""
-  return sum(
-    (root / name).stat().length
-    for root, _, names in epath.Path(folder).walk()
-    for name in names
-  )
+def _size(path: epath.Path) -> int:
+  """Returns the bytes of a file, or of all files below a folder."""
+  if path.is_dir():
+    return sum(map(_size, path.iterdir()))
+  return path.stat().length
 
 
 def _validations(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
@@ -72,7 +70,7 @@ def list_checkpoints(workdir: pathlib.Path) -> list[Listed]:
       one.step,
       one.kind,
       checkpoints.restore_progress(one.kind, one.step)["phase"],
-      _size(checkpoints.folder(one)),
+      _size(epath.Path(checkpoints.folder(one))),
       validations.get(one.step, {}),
     )
     for one in checkpoints.all()

@@ -8,7 +8,7 @@ import fake_bucket
 import pytest
 from test_systems import SMALL
 
-from empdg_jax import main
+from empdg_jax import bundle, main
 from empdg_jax.config import Config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -28,9 +28,12 @@ def storage() -> Generator[fake_bucket.FakeStorage]:
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket(
-  storage: fake_bucket.FakeStorage, sample_config: Config
+  storage: fake_bucket.FakeStorage,
+  sample_config: Config,
+  tmp_path: pathlib.Path,
+  capsys: pytest.CaptureFixture[str],
 ) -> None:
-  """It trains, goes on, and is evaluated."""
+  """It trains, goes on, is evaluated, listed and exported."""
   argv = (
     f"--config={ROOT}/configs/transformer.py",
     *SMALL,
@@ -55,6 +58,17 @@ def test_a_run_in_a_bucket(
   assert main.main(["evaluate", "--workdir=gs://pod/runs/one"]) == 0
   values = json.loads(storage.objects["runs/one/eval/test/metrics.json"].data)
   assert values["examples"] == 128
+  capsys.readouterr()
+  argv = ["checkpoints", "--workdir=gs://pod/runs/one", "--format=json"]
+  assert main.main(argv) == 0
+  listed = json.loads(capsys.readouterr().out)
+  assert {c["step"] for c in listed} == {2, 4}
+  assert all(c["bytes"] > 10_000 for c in listed)
+  out = tmp_path / "export"
+  assert (
+    main.main(["export", "--workdir=gs://pod/runs/one", f"--out={out}"]) == 0
+  )
+  assert bundle.open_bundle(out).step in (2, 4)
 
 
 def test_a_bucket_without_permission(
