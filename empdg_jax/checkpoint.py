@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from empdg_jax import bundle
 from empdg_jax import config as config_lib
-from empdg_jax.config import Config, InputError
+from empdg_jax.config import Config, InputError, SaveError
 from empdg_jax.data import vocab
 from empdg_jax.data.vocab import Vocabulary
 from empdg_jax.models import registry
@@ -206,7 +206,7 @@ class Checkpoints:
     try:
       yield
     except (OSError, ValueError) as error:
-      raise InputError(
+      raise SaveError(
         f"{self._root}: cannot write a checkpoint; the last whole one stays "
         f"({error})"
       ) from error

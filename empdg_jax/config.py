@@ -19,6 +19,10 @@ class InputError(ValueError):
     super().__init__(" ".join(message.splitlines()))
 
 
+class SaveError(InputError):
+  """A checkpoint could not be written; of several hosts, one may be lost."""
+
+
 @dataclasses.dataclass
 class DataConfig:
   """What is read and how it becomes batches (DESIGN: data)."""

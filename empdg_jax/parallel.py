@@ -17,10 +17,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from empdg_jax.config import InputError
+from empdg_jax.config import InputError, SaveError
 
 AXIS = "batch"
-HOST_LOST, NOBODY_ANSWERS = 1, 2  # Exit statuses.
+HOST_LOST, BAD_INPUT = 1, 2  # Exit statuses.
 INITIALIZATION_SECONDS = 120  # The hosts of a pod do not start all at once.
 _HEARTBEAT_SECONDS = 60  # After which a silent host counts as lost.
 
@@ -94,7 +94,7 @@ def _give_up(coordinator_address: str) -> None:
     file=sys.stderr,
     flush=True,
   )
-  os._exit(NOBODY_ANSWERS)
+  os._exit(BAD_INPUT)
 
 
 def check_devices() -> None:
@@ -141,17 +141,21 @@ def hosts_together() -> Generator[None]:
   """
   try:
     yield
-  except (jax.errors.JaxRuntimeError, InputError) as error:
+  except (jax.errors.JaxRuntimeError, InputError, OSError) as error:
     if jax.process_count() == 1:
       raise
-    print(
-      "empdg: this host failed, or another host is lost "
-      f"({str(error).splitlines()[0]}); start all of them again with the same "
-      "command: they go on from the latest checkpoint",
-      file=sys.stderr,
-      flush=True,
-    )
-    os._exit(HOST_LOST)
+    reason = " ".join(str(error).split()) or repr(error)
+    status = HOST_LOST
+    if isinstance(error, InputError) and not isinstance(error, SaveError):
+      status = BAD_INPUT
+    else:
+      reason = (
+        f"this host failed, or another host is lost ({reason[:200]}); start "
+        "all of them again with the same command: they go on from the latest "
+        "checkpoint"
+      )
+    print(f"empdg: {reason}", file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 def is_main_process() -> bool:
@@ -171,14 +175,18 @@ def check_same(value: str, what: str) -> None:
     )
 
 
-def preempted(step: int) -> bool:
+def preempted(steps: range) -> bool:
   """Returns whether the hosts should save and stop, all at the same step.
 
+  The hosts agree on the step behind the latest that any of them has asked with,
+  and learn of it only when they ask with that very number: none may be left
+  out, though several are taken at once.
+
   Args:
-    step: A number that grows; every host asks with every one.
+    steps: What has been taken since the last call.
   """
-  return jax.process_count() > 1 and (
-    multihost_utils.reached_preemption_sync_point(step)
+  return jax.process_count() > 1 and any(
+    [multihost_utils.reached_preemption_sync_point(step) for step in steps]
   )
 
 

@@ -96,8 +96,9 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
       f"config.train.mle_checkpoint: {config.model.name} has no phase after "
       "maximum likelihood to begin with; use a system with critics, or ''"
     )
-  checkpoint.check_same_config(workdir, config)
-  trainer = _Trainer(config, workdir)
+  with parallel.hosts_together():
+    checkpoint.check_same_config(workdir, config)
+    trainer = _Trainer(config, workdir)
   try:
     with parallel.hosts_together():
       return trainer.run()
@@ -372,7 +373,7 @@ class _Trainer:
         if validated:
           self._validate(phase)
         stopped_by = interrupt.number
-        if parallel.preempted(progress.updates):
+        if parallel.preempted(range(before + 1, progress.updates + 1)):
           stopped_by = signal.SIGTERM
         if validated or due(train.checkpoint_every) or stopped_by:
           self._save(checkpoint.LATEST)

@@ -228,14 +228,16 @@ def test_a_lost_host_ends_the_others(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("step", [23, 44])  # In phases 2 and 3.
 def test_preempted_hosts_save_and_resume(
   train_argv: tuple[str, ...],
   undisturbed: pathlib.Path,
   tmp_path: pathlib.Path,
+  step: int,
 ) -> None:
   argv = (*train_argv, f"--workdir={tmp_path / 'run'}")
   hosts = start(*argv)
-  wait_for_step(tmp_path / "run", 23)
+  wait_for_step(tmp_path / "run", step)
   for host in hosts:
     host.send_signal(signal.SIGTERM)
   for said in finish(hosts):
@@ -243,6 +245,21 @@ def test_preempted_hosts_save_and_resume(
   assert max(step for step, _ in metrics_of(tmp_path / "run")) < 40 + 7 * 4
   finish(start(*argv))
   assert_same_run(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_host_that_cannot_begin_ends_both_soon(
+  train_argv: tuple[str, ...], tmp_path: pathlib.Path
+) -> None:
+  """The first host, which alone writes, cannot."""
+  (tmp_path / "file").write_text("")
+  began = time.monotonic()
+  hosts = start(*train_argv, f"--workdir={tmp_path / 'file' / 'run'}")
+  said = [host.communicate(timeout=120)[1] for host in hosts]
+  assert time.monotonic() - began < 120
+  assert "cannot write" in said[0]
+  assert hosts[0].returncode == 2
+  assert hosts[1].returncode not in (0, None)
 
 
 @pytest.mark.slow
