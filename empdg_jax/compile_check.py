@@ -324,9 +324,7 @@ def find_batch(
     with console.status(f"Compiling for {per_device} examples a device"):
       try:
         report = _report(name, lower, slice_)
-      except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-          raise
+      except _TooLargeError:
         break
     console.print(
       f"{per_device} examples a device: {report.memory_share:.0%} of the memory"
@@ -341,11 +339,30 @@ def find_batch(
   return fits
 
 
+class _TooLargeError(InputError):
+  """The compiler itself refuses a step."""
+
+
 def _report(name: str, lower: Callable[[], Any], slice_: Slice) -> Report:
-  """Compiles a step and reads what the compiler says of it."""
+  """Compiles a step and reads what the compiler says of it.
+
+  Raises:
+    InputError: It says that the step does not fit: it keeps a little of the
+      chip's memory for itself, so what hardly fits is refused as well.
+  """
   chip = slice_.chip
   start = time.perf_counter()
-  compiled = lower().compile()
+  try:
+    compiled = lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    used = re.search(r"[Uu]sed [\d.]+\w* of [\d.]+\w*", str(error))
+    raise _TooLargeError(
+      f"--topology={slice_.name}: the step {name!r} does not fit the memory of "
+      f"a chip ({used[0] if used else 'the compiler says'}); --find_batch "
+      "finds the largest batch that does"
+    ) from error
   seconds = time.perf_counter() - start
   memory = compiled.memory_analysis()
   cost = compiled.cost_analysis()

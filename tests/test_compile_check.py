@@ -143,6 +143,15 @@ def test_bad_input(
 
 
 @pytest.mark.tpu
+def test_what_the_compiler_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+  """Far more examples than a chip's memory holds."""
+  said = refused(
+    capsys, "--topology=v5e:2x2", f"--config.train.batch_size={2**25}"
+  )
+  assert "the step 'mle' does not fit the memory of a chip" in said
+
+
+@pytest.mark.tpu
 def test_what_does_not_fit_is_refused(
   monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

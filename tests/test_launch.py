@@ -677,7 +677,9 @@ def test_gke_commands(cloud: Cloud) -> None:
   assert "failed with status 1: kubectl delete" in errors
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(0, 0), (75, 1), (2, 0)])
+@pytest.mark.parametrize(
+  ("status", "requeued"), [(0, 0), (75, 1), (2, 0), (1, 1), (134, 1)]
+)
 def test_slurm(cloud: Cloud, status: int, requeued: int) -> None:
   cloud.env |= {
     "SLURM_JOB_ID": "12",
@@ -701,7 +703,7 @@ def test_slurm_dry_run(cloud: Cloud) -> None:
   argv = ("--dry-run", "--config=c", "--workdir=w")
   cloud.env["SLURM_GPUS_ON_NODE"] = "4"
   said = cloud.run("slurm_gpu.sbatch", *argv)[1]
-  assert said.startswith("env JAX_LOCAL_DEVICE_IDS=0")
+  assert said.startswith("env JAX_LOCAL_DEVICE_IDS=0\\,1\\,2\\,3 srun")
   assert "--coordinator_address" not in said
   cloud.env["SLURM_NTASKS_PER_NODE"] = "4"  # A process for every GPU.
   said = cloud.run("slurm_gpu.sbatch", *argv)[1]
