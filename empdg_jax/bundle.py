@@ -106,7 +106,7 @@ def sums_text(files: Mapping[str, bytes]) -> str:
 
 
 class _Checked:
-  """Reads an export's files, each checked against SHA256SUMS."""
+  """Reads an export's files, each once, checked against SHA256SUMS."""
 
   def __init__(self, folder: pathlib.Path) -> None:
     """Reads SHA256SUMS, and the version of the format.
@@ -117,6 +117,7 @@ class _Checked:
     """
     require_bundle(folder)
     self._folder = folder
+    self._files: dict[str, bytes] = {}
     self.digests: dict[str, str] = {}
     text = read_file(folder, SUMS).decode("utf-8", "replace")
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
@@ -140,6 +141,8 @@ class _Checked:
     Raises:
       InputError: It is not listed, cannot be read or is damaged.
     """
+    if name in self._files:
+      return self._files[name]
     if name not in self.digests:
       raise InputError(
         f"--bundle={self._folder}: {SUMS} does not list {name}; export again"
@@ -150,6 +153,7 @@ class _Checked:
         f"--bundle={self._folder}: {name} is not what was exported (its "
         f"SHA-256 differs from {SUMS}); copy or export it again"
       )
+    self._files[name] = data
     return data
 
   def read_all(self) -> dict[str, bytes]:
@@ -180,9 +184,10 @@ def read_config(folder: pathlib.Path) -> Config:
   return _Checked(folder).config()
 
 
-def read_vocabulary(folder: pathlib.Path) -> Vocabulary:
-  """Reads the vocabulary of an export's run; see `open_bundle`."""
-  return _Checked(folder).vocabulary()
+def read_run(folder: pathlib.Path) -> tuple[Config, Vocabulary]:
+  """Reads what an export tells of its run; see `open_bundle`."""
+  checked = _Checked(folder)
+  return checked.config(), checked.vocabulary()
 
 
 def open_bundle(folder: pathlib.Path) -> Bundle:

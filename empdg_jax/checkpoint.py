@@ -300,26 +300,22 @@ class Checkpoints:
     self, kind: str, step: int | None = None
   ) -> dict[str, Any]:
     """Reads the progress that `save` was given; see `restore_params`."""
-    step = self.step(kind) if step is None else step
+    step = self.select(kind).step if step is None else step
     try:
       return self._managers[kind].restore(
         step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
       )["progress"]
     except (ValueError, KeyError, OSError) as error:
       raise InputError(
-        f"{self._root / kind / str(step)}: damaged: it does not tell of the "
-        f"run's progress ({error!r}); delete it"
+        f"{self.folder(Selected(kind, step))}: damaged: it does not tell of "
+        f"the run's progress ({error!r}); delete it"
       ) from error
 
   def _restore(
     self, kind: str, item: str, like: Any, step: int | None = None
   ) -> Any:
-    step = self.step(kind) if step is None else step
-    if step is None:
-      raise InputError(
-        f"{self._root} holds no {kind} checkpoint; 'empdg train' writes one"
-      )
-    where = f"{self._root / kind / str(step)}"
+    step = self.select(kind).step if step is None else step
+    where = f"{self.folder(Selected(kind, step))}"
     try:
       tree = self._managers[kind].restore(
         step,

@@ -127,8 +127,8 @@ def _system_folder(values: Any) -> pathlib.Path:
   return folder
 
 
-def _load_system(values: Any) -> Any:
-  """Loads the system of --workdir or --bundle."""
+def _load_system(values: Any) -> tuple[Any, pathlib.Path]:
+  """Loads the system of --workdir or --bundle; returns its folder as well."""
   folder = _system_folder(values)
   if values.bundle and values.checkpoint:
     raise InputError(
@@ -137,7 +137,8 @@ def _load_system(values: Any) -> Any:
   _start_jax()
   from empdg_jax import evaluate
 
-  return evaluate.load_system(folder, values.config, values.checkpoint)
+  system = evaluate.load_system(folder, values.config, values.checkpoint)
+  return system, folder
 
 
 def _check_split(values: Any) -> None:
@@ -151,12 +152,12 @@ def evaluate(values: Any) -> int:
   """Scores a split and answers it."""
   _check_split(values)
   _join_hosts(values)
-  system = _load_system(values)
+  system, folder = _load_system(values)
   from rich.console import Console
 
   from empdg_jax import evaluate, parallel
 
-  folder = _system_folder(values) / "eval" / values.split
+  folder = folder / "eval" / values.split
   if values.out:
     folder = config_lib.run_path(values.out, "out")
   console = Console(quiet=not parallel.is_main_process())
@@ -204,7 +205,7 @@ def generate(values: Any) -> int:
     )
   except (OSError, UnicodeDecodeError) as error:
     raise InputError(f"--input={source}: cannot read ({error})") from error
-  system = _load_system(values)
+  system, _ = _load_system(values)
   from empdg_jax import respond
 
   failed = total = 0
@@ -223,7 +224,7 @@ def generate(values: Any) -> int:
 
 def chat(values: Any) -> int:
   """Talks in the terminal."""
-  system = _load_system(values)
+  system, _ = _load_system(values)
   from rich.console import Console
 
   from empdg_jax import respond
@@ -307,11 +308,11 @@ def attention(values: Any) -> int:
       '--context is missing; write what the user says, as in --context="I lost '
       'my job."'
     )
-  system = _load_system(values)
+  system, folder = _load_system(values)
   from empdg_jax import attention, respond
 
   drawn = attention.attend(respond.Responder(system), values.context)
-  stem = pathlib.Path(values.image or _system_folder(values) / "attention")
+  stem = pathlib.Path(values.image or folder / "attention")
   for path in attention.draw(drawn, stem):
     print(f"Drawn in {path}")
   return 0

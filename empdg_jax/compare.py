@@ -155,10 +155,7 @@ def _read(workdir: pathlib.Path, split: str) -> _Evaluation:
     InputError: The folder is no run's, or has no whole evaluation of the split.
   """
   if bundle.is_bundle(workdir):
-    run = Run(
-      workdir, bundle.read_config(workdir), bundle.read_vocabulary(workdir)
-    )
-    flag = "--bundle"
+    run, flag = Run(workdir, *bundle.read_run(workdir)), "--bundle"
   else:
     run, flag = checkpoint.open_run(workdir), "--workdir"
   folder = workdir / "eval" / split

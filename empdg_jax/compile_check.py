@@ -270,14 +270,7 @@ def check(
   Raises:
     InputError: A batch does not divide among the chips.
   """
-  rows = [
-    parallel.rows_per_device(
-      getattr(config, name).batch_size,
-      len(slice_.devices),
-      f"config.{name}.batch_size",
-    )
-    for name in ("train", "eval")
-  ]
+  rows = parallel.check_batches(config, len(slice_.devices))
   lowerings = list(_lowerings(config, vocab_size, slice_.devices, *rows))
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     reports = pool.map(
@@ -414,45 +407,39 @@ def print_reports(
     }
     console.file.write(json.dumps(values, indent=2) + "\n")
     return
-  columns = {
-    "step": [report.step for report in reports],
-    "arguments": [f"{r.arguments / 2**20:,.0f}" for r in reports],
-    "outputs": [f"{r.outputs / 2**20:,.1f}" for r in reports],
-    "temporary": [f"{r.temporaries / 2**20:,.0f}" for r in reports],
-    "code": [f"{r.code / 2**20:,.0f}" for r in reports],
-    "share": [f"{r.memory_share:.1%}" for r in reports],
-    "compiled s": [f"{r.compile_seconds:.0f}" for r in reports],
-  }
-  _print_table(f"{topology}: memory of a chip, MiB", columns, console)
-  columns = {
-    "step": columns["step"],
-    "GFLOP": [f"{r.flops / 1e9:,.1f}" for r in reports],
-    "ms": [f"{1e3 * r.compute_seconds:,.2f}" for r in reports],
-    "memory GB": [f"{r.bytes_accessed / 1e9:,.2f}" for r in reports],
-    "ms ": [f"{1e3 * r.memory_seconds:,.1f}" for r in reports],
-    "all-reduced MB": [
-      f"{r.bytes_reduced / 1e6:,.1f} in {r.all_reduces}" for r in reports
-    ],
-    "ms  ": [f"{1e3 * r.all_reduce_seconds:,.2f}" for r in reports],
-  }
-  _print_table(
-    f"{topology}: work of a chip, and its least time at published rates",
-    columns,
-    console,
-    "The body of a loop, as in sampling and decoding, is counted once.",
+  memory = Table(title=f"{topology}: memory of a chip, MiB")
+  work = Table(
+    title=f"{topology}: work of a chip, and its least time at published rates",
+    caption="The body of a loop, as in sampling and decoding, is counted once.",
   )
+  names = "arguments", "outputs", "temporary", "code", "share", "compiled s"
+  _add_columns(memory, *names)
+  _add_columns(work, "GFLOP", "ms", "memory GB", "ms", "all-reduced MB", "ms")
+  for r in reports:
+    memory.add_row(
+      r.step,
+      f"{r.arguments / 2**20:,.0f}",
+      f"{r.outputs / 2**20:,.1f}",
+      f"{r.temporaries / 2**20:,.0f}",
+      f"{r.code / 2**20:,.0f}",
+      f"{r.memory_share:.1%}",
+      f"{r.compile_seconds:.0f}",
+    )
+    work.add_row(
+      r.step,
+      f"{r.flops / 1e9:,.1f}",
+      f"{1e3 * r.compute_seconds:,.2f}",
+      f"{r.bytes_accessed / 1e9:,.2f}",
+      f"{1e3 * r.memory_seconds:,.1f}",
+      f"{r.bytes_reduced / 1e6:,.1f} in {r.all_reduces}",
+      f"{1e3 * r.all_reduce_seconds:,.2f}",
+    )
+  console.print(memory)
+  console.print(work)
 
 
-def _print_table(
-  title: str,
-  columns: dict[str, list[str]],
-  console: Console,
-  caption: str | None = None,
-) -> None:
-  """Prints columns by their names, the first one of words."""
-  table = Table(title=title, caption=caption)
-  for number, name in enumerate(columns):
-    table.add_column(name.strip(), justify="right" if number else "left")
-  for row in zip(*columns.values(), strict=True):
-    table.add_row(*row)
-  console.print(table)
+def _add_columns(table: Table, *names: str) -> None:
+  """Adds a column for the step, then columns of figures."""
+  table.add_column("step")
+  for name in names:
+    table.add_column(name, justify="right")

@@ -372,10 +372,33 @@ def absolute(path: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def atomic_path(path: pathlib.Path) -> Generator[pathlib.Path]:
-  """Yields a temporary path beside `path` that becomes it on success."""
+  """Yields a temporary path beside `path` that becomes it on success.
+
+  In a bucket it is `path` itself: an object appears when it is whole.
+  """
+  if in_bucket(path):
+    yield path
+    return
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   try:
     yield temporary
     temporary.replace(path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def copy_files(root: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
+  """Copies all files below a folder, each whole, to a disk or a bucket.
+
+  Returns:
+    The copies.
+  """
+  copies = []
+  for path in root.rglob("*"):
+    if path.is_file():
+      copy = to / path.relative_to(root).as_posix()
+      copy.parent.mkdir(parents=True, exist_ok=True)
+      with atomic_path(copy) as temporary:
+        temporary.write_bytes(path.read_bytes())
+      copies.append(copy)
+  return copies

@@ -192,7 +192,7 @@ def export(
   files = {
     bundle.ABOUT: (json.dumps(about, indent=2) + "\n").encode(),
     bundle.CONFIG: config_lib.to_json(run.config).encode(),
-    bundle.VOCABULARY: ("\n".join(run.vocabulary.tokens) + "\n").encode(),
+    bundle.VOCABULARY: run.vocabulary.to_text().encode(),
     bundle.EMOTION_NAMES: ("\n".join(EMOTIONS) + "\n").encode(),
     bundle.EMOTIONAL: bundle.bytes_of(
       prepare.emotional_table(run.vocabulary, lexicon)

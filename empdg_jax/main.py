@@ -113,12 +113,11 @@ def _define(name: str, values: flags.FlagValues, argv: list[str]) -> None:
     )
 
 
-def _argument(argv: Sequence[str], *names: str) -> str | None:
-  """Returns the value of the first of these flags that is given."""
-  for name in names:
-    for arg in argv:
-      if arg.startswith(f"--{name}="):
-        return arg.partition("=")[2]
+def _argument(argv: Sequence[str], name: str) -> str | None:
+  """Returns a flag's value, None if it is not given."""
+  for arg in argv:
+    if arg.startswith(f"--{name}="):
+      return arg.partition("=")[2]
   return None
 
 

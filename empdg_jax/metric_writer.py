@@ -64,11 +64,7 @@ class MetricWriter:
     if self._scratch is None:
       return
     self._board.flush()
-    root = pathlib.Path(self._scratch.name)
-    for path in root.rglob("*"):
-      if path.is_file():
-        to = self._workdir / path.relative_to(root).as_posix()
-        to.write_bytes(path.read_bytes())
+    config_lib.copy_files(pathlib.Path(self._scratch.name), self._workdir)
 
   def close(self) -> None:
     """Closes both files."""

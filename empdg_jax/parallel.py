@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from empdg_jax.config import InputError, SaveError
+from empdg_jax.config import Config, InputError, SaveError
 
 AXIS = "batch"
 HOST_LOST, BAD_INPUT = 1, 2  # Exit statuses.
@@ -107,6 +107,21 @@ def check_devices() -> None:
       f"no device of {asked} ({str(error) or 'not installed'}); "
       "JAX_PLATFORMS=cpu takes the processor"
     ) from error
+
+
+def check_batches(config: Config, devices: int) -> tuple[int, int]:
+  """Returns how many examples a device takes in training and evaluation.
+
+  Raises:
+    InputError: A batch does not divide; see `rows_per_device`.
+  """
+  train, evaluation = (
+    rows_per_device(
+      getattr(config, name).batch_size, devices, f"config.{name}.batch_size"
+    )
+    for name in ("train", "eval")
+  )
+  return train, evaluation
 
 
 def rows_per_device(batch_size: int, devices: int, name: str) -> int:

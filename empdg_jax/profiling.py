@@ -80,14 +80,8 @@ class Trace:
     folder, self._folder = self._folder, None
     with folder:
       jax.profiler.stop_trace()
-      root = pathlib.Path(folder.name)
-      found = [path for path in root.rglob("*") if path.is_file()]
-      for path in found:
-        to = self._logdir / path.relative_to(root).as_posix()
-        to.parent.mkdir(parents=True, exist_ok=True)
-        with config_lib.atomic_path(to) as temporary:
-          temporary.write_bytes(path.read_bytes())
-      return to.parent if found else None
+      copies = config_lib.copy_files(pathlib.Path(folder.name), self._logdir)
+      return copies[0].parent if copies else None
 
 
 class InputWait:

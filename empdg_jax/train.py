@@ -85,12 +85,7 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
     InputError: Something given is wrong, and nothing has been written; or the
       loss is not finite, and the state before that has been saved.
   """
-  for name in ("train", "eval"):
-    parallel.rows_per_device(
-      getattr(config, name).batch_size,
-      jax.device_count(),
-      f"config.{name}.batch_size",
-    )
+  parallel.check_batches(config, jax.device_count())
   if config.train.mle_checkpoint and not registry.critic_names(config.model):
     raise InputError(
       f"config.train.mle_checkpoint: {config.model.name} has no phase after "
@@ -139,8 +134,9 @@ class _Trainer:
       )
       self._progress.phase = DISCRIMINATOR
     # 3. over both the latest checkpoint, if there is one;
-    parallel.check_same(config_lib.to_json(config), "configurations")
-    parallel.check_same(dataset.digest(), "data")
+    if jax.process_count() > 1:
+      parallel.check_same(config_lib.to_json(config), "configurations")
+      parallel.check_same(dataset.digest(), "data")
     if main:
       checkpoint.write_run(workdir, config, dataset.vocabulary)
     self._checkpoints = checkpoint.Checkpoints(

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import pytest
+import refusal
 
 from empdg_jax import compile_check, main, tpu
 from empdg_jax.models import registry
@@ -113,9 +114,7 @@ def test_largest_batch(
 
 def refused(capsys: pytest.CaptureFixture[str], *more: str) -> str:
   """Checks the Transformer, which must be refused; returns the one line."""
-  assert main.main(command("transformer", *more)) == 2
-  (line,) = capsys.readouterr().err.strip().splitlines()
-  return line
+  return refusal.refused(capsys, *command("transformer", *more))
 
 
 def test_help_lists_the_known_slices(

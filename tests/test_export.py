@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from example import ALONE, example_of, run_example
+from refusal import refused
 
 from empdg_jax import bundle, checkpoint, evaluate, export, main, train
 from empdg_jax import config as config_lib
@@ -66,11 +67,12 @@ def predictions(folder: pathlib.Path) -> list[dict]:
   return evaluate.read_predictions(folder / "predictions.jsonl")
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-  """Runs a command that must be refused; returns its one line."""
-  assert main.main(argv) == 2
-  (line,) = capsys.readouterr().err.strip().splitlines()
-  return line
+@pytest.fixture
+def copied(exported: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+  """A copy of the export, to change or to damage."""
+  folder = tmp_path / "export"
+  shutil.copytree(exported, folder)
+  return folder
 
 
 def test_the_folder(exported: pathlib.Path, workdir: pathlib.Path) -> None:
@@ -276,67 +278,58 @@ def test_hashed_lexicon(lexicon_file: pathlib.Path) -> None:
 
 
 def test_commands_take_exports(
-  exported: pathlib.Path,
+  copied: pathlib.Path,
   workdir: pathlib.Path,
   tmp_path: pathlib.Path,
   capsys: pytest.CaptureFixture[str],
 ) -> None:
   """`generate`, then `evaluate` into the export, then `compare`."""
-  folder = tmp_path / "export"
-  shutil.copytree(exported, folder)
   (tmp_path / "in").write_text('["I lost my dog."]\n')
   argv = [f"--input={tmp_path / 'in'}"]
-  for flag in (f"--bundle={folder}", f"--workdir={workdir}"):
+  for flag in (f"--bundle={copied}", f"--workdir={workdir}"):
     where = [flag] if "bundle" in flag else [flag, "--checkpoint=60"]
     assert main.main(["generate", *where, *argv]) == 0
   ours, theirs = capsys.readouterr().out.splitlines()
   assert ours == theirs
-  assert main.main(["evaluate", f"--bundle={folder}", "--samples=1"]) == 0
-  argv = ["compare", str(workdir), str(folder), "--format=json"]
+  assert main.main(["evaluate", f"--bundle={copied}", "--samples=1"]) == 0
+  argv = ["compare", str(workdir), str(copied), "--format=json"]
   capsys.readouterr()
   assert main.main(argv) == 0
   rows = json.loads(capsys.readouterr().out)["rows"]
   # The same run twice is no second seed.
-  assert [row["runs"] for row in rows] == [[str(workdir)], [str(folder)]]
+  assert [row["runs"] for row in rows] == [[str(workdir)], [str(copied)]]
   ours, theirs = (row["figures"]["perplexity"]["value"] for row in rows)
   assert ours == theirs
-  (folder / "config.json").write_text("{}")
-  said = refused(capsys, "compare", str(workdir), str(folder))
+  (copied / "config.json").write_text("{}")
+  said = refused(capsys, "compare", str(workdir), str(copied))
   assert "config.json is not what was exported" in said
 
 
 @pytest.mark.parametrize("name", [*bundle.REQUIRED, "eval/metrics.json"])
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
 def test_a_damaged_file_is_named(
-  exported: pathlib.Path,
-  tmp_path: pathlib.Path,
+  copied: pathlib.Path,
   capsys: pytest.CaptureFixture[str],
   name: str,
   damage: str,
 ) -> None:
-  folder = tmp_path / "export"
-  shutil.copytree(exported, folder)
-  path = folder / name
+  path = copied / name
   if damage == "missing":
     path.unlink()
   else:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-  said = refused(capsys, "generate", f"--bundle={folder}")
+  said = refused(capsys, "generate", f"--bundle={copied}")
   assert name in said
 
 
-def test_any_flipped_bit_is_found(
-  exported: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_any_flipped_bit_is_found(copied: pathlib.Path) -> None:
   """In all of SHA256SUMS, and here and there in the other files."""
-  folder = tmp_path / "export"
-  shutil.copytree(exported, folder)
-  bundle.open_bundle(folder)
+  bundle.open_bundle(copied)
   rng = np.random.default_rng(0)
   for name in ("SHA256SUMS", *bundle.REQUIRED):
-    path = folder / name
+    path = copied / name
     data = path.read_bytes()
     places = range(len(data))
     if name != "SHA256SUMS":
@@ -346,55 +339,49 @@ def test_any_flipped_bit_is_found(
       flipped[place] ^= 1 << int(rng.integers(8))
       path.write_bytes(flipped)
       with pytest.raises(InputError, match="SHA256SUMS"):
-        bundle.open_bundle(folder)
+        bundle.open_bundle(copied)
     path.write_bytes(data)
 
 
 def test_damaged_sums(
-  exported: pathlib.Path,
-  tmp_path: pathlib.Path,
+  copied: pathlib.Path,
   capsys: pytest.CaptureFixture[str],
 ) -> None:
-  folder = tmp_path / "export"
-  shutil.copytree(exported, folder)
-  path = folder / "SHA256SUMS"
+  path = copied / "SHA256SUMS"
   text = path.read_text()
   digits = text.index("  config.json")
   flipped = "1" if text[digits - 1] == "0" else "0"
   path.write_text(text[: digits - 1] + flipped + text[digits:])
   assert "config.json is not what" in refused(
-    capsys, "chat", f"--bundle={folder}"
+    capsys, "chat", f"--bundle={copied}"
   )
   path.write_text(text.replace("  config.json", "  konfig.json"))
   assert "does not list config.json" in refused(
-    capsys, "chat", f"--bundle={folder}"
+    capsys, "chat", f"--bundle={copied}"
   )
   path.write_text("not sums\n")
-  said = refused(capsys, "chat", f"--bundle={folder}")
+  said = refused(capsys, "chat", f"--bundle={copied}")
   assert "SHA256SUMS is damaged in line 1" in said
   path.unlink()
-  said = refused(capsys, "chat", f"--bundle={folder}")
+  said = refused(capsys, "chat", f"--bundle={copied}")
   assert "SHA256SUMS cannot be read" in said
 
 
 def test_a_newer_format(
-  exported: pathlib.Path,
-  tmp_path: pathlib.Path,
+  copied: pathlib.Path,
   capsys: pytest.CaptureFixture[str],
 ) -> None:
   """Whole, and with other files than today's."""
-  folder = tmp_path / "export"
-  shutil.copytree(exported, folder)
-  about = json.loads((folder / "export.json").read_text())
+  about = json.loads((copied / "export.json").read_text())
   about["format_version"] = bundle.FORMAT_VERSION + 1
-  (folder / "export.json").write_text(json.dumps(about))
-  config = json.loads((folder / "config.json").read_text())
+  (copied / "export.json").write_text(json.dumps(about))
+  config = json.loads((copied / "config.json").read_text())
   config["model"]["mixture_of_experts"] = 8
-  (folder / "config.json").write_text(json.dumps(config))
+  (copied / "config.json").write_text(json.dumps(config))
   names = ("export.json", "config.json")
-  files = {name: (folder / name).read_bytes() for name in names}
-  (folder / "SHA256SUMS").write_text(bundle.sums_text(files))
-  said = refused(capsys, "chat", f"--bundle={folder}")
+  files = {name: (copied / name).read_bytes() for name in names}
+  (copied / "SHA256SUMS").write_text(bundle.sums_text(files))
+  said = refused(capsys, "chat", f"--bundle={copied}")
   assert "export.json has format version 2" in said
   assert "update" in said
 

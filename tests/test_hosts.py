@@ -20,8 +20,6 @@ from test_systems import SMALL
 from empdg_jax import checkpoint, evaluate, main
 from empdg_jax.config import Config
 from empdg_jax.data import sample_corpus
-from empdg_jax.models import registry
-from empdg_jax.train_state import init_params
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = (
@@ -99,9 +97,8 @@ def metrics_of(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
 def params_of(workdir: pathlib.Path) -> np.ndarray:
   """Returns the latest generator's parameters in one row."""
   run = checkpoint.open_run(workdir)
-  model = registry.create_model(run.config.model, len(run.vocabulary))
-  like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   checkpoints = checkpoint.Checkpoints(workdir)
+  like = evaluate.params_like(run)
   params = checkpoints.restore_params(checkpoint.LATEST, like)
   return np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)])
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from refusal import refused
 
 from empdg_jax import config as config_lib
 from empdg_jax import evaluate, main, metrics, train
@@ -33,14 +34,6 @@ def evaluated(workdir: pathlib.Path) -> pathlib.Path:
   """The folder of the run's evaluation on the test split."""
   assert main.main(["evaluate", f"--workdir={workdir}", "--split=test"]) == 0
   return workdir / "eval" / "test"
-
-
-def _fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-  """Runs a command that must be refused; returns its one line."""
-  assert main.main(argv) == 2
-  lines = capsys.readouterr().err.strip().splitlines()
-  assert len(lines) == 1, lines
-  return lines[0]
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,14 +248,14 @@ def test_mistakes_get_one_clear_line(
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   (tmp_path / "zero.jsonl").write_text('{"response": "a", "tokens": 0}')
-  assert says in _fails(capsys, *argv)
+  assert says in refused(capsys, *argv)
   assert not (tmp_path / "x").exists()
 
 
 def test_model_name_that_does_not_exist(
   capsys: pytest.CaptureFixture[str], config: Config, tmp_path: pathlib.Path
 ) -> None:
-  line = _fails(
+  line = refused(
     capsys, "train", QUICKSTART, "--config.model.name=gpt",
     f"--config.data.data_dir={config.data.data_dir}",
     f"--workdir={tmp_path}/run",
@@ -278,7 +271,7 @@ def test_evaluate_without_a_checkpoint(
 ) -> None:
   for name in ("config.json", "vocab.txt"):
     (tmp_path / name).write_bytes((workdir / name).read_bytes())
-  assert "checkpoint" in _fails(capsys, "evaluate", f"--workdir={tmp_path}")
+  assert "checkpoint" in refused(capsys, "evaluate", f"--workdir={tmp_path}")
 
 
 def test_evaluation_that_cannot_be_written(tmp_path: pathlib.Path) -> None:

@@ -32,9 +32,13 @@ class Vocabulary:
     """Returns the tokens' ids, UNK for unknown ones."""
     return [self.ids.get(token, UNK) for token in tokens]
 
+  def to_text(self) -> str:
+    """Returns one token a line, in the order of the ids."""
+    return "\n".join(self.tokens) + "\n"
+
   def save(self, path: pathlib.Path) -> None:
-    """Writes one token a line, in the order of the ids."""
-    path.write_text("\n".join(self.tokens) + "\n", encoding="utf-8")
+    """Writes `to_text`."""
+    path.write_text(self.to_text(), encoding="utf-8")
 
 
 def build_vocabulary(utterances: Iterable[Sequence[str]]) -> Vocabulary:
