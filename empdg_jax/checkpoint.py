@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +48,8 @@ def write_run(
     InputError: The folder cannot be written, or holds another run.
   """
   check_same_config(workdir, config)
-  try:
+  what = f"--workdir={workdir}: cannot write"
+  with config_lib.storage_errors(what, InputError):
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "vocab.txt").exists():
       with config_lib.atomic_path(workdir / "vocab.txt") as path:
@@ -62,10 +62,6 @@ def write_run(
     # Last, since it marks the folder as a run's.
     with config_lib.atomic_path(workdir / "config.json") as path:
       path.write_text(config_lib.to_json(config), encoding="utf-8")
-  except InputError:
-    raise
-  except Exception as error:  # Disks raise OSError, buckets what they like.
-    raise InputError(f"--workdir={workdir}: cannot write ({error})") from error
 
 
 def check_same_config(workdir: pathlib.Path, config: Config) -> None:
@@ -109,9 +105,10 @@ def read_config(workdir: pathlib.Path) -> Config:
   try:
     text = path.read_text(encoding="utf-8")
   except OSError as error:
+    reason = error.strerror or error
     raise InputError(
-      f"--workdir={workdir} is no run folder ({error.strerror}: config.json); "
-      "'empdg train' makes one"
+      f"--workdir={workdir} is no run folder ({reason}: config.json); 'empdg "
+      "train' makes one"
     ) from error
   return config_lib.from_json(text, str(path))
 
@@ -176,7 +173,7 @@ class Checkpoints:
       progress: A JSON value: where data and training stand.
 
     Raises:
-      InputError: This one or the one before could not be written.
+      SaveError: This one or the one before could not be written.
     """
     trees = {"params": generator.params, "optimizer": _optimizer(generator)}
     if critics is not None:
@@ -200,16 +197,12 @@ class Checkpoints:
       for manager in self._managers.values():
         manager.wait_until_finished()
 
-  @contextlib.contextmanager
-  def _writing(self) -> Generator[None]:
-    """Makes one clear error of what goes wrong in the background."""
-    try:
-      yield
-    except (OSError, ValueError) as error:
-      raise SaveError(
-        f"{self._root}: cannot write a checkpoint; the last whole one stays "
-        f"({error})"
-      ) from error
+  def _writing(self) -> contextlib.AbstractContextManager[None]:
+    """Makes one clear error of what goes wrong, in the background as well."""
+    return config_lib.storage_errors(
+      f"{self._root}: cannot write a checkpoint; the last whole one stays",
+      SaveError,
+    )
 
   def close(self) -> None:
     """Waits, then frees what the managers hold."""
@@ -301,33 +294,28 @@ class Checkpoints:
   ) -> dict[str, Any]:
     """Reads the progress that `save` was given; see `restore_params`."""
     step = self.select(kind).step if step is None else step
-    try:
+    what = (
+      f"{self.folder(Selected(kind, step))}: damaged, delete it: it does not "
+      "tell of the run's progress"
+    )
+    with config_lib.storage_errors(what, InputError):
       return self._managers[kind].restore(
         step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
       )["progress"]
-    except (ValueError, KeyError, OSError) as error:
-      raise InputError(
-        f"{self.folder(Selected(kind, step))}: damaged: it does not tell of "
-        f"the run's progress ({error!r}); delete it"
-      ) from error
 
   def _restore(
     self, kind: str, item: str, like: Any, step: int | None = None
   ) -> Any:
     step = self.select(kind).step if step is None else step
     where = f"{self.folder(Selected(kind, step))}"
-    try:
+    what = f"{where}: not a checkpoint of this configuration"
+    with config_lib.storage_errors(what, InputError):
       tree = self._managers[kind].restore(
         step,
         args=ocp.args.Composite(
           **{item: ocp.args.StandardRestore(_arrays(like))}
         ),
       )[item]
-    except (ValueError, KeyError, OSError) as error:
-      reason = str(error).splitlines()[0] if str(error) else repr(error)
-      raise InputError(
-        f"{where}: not a checkpoint of this configuration ({reason})"
-      ) from error
     expected = jax.tree_util.tree_leaves_with_path(like)
     for (path, leaf), found in zip(
       expected, jax.tree.leaves(tree), strict=True

@@ -5,9 +5,11 @@ returns the exit status, or raises InputError. It imports what it needs when it
 runs, so that `--help` and mistakes in flags answer at once.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
+from collections.abc import Generator
 from typing import Any
 
 from empdg_jax import config as config_lib
@@ -71,24 +73,33 @@ def prepare(values: Any) -> int:
   return 0
 
 
-def _join_hosts(values: Any) -> None:
-  """Joins the other hosts' processes, if the flags tell of any."""
+@contextlib.contextmanager
+def _joined_hosts(values: Any, *, preemptible: bool = False) -> Generator[None]:
+  """Joins the other hosts' processes, if the flags tell of any.
+
+  What fails inside ends this process at once. See `parallel.initialize`.
+  """
   from empdg_jax import parallel
 
   parallel.initialize(
-    values.coordinator_address or "", values.num_processes, values.process_id
+    values.coordinator_address or "",
+    values.num_processes,
+    values.process_id,
+    preemptible=preemptible,
   )
+  with parallel.ending_together():
+    yield
 
 
 def train(values: Any) -> int:
   """Trains a system, or goes on with a run."""
   workdir = _workdir(values)
   config = _config(values)
-  _join_hosts(values)
-  _start_jax()
-  from empdg_jax import train
+  with _joined_hosts(values, preemptible=True):
+    _start_jax()
+    from empdg_jax import train
 
-  train.train(config, workdir)
+    train.train(config, workdir)
   return 0
 
 
@@ -129,15 +140,20 @@ def _system_folder(values: Any) -> pathlib.Path:
 
 def _load_system(values: Any) -> tuple[Any, pathlib.Path]:
   """Loads the system of --workdir or --bundle; returns its folder as well."""
-  folder = _system_folder(values)
   if values.bundle and values.checkpoint:
     raise InputError(
       f"--checkpoint={values.checkpoint}: an export holds a single one"
     )
   _start_jax()
-  from empdg_jax import evaluate
+  from empdg_jax import evaluate, parallel
 
+  with parallel.refusing_together():
+    folder = _system_folder(values)
   system = evaluate.load_system(folder, values.config, values.checkpoint)
+  parallel.check_same(
+    lambda: config_lib.to_json(system.config), "configurations"
+  )
+  parallel.check_same(lambda: str(system.step), "checkpoints")
   return system, folder
 
 
@@ -151,31 +167,30 @@ def _check_split(values: Any) -> None:
 def evaluate(values: Any) -> int:
   """Scores a split and answers it."""
   _check_split(values)
-  _join_hosts(values)
-  system, folder = _load_system(values)
-  from rich.console import Console
+  with _joined_hosts(values):
+    system, folder = _load_system(values)
+    from rich.console import Console
 
-  from empdg_jax import evaluate, parallel
+    from empdg_jax import evaluate, parallel
 
-  folder = folder / "eval" / values.split
-  if values.out:
-    folder = config_lib.run_path(values.out, "out")
-  console = Console(quiet=not parallel.is_main_process())
-  with parallel.hosts_together():
+    folder = folder / "eval" / values.split
+    if values.out:
+      folder = config_lib.run_path(values.out, "out")
+    console = Console(quiet=not parallel.is_main_process())
     metrics = evaluate.evaluate_split(system, values.split, folder, console)
-  if not parallel.is_main_process():
-    return 0
-  evaluate.print_metrics(metrics, console)
-  evaluate.print_samples(folder / "predictions.jsonl", values.samples, console)
-  system_flag = (
-    f"--bundle={values.bundle}"
-    if values.bundle
-    else f"--workdir={values.workdir}"
-  )
-  console.print(
-    f"Written to {folder}. Next: empdg chat {system_flag}",
-    soft_wrap=True, highlight=False,
-  )  # fmt: skip
+    if parallel.is_main_process():
+      evaluate.print_metrics(metrics, console)
+      predictions = folder / "predictions.jsonl"
+      evaluate.print_samples(predictions, values.samples, console)
+      used = (
+        ("bundle", values.bundle)
+        if values.bundle
+        else ("workdir", values.workdir)
+      )
+      console.print(
+        f"Written to {folder}. Next: empdg chat --{used[0]}={used[1]}",
+        soft_wrap=True, highlight=False,
+      )  # fmt: skip
   return 0
 
 

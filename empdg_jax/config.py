@@ -10,6 +10,9 @@ import typing
 from collections.abc import Generator
 from typing import Any
 
+# Exit statuses. After FAILED the same command may be given again.
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
 
 class InputError(ValueError):
   """Something given from outside is wrong; its message is one clear line."""
@@ -19,8 +22,12 @@ class InputError(ValueError):
     super().__init__(" ".join(message.splitlines()))
 
 
-class SaveError(InputError):
-  """A checkpoint could not be written; of several hosts, one may be lost."""
+class SaveError(OSError):
+  """A disk or a bucket failed in the middle of work; one clear line as well."""
+
+  def __init__(self, message: str) -> None:
+    """Joins the message's lines."""
+    super().__init__(" ".join(message.splitlines()))
 
 
 @dataclasses.dataclass
@@ -385,6 +392,23 @@ def atomic_path(path: pathlib.Path) -> Generator[pathlib.Path]:
     temporary.replace(path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def storage_errors(what: str, kind: type[Exception]) -> Generator[None]:
+  """Raises one error of one line for whatever a disk or a bucket raises.
+
+  Args:
+    what: The message's beginning: which path, and what cannot be done with it.
+    kind: `InputError` before work has begun, `SaveError` in the middle of it.
+  """
+  try:
+    yield
+  except (InputError, SaveError, RuntimeError):  # JAX's, of a lost host.
+    raise
+  except Exception as error:  # Buckets' clients have no common class.
+    reason = str(error).splitlines()[0] if str(error) else repr(error)
+    raise kind(f"{what} ({reason})") from error
 
 
 def copy_files(root: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:

@@ -301,9 +301,11 @@ def evaluate_split(
   Raises:
     InputError: The data or the folder cannot be used.
   """
-  dataset = prepare.load_dataset(
-    system.config.data, system.vocabulary, system.lexicon
-  )
+  with parallel.refusing_together():
+    dataset = prepare.load_dataset(
+      system.config.data, system.vocabulary, system.lexicon
+    )
+  parallel.check_same(dataset.digest, "data")
   examples, encoded = dataset.examples[split], dataset.encoded(split)
   scores, responses = {}, {}
   with Progress(
@@ -434,7 +436,8 @@ def write_evaluation(
   Raises:
     InputError: The folder cannot be written.
   """
-  try:
+  what = f"{folder}: cannot write"
+  with config_lib.storage_errors(what, InputError):
     folder.mkdir(parents=True, exist_ok=True)
     with config_lib.atomic_path(folder / "predictions.jsonl") as path:
       path.write_text(
@@ -443,8 +446,6 @@ def write_evaluation(
       )
     with config_lib.atomic_path(folder / "metrics.json") as path:
       path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-  except OSError as error:
-    raise InputError(f"{folder}: cannot write ({error})") from error
 
 
 _PREDICTION_TYPES = {
@@ -462,10 +463,9 @@ def read_predictions(path: pathlib.Path) -> list[dict[str, Any]]:
   Raises:
     InputError: Naming the line that is no JSON object with a `response`.
   """
-  try:
+  what = f"--predictions={path}: cannot read"
+  with config_lib.storage_errors(what, InputError):
     rows = path.read_text(encoding="utf-8").splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError(f"--predictions={path}: cannot read ({error})") from error
   lines = []
   for number, row in enumerate(rows, start=1):
     try:

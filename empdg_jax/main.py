@@ -16,10 +16,6 @@ from empdg_jax import commands, tpu
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
 
-USAGE_ERROR = 2
-INTERRUPTED = 130
-
-
 # Flags of commands that several hosts may run together, and of those that use
 # a trained system.
 _HOSTS = ("coordinator_address", "num_processes", "process_id")
@@ -64,8 +60,8 @@ def _define(name: str, values: flags.FlagValues, argv: list[str]) -> None:
     "format": "terminal or json; compare also has markdown, csv and latex",
     "topology": "a TPU slice, such as v5e:4x4",
     "coordinator_address": (
-      "with several hosts: host:port of the first one; 'auto' on TPU pods and "
-      "with Slurm"
+      "with several hosts: host:port of the first one; 'auto' on TPU slices, "
+      "of GKE too, and with Slurm"
     ),
     "image": "where to draw, without the ending; by default in the run folder",
   }
@@ -381,7 +377,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: The arguments; by default the process's.
 
   Returns:
-    The exit status: 0, 2 for a mistake in what was given, 130 after an
+    The exit status: 0; 1 if a disk, a bucket or another host failed in the
+    middle of work, 2 for a mistake in what was given, 130 after an
     interruption that saved its work.
   """
   arguments = list(sys.argv[1:] if argv is None else argv)
@@ -397,12 +394,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _COMMANDS[name].run(_parse(name, rest))
   except InputError as error:
     print(f"empdg: {error}", file=sys.stderr)
-    return USAGE_ERROR
+    return config_lib.BAD_INPUT
   except OSError as error:  # A full disk, most likely.
     print(f"empdg: {error}", file=sys.stderr)
-    return USAGE_ERROR
+    return config_lib.FAILED
   except KeyboardInterrupt:
-    return INTERRUPTED
+    return config_lib.INTERRUPTED
 
 
 def run() -> None:

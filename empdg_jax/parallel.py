@@ -7,26 +7,34 @@ with a leading axis over this host's devices, called `"batch"` inside.
 import contextlib
 import hashlib
 import os
+import pathlib
+import secrets
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from empdg_jax.config import Config, InputError, SaveError
+from empdg_jax import config as config_lib
+from empdg_jax.config import Config, InputError
 
 AXIS = "batch"
-HOST_LOST, BAD_INPUT = 1, 2  # Exit statuses.
 INITIALIZATION_SECONDS = 120  # The hosts of a pod do not start all at once.
 _HEARTBEAT_SECONDS = 60  # After which a silent host counts as lost.
+_LEAVE_SECONDS = 10  # For all hosts to refuse what is given.
 
 
 def initialize(
-  coordinator_address: str, num_processes: int | None, process_id: int | None
+  coordinator_address: str,
+  num_processes: int | None,
+  process_id: int | None,
+  *,
+  preemptible: bool = False,
 ) -> None:
   """Joins the processes of all hosts; before anything else is done with JAX.
 
@@ -35,6 +43,8 @@ def initialize(
       tells JAX of it (TPU pods, Slurm, Kubernetes); `""` for a single process.
     num_processes: How many there are, with an address.
     process_id: Which of them this is, with an address.
+    preemptible: Whether SIGTERM is to be asked for by `preempted`; else it ends
+      the process.
 
   Raises:
     InputError: The flags do not fit each other, or nobody answers.
@@ -63,6 +73,7 @@ def initialize(
       "num_processes": num_processes,
       "process_id": process_id,
     }
+  jax.config.update("jax_enable_preemption_service", preemptible)
   # JAX aborts the process, without a message for people, when its own time is
   # up: this one comes before.
   timer = threading.Timer(
@@ -94,7 +105,101 @@ def _give_up(coordinator_address: str) -> None:
     file=sys.stderr,
     flush=True,
   )
-  os._exit(BAD_INPUT)
+  os._exit(config_lib.BAD_INPUT)
+
+
+@contextlib.contextmanager
+def ending_together() -> Generator[None]:
+  """Ends this process at once if what is done with other hosts fails.
+
+  Nothing that waits for all hosts, such as a checkpoint or the usual end of a
+  process, would ever end.
+  """
+  try:
+    yield
+  except BaseException as error:
+    if not jax.distributed.is_initialized():
+      raise
+    _leave(error)
+
+
+def _leave(error: BaseException) -> NoReturn:
+  """Says what is wrong, and ends one of several processes."""
+  status = config_lib.FAILED
+  reason = " ".join(str(error).split()) or repr(error)
+  if isinstance(error, InputError):
+    status = config_lib.BAD_INPUT
+  elif isinstance(error, KeyboardInterrupt):
+    status, reason = config_lib.INTERRUPTED, "interrupted"
+  else:
+    if not isinstance(error, jax.errors.JaxRuntimeError | OSError):
+      traceback.print_exception(error)
+    reason = (
+      f"this host failed, or another host is lost ({reason[:200]}); start all "
+      "of them again with the same command: they go on from the latest "
+      "checkpoint"
+    )
+  print(f"empdg: {reason}", file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  if status == config_lib.BAD_INPUT:
+    # If the others refuse it as well, they must not lose this host before they
+    # have said so.
+    timer = threading.Timer(_LEAVE_SECONDS, os._exit, [status])
+    timer.daemon = True
+    timer.start()
+    jax.distributed.shutdown()
+  os._exit(status)
+
+
+@contextlib.contextmanager
+def refusing_together() -> Generator[None]:
+  """Has all hosts refuse what one of them refuses.
+
+  Inside, no host may wait for another, so that all come to the end.
+
+  Raises:
+    InputError: On all hosts, if one of them raised it inside.
+  """
+  refusal = None
+  try:
+    yield
+  except InputError as error:
+    refusal = error
+  if jax.process_count() > 1:
+    said = np.zeros(512, np.uint8)
+    words = str(refusal or "").encode()[: said.size]
+    said[: len(words)] = np.frombuffer(words, np.uint8)
+    for process, line in enumerate(multihost_utils.process_allgather(said)):
+      message = line.tobytes().rstrip(b"\0").decode(errors="ignore")
+      if message and refusal is None:
+        refusal = InputError(f"process {process}: {message}")
+  if refusal is not None:
+    raise refusal
+
+
+def check_shared(folder: pathlib.Path, flag: str) -> None:
+  """Raises InputError unless all hosts see the same folder."""
+  if jax.process_count() == 1:
+    return
+  name = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
+  file = folder / f".seen-by-all-{name:08x}"
+  with refusing_together():
+    if is_main_process():
+      what = f"--{flag}={folder}: cannot write"
+      with config_lib.storage_errors(what, InputError):
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+  try:
+    with refusing_together():
+      if not file.exists():
+        raise InputError(
+          f"--{flag}={folder}: the hosts do not share it: process "
+          f"{jax.process_index()} does not see what process 0 writes there; "
+          "give a bucket (gs://...) or a folder on a shared disk"
+        )
+  finally:
+    if is_main_process():
+      file.unlink(missing_ok=True)
 
 
 def check_devices() -> None:
@@ -107,6 +212,16 @@ def check_devices() -> None:
       f"no device of {asked} ({str(error) or 'not installed'}); "
       "JAX_PLATFORMS=cpu takes the processor"
     ) from error
+
+
+def describe_devices() -> str:
+  """Returns what there is to compute on, in words."""
+  devices, hosts = jax.device_count(), jax.process_count()
+  kind = jax.devices()[0].device_kind
+  return (
+    f"{devices} device{'s' * (devices > 1)} ({kind})"
+    + f" of {hosts} hosts" * (hosts > 1)
+  )
 
 
 def check_batches(config: Config, devices: int) -> tuple[int, int]:
@@ -148,39 +263,21 @@ def rows_per_device(batch_size: int, devices: int, name: str) -> int:
   return rows
 
 
-@contextlib.contextmanager
-def hosts_together() -> Generator[None]:
-  """Ends this process at once if one of several hosts fails.
-
-  Nothing that waits for all hosts, such as a checkpoint, would ever end.
-  """
-  try:
-    yield
-  except (jax.errors.JaxRuntimeError, InputError, OSError) as error:
-    if jax.process_count() == 1:
-      raise
-    reason = " ".join(str(error).split()) or repr(error)
-    status = HOST_LOST
-    if isinstance(error, InputError) and not isinstance(error, SaveError):
-      status = BAD_INPUT
-    else:
-      reason = (
-        f"this host failed, or another host is lost ({reason[:200]}); start "
-        "all of them again with the same command: they go on from the latest "
-        "checkpoint"
-      )
-    print(f"empdg: {reason}", file=sys.stderr, flush=True)
-    os._exit(status)
-
-
 def is_main_process() -> bool:
   """Returns whether this process writes what is written once."""
   return jax.process_index() == 0
 
 
-def check_same(value: str, what: str) -> None:
-  """Raises InputError unless all processes gave the same value."""
-  digest = hashlib.sha256(value.encode()).digest()[:8]
+def check_same(value: Callable[[], str], what: str) -> None:
+  """Raises InputError unless all processes have the same value.
+
+  Args:
+    value: Returns it; not called if there is one process.
+    what: What it tells of, for the message.
+  """
+  if jax.process_count() == 1:
+    return
+  digest = hashlib.sha256(value().encode()).digest()[:8]
   ours = np.frombuffer(digest, np.uint32)
   all_of_them = multihost_utils.process_allgather(ours)
   if not np.array_equal(all_of_them, np.broadcast_to(ours, all_of_them.shape)):

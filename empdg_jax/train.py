@@ -84,21 +84,17 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
     KeyboardInterrupt: Ctrl-C, after the state has been saved.
     InputError: Something given is wrong, and nothing has been written; or the
       loss is not finite, and the state before that has been saved.
+    SaveError: A checkpoint could not be written.
   """
-  parallel.check_batches(config, jax.device_count())
-  if config.train.mle_checkpoint and not registry.critic_names(config.model):
-    raise InputError(
-      f"config.train.mle_checkpoint: {config.model.name} has no phase after "
-      "maximum likelihood to begin with; use a system with critics, or ''"
-    )
-  with parallel.hosts_together():
-    checkpoint.check_same_config(workdir, config)
-    trainer = _Trainer(config, workdir)
+  trainer = _Trainer(config, workdir)
   try:
-    with parallel.hosts_together():
-      return trainer.run()
-  finally:
-    trainer.close()
+    finished = trainer.run()
+  except BaseException:
+    if jax.process_count() == 1:  # Others would be waited for in vain.
+      trainer.close()
+    raise
+  trainer.close()
+  return finished
 
 
 class _Trainer:
@@ -109,36 +105,42 @@ class _Trainer:
     self._config, self._workdir = config, workdir
     main = parallel.is_main_process()
     self._console = rich.console.Console(quiet=not main)
-    profile = config_lib.profile_range(config.train) if main else None
-    self._trace = Trace(profile, workdir / "tensorboard")
     self._input = InputWait()
     self._progress = Progress()
     self._learning_rate = train_state.learning_rate(
       config.train, config.model.emb_dim
     )
-    dataset = prepare.load_dataset(config.data)
 
     # In this order:
-    # 1. the states of a new run, which also give the shapes;
-    self._players = Players(config, dataset, self._word_vectors(dataset))
-    self._console.print(
-      f"{config.model.name}: {self._players.parameters:,} parameters"
-    )
-    # 2. over them another run's generator, if one is given;
-    if config.train.mle_checkpoint:
-      self._players.take_over(
-        config_lib.run_path(
-          config.train.mle_checkpoint, "config.train.mle_checkpoint"
-        ),
-        dataset,
+    # 1. the states of a new run, which also give the shapes, and over them
+    # another run's generator, if one is given;
+    with parallel.refusing_together():
+      self._trace = Trace(
+        config_lib.profile_range(config.train) if main else None,
+        workdir / "tensorboard",
       )
-      self._progress.phase = DISCRIMINATOR
-    # 3. over both the latest checkpoint, if there is one;
-    if jax.process_count() > 1:
-      parallel.check_same(config_lib.to_json(config), "configurations")
-      parallel.check_same(dataset.digest(), "data")
-    if main:
-      checkpoint.write_run(workdir, config, dataset.vocabulary)
+      dataset = self._load_dataset()
+      self._players = Players(config, dataset, self._word_vectors(dataset))
+      if config.train.mle_checkpoint:
+        self._players.take_over(
+          config_lib.run_path(
+            config.train.mle_checkpoint, "config.train.mle_checkpoint"
+          ),
+          dataset,
+        )
+        self._progress.phase = DISCRIMINATOR
+    self._console.print(
+      f"{config.model.name}: {self._players.parameters:,} parameters, on "
+      f"{parallel.describe_devices()}"
+    )
+    # 2. the run folder, the same for all hosts;
+    parallel.check_same(lambda: config_lib.to_json(config), "configurations")
+    parallel.check_same(dataset.digest, "data")
+    parallel.check_shared(workdir, "workdir")
+    with parallel.refusing_together():
+      if main:
+        checkpoint.write_run(workdir, config, dataset.vocabulary)
+    # 3. over the states the latest checkpoint, if there is one;
     self._checkpoints = checkpoint.Checkpoints(
       workdir, create=True, keep=config.train.keep_checkpoints
     )
@@ -169,6 +171,18 @@ class _Trainer:
       )
     )
     self._players.start()
+
+  def _load_dataset(self) -> prepare.Dataset:
+    """Checks what is given before the data, and loads them."""
+    config = self._config
+    parallel.check_batches(config, jax.device_count())
+    if config.train.mle_checkpoint and not registry.critic_names(config.model):
+      raise InputError(
+        f"config.train.mle_checkpoint: {config.model.name} has no phase after "
+        "maximum likelihood to begin with; use a system with critics, or ''"
+      )
+    checkpoint.check_same_config(self._workdir, config)
+    return prepare.load_dataset(config.data)
 
   def _open_batches(self) -> Any:
     """Returns the iterator over the phase's batches, where training stands.

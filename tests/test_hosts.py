@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,11 +39,15 @@ TINY = (
 
 
 def start(
-  *argv: str, second: str = "", folders: tuple[pathlib.Path, ...] = (ROOT, ROOT)
+  *argv: str,
+  second: str = "",
+  folders: tuple[pathlib.Path, ...] = (ROOT, ROOT),
+  before: str = "",
 ) -> list[subprocess.Popen[str]]:
   """Starts a command on two hosts, with one more flag on the second.
 
-  Each host works in its own of the two folders.
+  Each host works in its own of the two folders, and runs the Python of `before`
+  first.
   """
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -51,8 +56,8 @@ def start(
     subprocess.Popen(
       [
         sys.executable,
-        "-m",
-        "empdg_jax.main",
+        "-c",
+        f"from empdg_jax import main\n{before}\nmain.run()",
         *argv,
         f"--coordinator_address=127.0.0.1:{port}",
         "--num_processes=2",
@@ -83,6 +88,35 @@ def finish(hosts: list[subprocess.Popen[str]], status: int = 0) -> list[str]:
     )
     for output, _ in said
   ]
+
+
+def refused(*argv: str, **started: Any) -> list[str]:
+  """Starts what both hosts must refuse; returns the last line of each."""
+  lines = []
+  for host in start(*argv, **started):
+    _, errors = host.communicate(timeout=120)
+    assert host.returncode == 2, errors
+    assert "Traceback" not in errors
+    lines.append(errors.strip().splitlines()[-1])
+  return lines
+
+
+def write_corpus(
+  folder: pathlib.Path, old: bytes = b"", new: bytes = b""
+) -> None:
+  """Writes the embedded corpus as a host's own data, with one word changed."""
+  (folder / "corpus").mkdir(parents=True)
+  for name, text in sample_corpus.csv_files().items():
+    path = folder / "corpus" / f"{name}.csv"
+    path.write_bytes(text.replace(old, new, 1))
+
+
+def with_corpus(argv: tuple[str, ...]) -> list[str]:
+  """Returns a command that takes such data."""
+  kept = [a for a in argv if "data_dir" not in a and "source" not in a]
+  return [
+    *kept, "--config.data.source=corpus", "--config.data.data_dir=prepared",
+  ]  # fmt: skip
 
 
 def metrics_of(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
@@ -248,15 +282,102 @@ def test_preempted_hosts_save_and_resume(
 def test_a_host_that_cannot_begin_ends_both_soon(
   train_argv: tuple[str, ...], tmp_path: pathlib.Path
 ) -> None:
-  """The first host, which alone writes, cannot."""
+  """The first host, which alone writes, cannot: both are refused."""
   (tmp_path / "file").write_text("")
+  for line in refused(*train_argv, f"--workdir={tmp_path / 'file' / 'run'}"):
+    assert "file/run: cannot write" in line
+
+
+@pytest.mark.slow
+def test_data_that_one_host_lacks(
+  train_argv: tuple[str, ...], tmp_path: pathlib.Path
+) -> None:
+  folders = tmp_path / "first", tmp_path / "second"
+  for folder in folders:
+    folder.mkdir()
+  write_corpus(folders[0])
+  workdir = tmp_path / "run"
+  argv = with_corpus(train_argv)
+  first, second = refused(*argv, f"--workdir={workdir}", folders=folders)
+  assert "corpus" in second
+  assert first == second.replace("empdg: ", "empdg: process 1: ")
+  assert not workdir.exists()
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_hosts_do_not_share(
+  train_argv: tuple[str, ...], tmp_path: pathlib.Path
+) -> None:
+  folders = tmp_path / "first", tmp_path / "second"
+  for folder in folders:
+    folder.mkdir()
+  for line in refused(*train_argv, "--workdir=run", folders=folders):
+    assert "--workdir=run: the hosts do not share it: process 1" in line
+  assert not list(tmp_path.rglob("*.*"))
+
+
+_FULL_DISK = """
+from empdg_jax import metric_writer
+write = metric_writer.MetricWriter.write
+def fail(self, step, *rest):
+  if step == 7:
+    raise OSError(28, "No space left on device")
+  write(self, step, *rest)
+metric_writer.MetricWriter.write = fail
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("before", "number", "status", "says"),
+  [
+    (_FULL_DISK, None, 1, "No space left"),
+    ("", signal.SIGINT, 130, "interrupted"),
+  ],
+  ids=["full disk", "Ctrl-C"],
+)
+def test_a_host_that_fails_ends_both_soon(
+  train_argv: tuple[str, ...],
+  tmp_path: pathlib.Path,
+  before: str,
+  number: signal.Signals | None,
+  status: int,
+  says: str,
+) -> None:
+  workdir = tmp_path / "run"
+  hosts = start(*train_argv, f"--workdir={workdir}", before=before)
+  wait_for_step(workdir, 6)
+  if number is not None:
+    hosts[0].send_signal(number)
   began = time.monotonic()
-  hosts = start(*train_argv, f"--workdir={tmp_path / 'file' / 'run'}")
   said = [host.communicate(timeout=120)[1] for host in hosts]
   assert time.monotonic() - began < 120
-  assert "cannot write" in said[0]
-  assert hosts[0].returncode == 2
+  assert hosts[0].returncode == status, said[0]
+  assert says in said[0].splitlines()[-1]
   assert hosts[1].returncode not in (0, None)
+
+
+@pytest.mark.slow
+def test_hosts_that_evaluate_end_at_sigterm(
+  undisturbed: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  before = f"""
+import pathlib, sys, time
+from empdg_jax import evaluate
+def wait(*_):
+  (pathlib.Path({str(tmp_path)!r}) / sys.argv[-1][-1]).touch()
+  time.sleep(60)
+evaluate.evaluate_split = wait
+"""
+  hosts = start("evaluate", f"--workdir={undisturbed}", before=before)
+  deadline = time.monotonic() + 60
+  while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+    time.sleep(0.05)
+  for host in hosts:
+    host.send_signal(signal.SIGTERM)
+  for host in hosts:
+    host.communicate(timeout=10)
+    assert host.returncode == -signal.SIGTERM
 
 
 @pytest.mark.slow
@@ -266,10 +387,8 @@ def test_hosts_must_agree(
   """Another seed on the second host: both are refused, nothing is written."""
   workdir = tmp_path / "run"
   argv = (*train_argv, f"--workdir={workdir}")
-  for host in start(*argv, second="--config.train.seed=1"):
-    _, errors = host.communicate(timeout=120)
-    assert host.returncode == 2
-    assert "the hosts have different configurations" in errors
+  for line in refused(*argv, second="--config.train.seed=1"):
+    assert "the hosts have different configurations" in line
   assert not workdir.exists()
 
 
@@ -279,20 +398,12 @@ def test_hosts_must_have_the_same_data(
 ) -> None:
   """One word of one reply differs between two folders of the same name."""
   folders = tmp_path / "first", tmp_path / "second"
-  for folder in folders:
-    (folder / "corpus").mkdir(parents=True)
-    for name, text in sample_corpus.csv_files().items():
-      if folder.name == "second":
-        text = text.replace(b"that is", b"it is", 1)
-      (folder / "corpus" / f"{name}.csv").write_bytes(text)
+  write_corpus(folders[0])
+  write_corpus(folders[1], b"that is", b"it is")
   workdir = tmp_path / "run"
-  argv = [a for a in train_argv if "data_dir" not in a and "source" not in a]
-  argv += ["--config.data.source=corpus", "--config.data.data_dir=prepared"]
-  hosts = start(*argv, f"--workdir={workdir}", folders=folders)
-  for host in hosts:
-    _, errors = host.communicate(timeout=120)
-    assert host.returncode == 2, errors
-    assert "the hosts have different data" in errors
+  argv = with_corpus(train_argv)
+  for line in refused(*argv, f"--workdir={workdir}", folders=folders):
+    assert "the hosts have different data" in line
   assert not workdir.exists()
 
 

@@ -72,7 +72,7 @@ def workdir(
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train.MetricWriter, "write", write_and_interrupt)
-    assert main.main(argv) == main.INTERRUPTED
+    assert main.main(argv) == config_lib.INTERRUPTED
   assert main.main(argv) == 0
   assert main.main(["evaluate", f"--workdir={workdir}", "--samples=1"]) == 0
   return workdir

@@ -14,7 +14,7 @@ import pytest
 
 from empdg_jax import checkpoint, evaluate, train
 from empdg_jax import config as config_lib
-from empdg_jax.config import Config, InputError
+from empdg_jax.config import Config, InputError, SaveError
 
 # A stand-in for `empdg train` whose process the tests can kill.
 _PROGRAM = """
@@ -249,7 +249,7 @@ def test_a_full_disk_ends_training_with_one_line(
     raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
 
   monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", fail)
-  with pytest.raises(InputError, match="No space left") as error:
+  with pytest.raises(SaveError, match="No space left") as error:
     train.train(_short(config), tmp_path / "run")
   assert "\n" not in str(error.value)
 
