@@ -205,9 +205,10 @@ class Checkpoints:
     )
 
   def close(self) -> None:
-    """Waits, then frees what the managers hold."""
-    for manager in self._managers.values():
-      manager.close()
+    """Waits, then frees what the managers hold; see `save`."""
+    with self._writing():
+      for manager in self._managers.values():
+        manager.close()
 
   def step(self, kind: str) -> int | None:
     """Returns the step of a checkpoint, None if there is none."""

@@ -416,13 +416,17 @@ def copy_files(root: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
 
   Returns:
     The copies.
+
+  Raises:
+    SaveError: One could not be written.
   """
   copies = []
   for path in root.rglob("*"):
     if path.is_file():
       copy = to / path.relative_to(root).as_posix()
-      copy.parent.mkdir(parents=True, exist_ok=True)
-      with atomic_path(copy) as temporary:
-        temporary.write_bytes(path.read_bytes())
+      with storage_errors(f"{copy}: cannot write", SaveError):
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(copy) as temporary:
+          temporary.write_bytes(path.read_bytes())
       copies.append(copy)
   return copies

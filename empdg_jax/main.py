@@ -407,7 +407,13 @@ def run() -> None:
   logging.set_verbosity(logging.FATAL)  # Errors are raised, and told once.
   if len(sys.argv) > 1 and sys.argv[1] in ("train", "evaluate", "benchmark"):
     _use_large_pages()
-  sys.exit(main())
+  status = main()
+  if status == config_lib.FAILED:
+    # Orbax's threads may wait for minutes for what will not come.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -60,16 +60,22 @@ class MetricWriter:
     self._file.flush()
 
   def copy(self) -> None:
-    """Copies both to the run folder, if it is in a bucket."""
+    """Copies both to the run folder, if it is in a bucket.
+
+    Raises:
+      SaveError: It cannot be written.
+    """
     if self._scratch is None:
       return
     self._board.flush()
     config_lib.copy_files(pathlib.Path(self._scratch.name), self._workdir)
 
   def close(self) -> None:
-    """Closes both files."""
+    """Closes both files, and copies them; see `copy`."""
     self._board.close()
-    self.copy()
     self._file.close()
-    if self._scratch is not None:
-      self._scratch.cleanup()
+    try:
+      self.copy()
+    finally:
+      if self._scratch is not None:
+        self._scratch.cleanup()

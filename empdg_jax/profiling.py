@@ -22,7 +22,7 @@ class Trace:
     """Begins nothing yet.
 
     Args:
-      steps: It begins after the first and ends after the second; None: never.
+      steps: It begins with the first and ends before the second; None: never.
       logdir: TensorBoard's folder; the trace goes into its `plugins/profile`.
 
     Raises:
@@ -40,19 +40,31 @@ class Trace:
         f"set JAX_PLATFORMS={jax.default_backend()}"
       )
     self._begin, self._end = steps or (0, 0)
+    self._began = steps is None
     self._logdir = logdir
     self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-  def before(self, step: int) -> jax.profiler.StepTraceAnnotation:
+  def missed(self, step: float) -> bool:
+    """Returns, once, whether it has not begun and from a step on never will."""
+    missed = not self._began and step >= self._end
+    self._began |= missed
+    return missed
+
+  def before(
+    self, step: int, ahead: int = 1
+  ) -> jax.profiler.StepTraceAnnotation:
     """Begins the trace if it is time.
 
     Args:
       step: Counts what is done.
+      ahead: How many steps are taken at once.
 
     Returns:
-      The context in which to take the next step, by which its time is told.
+      The context in which to take them, by which their time is told.
     """
-    if self._folder is None and self._begin <= step < self._end:
+    due = step < self._end and step + ahead > self._begin
+    if due and not self._began:
+      self._began = True
       self._folder = tempfile.TemporaryDirectory()
       jax.profiler.start_trace(self._folder.name)
     return jax.profiler.StepTraceAnnotation("train", step_num=step)
@@ -76,7 +88,6 @@ class Trace:
     """Ends the trace if it still goes on; returns its folder."""
     if self._folder is None:
       return None
-    self._end = 0
     folder, self._folder = self._folder, None
     with folder:
       jax.profiler.stop_trace()

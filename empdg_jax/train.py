@@ -1,11 +1,12 @@
 """Training in three phases, with validation, early stop and resumption."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import rich.console
 
 from empdg_jax import checkpoint, parallel, terminal, train_log, train_state
 from empdg_jax import config as config_lib
-from empdg_jax.config import Config, InputError
+from empdg_jax.config import Config, InputError, SaveError
 from empdg_jax.data import pipeline, prepare, vectors
 from empdg_jax.metric_writer import MetricWriter
 from empdg_jax.models import registry
@@ -218,16 +219,36 @@ class _Trainer:
 
   def close(self) -> None:
     """Waits for what is being written."""
-    self._say_traced(self._trace.close())
+    with self._going_on():
+      self._say_traced(self._trace.close())
     self._checkpoints.close()
     if self._writer is not None:
-      self._writer.close()
+      with self._going_on():
+        self._writer.close()
+
+  @contextlib.contextmanager
+  def _going_on(self) -> Generator[None]:
+    """Says what fails inside, but goes on: a log is not worth a run."""
+    try:
+      yield
+    except SaveError as error:
+      self._console.print(f"Warning: {error}", soft_wrap=True, highlight=False)
 
   def _say_traced(self, folder: pathlib.Path | None) -> None:
     if folder is not None:
       self._console.print(
         f"Profile in {folder}. To look at it: pip install xprof, then "
         f"xprof --logdir={self._workdir / 'tensorboard'}",
+        soft_wrap=True, highlight=False,
+      )  # fmt: skip
+
+  def _say_missed(self, step: float, why: str) -> None:
+    """Says that nothing is traced, if that is certain at a step."""
+    if self._trace.missed(step):
+      self._console.print(
+        f"Warning: config.train.profile_steps="
+        f"{self._config.train.profile_steps}: nothing is traced: {why} step "
+        f"{self._progress.updates:,}",
         soft_wrap=True, highlight=False,
       )  # fmt: skip
 
@@ -298,6 +319,7 @@ class _Trainer:
     """
     phases = self._phases()
     names = [phase.name for phase in phases]
+    self._say_missed(self._progress.updates, "training goes on from")
     for phase in phases[names.index(self._progress.phase) :]:
       if self._progress.phase != phase.name:
         self._begin(phase)
@@ -310,6 +332,7 @@ class _Trainer:
         if stopped_by == signal.SIGINT:
           raise KeyboardInterrupt
         return False
+    self._say_missed(math.inf, "training has ended at")
     self._say_last(
       f"Next: empdg evaluate --workdir={self._workdir} --split=test"
     )
@@ -352,19 +375,28 @@ class _Trainer:
       task = bar.add_task(phase.title, total=phase.total, rate="")
       while progress.done < phase.total and progress.worse < phase.patience:
         before = progress.updates
-        with self._trace.before(before):
+        with self._trace.before(before, phase.updates):
           pending += phase.run()
         progress.done += 1
         progress.updates += phase.updates
-        self._say_traced(
-          self._trace.after(progress.updates, self._players.running)
-        )
+        with self._going_on():
+          self._say_traced(
+            self._trace.after(progress.updates, self._players.running)
+          )
         last = progress.done == phase.total
 
         def due(every: int, before: int = before, last: bool = last) -> bool:
           return before // every != progress.updates // every or last
 
-        if due(train.log_every):
+        stopped_by = interrupt.number
+        if parallel.preempted(range(before + 1, progress.updates + 1)):
+          stopped_by = signal.SIGTERM
+        validated = phase.eval_every and (
+          progress.done % phase.eval_every == 0 or last
+        )
+        saved = validated or due(train.checkpoint_every) or stopped_by
+        # A checkpoint's log holds all updates before it: nobody else has them.
+        if due(train.log_every) or saved:
           values = self._log(phase, pending, logged_at)
           logged_at, pending = time.perf_counter(), []
           bar.update(
@@ -377,15 +409,9 @@ class _Trainer:
               soft_wrap=True,
               highlight=False,
             )
-        validated = phase.eval_every and (
-          progress.done % phase.eval_every == 0 or last
-        )
         if validated:
           self._validate(phase)
-        stopped_by = interrupt.number
-        if parallel.preempted(range(before + 1, progress.updates + 1)):
-          stopped_by = signal.SIGTERM
-        if validated or due(train.checkpoint_every) or stopped_by:
+        if saved:
           self._save(checkpoint.LATEST)
         if stopped_by:
           break
@@ -466,7 +492,8 @@ class _Trainer:
 
   def _save(self, kind: str) -> None:
     if self._writer is not None:
-      self._writer.copy()
+      with self._going_on():
+        self._writer.copy()
     self._progress.data = self._batches.get_state()
     self._players.save(
       self._checkpoints,

@@ -181,6 +181,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     else:
       name = query["name"]
     self._check(name, query)
+    if server.refused and server.refused in name:
+      raise _Error(403)
     self._json(server.put(name, body))
 
   def _batch(self, body: bytes) -> None:
@@ -215,6 +217,7 @@ class FakeStorage(http.server.ThreadingHTTPServer):
     bucket: The one bucket's name.
     objects: Its objects by name.
     forbidden: Whether every request is refused.
+    refused: A part of the names of objects that are not written; "" is none.
   """
 
   daemon_threads = True
@@ -225,6 +228,7 @@ class FakeStorage(http.server.ThreadingHTTPServer):
     self.objects: dict[str, _Object] = {}
     self.uploads: dict[str, tuple[str, bytes]] = {}
     self.forbidden = False
+    self.refused = ""
     self.lock = threading.Lock()
     self.numbers = itertools.count(1)
 

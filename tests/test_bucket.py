@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 from collections.abc import Generator
 
 import fake_bucket
@@ -26,6 +28,19 @@ def storage() -> Generator[fake_bucket.FakeStorage]:
     yield server
 
 
+def argv_of(sample_config: Config) -> tuple[str, ...]:
+  """Flags of a short run, without its folder."""
+  return (
+    f"--config={ROOT}/configs/transformer.py",
+    *SMALL,
+    f"--config.data.data_dir={sample_config.data.data_dir}",
+    "--config.train.mle_steps=4",
+    "--config.train.mle_eval_every=2",
+    "--config.train.log_every=1",
+    "--config.eval.max_decode_steps=3",
+  )
+
+
 @pytest.mark.slow
 def test_a_run_in_a_bucket(
   storage: fake_bucket.FakeStorage,
@@ -34,16 +49,7 @@ def test_a_run_in_a_bucket(
   capsys: pytest.CaptureFixture[str],
 ) -> None:
   """It trains, goes on, is evaluated, listed and exported."""
-  argv = (
-    f"--config={ROOT}/configs/transformer.py",
-    *SMALL,
-    f"--config.data.data_dir={sample_config.data.data_dir}",
-    "--config.train.mle_steps=4",
-    "--config.train.mle_eval_every=2",
-    "--config.train.log_every=1",
-    "--config.eval.max_decode_steps=3",
-    "--workdir=gs://pod/runs/one",
-  )
+  argv = (*argv_of(sample_config), "--workdir=gs://pod/runs/one")
   assert main.main(["train", *argv]) == 0
   names = set(storage.objects)
   assert {"runs/one/config.json", "runs/one/vocab.txt"} <= names
@@ -69,6 +75,50 @@ def test_a_run_in_a_bucket(
     main.main(["export", "--workdir=gs://pod/runs/one", f"--out={out}"]) == 0
   )
   assert bundle.open_bundle(out).step in (2, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("refused", "says"),
+  [
+    ("metrics.jsonl", "metrics.jsonl: cannot write ("),
+    ("plugins/profile", ".xplane.pb: cannot write ("),
+  ],
+)
+def test_logs_are_not_worth_a_run(
+  storage: fake_bucket.FakeStorage,
+  sample_config: Config,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+  refused: str,
+  says: str,
+) -> None:
+  monkeypatch.setattr(storage, "refused", refused)
+  storage.objects.clear()
+  argv = (*argv_of(sample_config), "--config.train.profile_steps=1:2")
+  assert main.main(["train", *argv, "--workdir=gs://pod/logs"]) == 0
+  said = capsys.readouterr().out
+  assert says in said
+  assert "Next: empdg evaluate" in said
+  assert "logs/checkpoints/latest/4/_CHECKPOINT_METADATA" in storage.objects
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_fails_is_no_bad_input(
+  storage: fake_bucket.FakeStorage,
+  sample_config: Config,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  monkeypatch.setattr(storage, "refused", "latest/2")
+  argv = (*argv_of(sample_config), "--workdir=gs://pod/saves")
+  done = subprocess.run(
+    [sys.executable, "-m", "empdg_jax.main", "train", *argv],
+    capture_output=True, text=True, check=False, timeout=100,
+  )  # fmt: skip
+  assert done.returncode == 1, done.stderr
+  # Tensorstore's own threads may say what they like before.
+  line = done.stderr.strip().splitlines()[-1]
+  assert line.startswith("empdg: gs://pod/saves/checkpoints: cannot write a")
 
 
 def test_a_bucket_without_permission(

@@ -1,7 +1,9 @@
 """Traces of some steps, and the time that devices wait for batches."""
 
 import itertools
+import math
 import pathlib
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from empdg_jax import config as config_lib
+from empdg_jax import train
 from empdg_jax.config import Config, InputError
 from empdg_jax.profiling import InputWait, Trace
 
@@ -47,6 +50,48 @@ def test_a_run_that_ends_early_keeps_its_trace(tmp_path: pathlib.Path) -> None:
   assert list(tmp_path.rglob("*.xplane.pb"))
   trace.before(1)  # It does not begin again.
   assert trace.close() is None
+
+
+def test_rounds_of_several_steps() -> None:
+  """The rounds that overlap the range are traced, wherever they begin."""
+  with tempfile.TemporaryDirectory() as folder:
+    trace = Trace((97, 103), pathlib.Path(folder))
+    ended = []
+    for done in range(84, 114, 6):
+      trace.before(done, ahead=6)
+      ended.append(trace.after(done + 6, jnp.ones(1)) is not None)
+  assert ended == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize(
+  ("first", "missed"), [(0, False), (3, False), (4, True), (9, True)]
+)
+def test_a_trace_that_is_missed(
+  tmp_path: pathlib.Path, first: int, missed: bool
+) -> None:
+  """A run that goes on from a step behind the range says so once."""
+  trace = Trace((2, 4), tmp_path)
+  assert [trace.missed(first), trace.missed(first)] == [missed, False]
+  assert trace.missed(math.inf) == (not missed)  # It has ended before.
+
+
+def test_training_traces(
+  config: Config, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  config.train.batch_size, config.train.mle_steps = 8, 4
+  config.train.profile_steps = "2:3"
+  train.train(config, tmp_path / "run")
+  said = capsys.readouterr().out
+  (found,) = (tmp_path / "run" / "tensorboard").rglob("*.xplane.pb")
+  assert f"Profile in {found.parent}" in said
+  assert "nothing is traced" not in said
+  train.train(config, tmp_path / "run")
+  said = capsys.readouterr().out
+  assert "nothing is traced: training goes on from step 4" in said
+  config.train.profile_steps = "7:9"
+  train.train(config, tmp_path / "another")
+  said = capsys.readouterr().out
+  assert "nothing is traced: training has ended at step 4" in said
 
 
 def test_no_trace(tmp_path: pathlib.Path) -> None:

@@ -1,6 +1,7 @@
 """Training end to end on the embedded corpus: resume, stop, compile once."""
 
 import copy
+import itertools
 import json
 import os
 import pathlib
@@ -125,6 +126,27 @@ def test_kill_and_resume_gives_the_same_losses(
   np.testing.assert_allclose(
     list(losses.values()), list(expected.values()), rtol=1e-6
   )
+
+
+def test_no_update_is_missing_in_the_log(
+  trained: tuple[Config, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+  """Each line is the mean of all updates since the one before it.
+
+  A checkpoint's step has a line, so that a killed run loses none either.
+  """
+  config, every_step = copy.deepcopy(trained[0]), _losses(trained[1])
+  config.train.log_every = 5
+  workdir = tmp_path / "run"
+  killed = _run(config, workdir, 8, signal.SIGKILL)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  assert train.train(config, workdir)
+  losses = _losses(workdir)
+  steps = [0, 3, 5, 6, 8, 9, 10, 12, 15, 16, 18, 20, 21, 24]
+  assert sorted(losses) == steps[1:]
+  for before, step in itertools.pairwise(steps):
+    mean = np.mean([every_step[n] for n in range(before + 1, step + 1)])
+    assert losses[step] == pytest.approx(mean, rel=1e-5), step
 
 
 @pytest.mark.parametrize(
