@@ -9,7 +9,7 @@ import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from empdg_jax import config as config_lib
@@ -164,6 +164,13 @@ def _check_split(values: Any) -> None:
     )
 
 
+def _check_format(values: Any, formats: Sequence[str]) -> None:
+  if values.format not in formats:
+    raise InputError(
+      f"--format={values.format}: expected one of " + ", ".join(formats)
+    )
+
+
 def evaluate(values: Any) -> int:
   """Scores a split and answers it."""
   _check_split(values)
@@ -282,8 +289,7 @@ def export(values: Any) -> int:
 def checkpoints(values: Any) -> int:
   """Lists a run's checkpoints."""
   workdir = _workdir(values)
-  if values.format not in ("terminal", "json"):
-    raise InputError(f"--format={values.format}: expected terminal or json")
+  _check_format(values, ("terminal", "json"))
   _start_jax()
   from rich.console import Console
 
@@ -305,11 +311,7 @@ def compare(values: Any) -> int:
 
   from empdg_jax import compare, compare_output
 
-  formats = compare_output.FORMATS
-  if values.format not in formats:
-    raise InputError(
-      f"--format={values.format}: expected one of " + ", ".join(formats)
-    )
+  _check_format(values, compare_output.FORMATS)
   folders = [config_lib.run_path(folder, "dir") for folder in values.dir]
   comparison = compare.compare(folders, values.split, values.cases)
   compare_output.print_comparison(comparison, values.format, Console())
@@ -347,27 +349,27 @@ def compile_check(values: Any) -> int:
   from empdg_jax import compile_check
   from empdg_jax.data import prepare
 
-  if values.format not in compile_check.FORMATS:
-    raise InputError(f"--format={values.format}: expected terminal or json")
+  _check_format(values, compile_check.FORMATS)
   slice_ = compile_check.describe_topology(values.topology)
+  # JAX would warn that its cache cannot hold a program of no device.
+  jax.config.update("jax_enable_compilation_cache", False)
   size = values.vocab_size
   if size is None:
     size = len(prepare.load_dataset(config.data).vocabulary)
   console = Console()
   arguments = config, size, slice_, Console(stderr=True)
   if values.find_batch:
-    rows = compile_check.find_batch(*arguments)
-    console.print(
-      f"The largest batch that fits: {rows} examples a device, "
-      f"--config.train.batch_size={rows * len(slice_.devices)}"
-    )
+    fit = compile_check.find_batch(*arguments)
+    compile_check.print_fit(fit, slice_, values.format, console)
     return 0
-  reports = compile_check.check(*arguments)
-  compile_check.print_reports(reports, values.topology, values.format, console)
-  if too_large := [r.step for r in reports if r.memory_share > 1.0]:
+  reports, too_large = compile_check.check(*arguments)
+  compile_check.print_reports(
+    reports, too_large, slice_.name, values.format, console
+  )
+  if too_large:
     raise InputError(
-      f"--topology={values.topology}: {', '.join(too_large)} do not fit the "
-      "memory of a chip; --find_batch finds the largest batch that does"
+      f"--topology={slice_.name}: {', '.join(too_large)}: more than the "
+      "memory of a chip; --find_batch finds the largest batch that fits"
     )
   return 0
 

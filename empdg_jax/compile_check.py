@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 import time
@@ -255,7 +256,7 @@ def all_reduce_seconds(size: float, chips: int, interconnect: float) -> float:
 
 def check(
   config: Config, vocab_size: int, slice_: Slice, console: Console
-) -> list[Report]:
+) -> tuple[list[Report], list[str]]:
   """Compiles every step of a system for a slice, on its longest lengths.
 
   Args:
@@ -265,83 +266,136 @@ def check(
     console: Shows progress.
 
   Returns:
-    A report for each step.
+    A report for each step that compiles, and the names of those that do not
+    fit, of which the compiler may refuse some.
 
   Raises:
     InputError: A batch does not divide among the chips.
   """
   rows = parallel.check_batches(config, len(slice_.devices))
   lowerings = list(_lowerings(config, vocab_size, slice_.devices, *rows))
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    reports = pool.map(
-      lambda step: _report(step[0], step[1], slice_), lowerings
-    )
-    return list(
-      track(
-        reports,
-        f"Compiling for {slice_.name}",
-        total=len(lowerings),
-        console=console,
-        transient=True,
-      )
-    )
+  found = track(
+    _compile_all(lowerings, slice_),
+    f"Compiling for {slice_.name}",
+    total=len(lowerings),
+    console=console,
+    transient=True,
+  )
+  reports, too_large = [], []
+  for (name, _), report in zip(lowerings, found, strict=True):
+    if report is not None:
+      reports.append(report)
+    if report is None or report.memory_share > 1.0:
+      too_large.append(name)
+  return reports, too_large
+
+
+class Fit(NamedTuple):
+  """How many examples fit a device.
+
+  Attributes:
+    rows: So many do.
+    too_many: So many do not.
+  """
+
+  rows: int
+  too_many: int
 
 
 def find_batch(
   config: Config, vocab_size: int, slice_: Slice, console: Console
-) -> int:
-  """Returns the largest power of two of examples a device that fits.
+) -> Fit:
+  """Finds the largest batch whose training steps all fit.
 
   Args:
-    config: Of the run.
+    config: Of the run; the search begins with its batch.
     vocab_size: V.
     slice_: The slice.
     console: Shows each size as it is tried.
 
   Returns:
-    Examples a device, of the training step that needs the most memory.
+    See `largest_that_fits`.
 
   Raises:
-    InputError: Not even one example fits.
+    InputError: Not even one example a chip fits.
   """
-  fits = 0
-  for per_device in (2**n for n in range(15)):
+
+  def share(rows: int) -> float:
     lowerings = [
-      (name, lower)
-      for name, lower in _lowerings(
-        config, vocab_size, slice_.devices, per_device, per_device
-      )
-      if name not in _WITHOUT_UPDATE
+      step
+      for step in _lowerings(config, vocab_size, slice_.devices, rows, rows)
+      if step[0] not in _WITHOUT_UPDATE
     ]
-    name, lower = lowerings[-1]  # The last one needs what the others need.
-    with console.status(f"Compiling for {per_device} examples a device"):
-      try:
-        report = _report(name, lower, slice_)
-      except _TooLargeError:
-        break
-    console.print(
-      f"{per_device} examples a device: {report.memory_share:.0%} of the memory"
-    )
-    if report.memory_share > 1.0:
-      break
-    fits = per_device
-  if not fits:
+    with console.status(f"Compiling for {rows:,} examples a device"):
+      reports = list(_compile_all(lowerings, slice_))
+    most = max(math.inf if r is None else r.memory_share for r in reports)
+    needs = f"{most:.0%} of the memory" if most < math.inf else "too many"
+    console.print(f"{rows:,} examples a device: {needs}")
+    return most
+
+  start = max(1, config.train.batch_size // len(slice_.devices))
+  fit = largest_that_fits(share, start)
+  if not fit.rows:
     raise InputError(
       f"--topology={slice_.name}: not even one example a chip fits"
     )
-  return fits
+  return fit
 
 
-class _TooLargeError(InputError):
-  """The compiler itself refuses a step."""
+def largest_that_fits(share: Callable[[int], float], start: int) -> Fit:
+  """Finds where a share of the memory that grows with the batch passes 1.
+
+  It grows about linearly: each number but the first two is where the line
+  through the latest two would pass 1.
+
+  Args:
+    share: Returns it for a number of rows; infinite if it is not known.
+    start: The number to begin with.
+
+  Returns:
+    Two numbers of rows, at most a 32nd apart.
+
+  >>> largest_that_fits(lambda rows: 0.1 + rows / 500, start=32)
+  Fit(rows=450, too_many=464)
+  """
+  points: list[tuple[int, float]] = []
+  fits, too_many = 0, 2**24
+  rows = start
+  while True:
+    found = share(rows)
+    fits, too_many = (rows, too_many) if found <= 1 else (fits, rows)
+    gap = max(1, fits // 32)
+    if too_many - fits <= gap:
+      return Fit(fits, too_many)
+    if found < math.inf:
+      points = [*points[-1:], (rows, found)]
+    rows = 2 * fits if found <= 1 else (fits + too_many) // 2
+    if len(points) == 2:
+      (x, y), (other_x, other_y) = points
+      slope = (other_y - y) / (other_x - x)
+      if slope > 0:
+        rows = int(x + (1 - y) / slope)
+    rows = min(max(rows, fits + gap), too_many - gap)
 
 
-def _report(name: str, lower: Callable[[], Any], slice_: Slice) -> Report:
+def _compile_all(
+  lowerings: Sequence[tuple[str, Callable[[], Any]]], slice_: Slice
+) -> Iterator[Report | None]:
+  """Yields each step's report; see `_report`."""
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    yield from pool.map(
+      lambda step: _report(step[0], step[1], slice_), lowerings
+    )
+
+
+def _report(
+  name: str, lower: Callable[[], Any], slice_: Slice
+) -> Report | None:
   """Compiles a step and reads what the compiler says of it.
 
-  Raises:
-    InputError: It says that the step does not fit: it keeps a little of the
-      chip's memory for itself, so what hardly fits is refused as well.
+  Returns:
+    None if it says that the step does not fit: it keeps a little of the chip's
+    memory for itself, so what hardly fits is refused as well.
   """
   chip = slice_.chip
   start = time.perf_counter()
@@ -350,12 +404,7 @@ def _report(name: str, lower: Callable[[], Any], slice_: Slice) -> Report:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    used = re.search(r"[Uu]sed [\d.]+\w* of [\d.]+\w*", str(error))
-    raise _TooLargeError(
-      f"--topology={slice_.name}: the step {name!r} does not fit the memory of "
-      f"a chip ({used[0] if used else 'the compiler says'}); --find_batch "
-      "finds the largest batch that does"
-    ) from error
+    return None
   seconds = time.perf_counter() - start
   memory = compiled.memory_analysis()
   cost = compiled.cost_analysis()
@@ -389,13 +438,36 @@ def _report(name: str, lower: Callable[[], Any], slice_: Slice) -> Report:
   )
 
 
+def print_fit(fit: Fit, slice_: Slice, form: str, console: Console) -> None:
+  """Prints the largest batch; see `print_reports`."""
+  batch_size = fit.rows * len(slice_.devices)
+  if form == "json":
+    values = {
+      "topology": slice_.name,
+      **fit._asdict(),
+      "batch_size": batch_size,
+    }
+    console.file.write(json.dumps(values, indent=2) + "\n")
+    return
+  console.print(
+    f"The largest batch that fits: {fit.rows:,} examples a device "
+    f"({fit.too_many:,} do not), --config.train.batch_size={batch_size}",
+    soft_wrap=True, highlight=False,
+  )  # fmt: skip
+
+
 def print_reports(
-  reports: Sequence[Report], topology: str, form: str, console: Console
+  reports: Sequence[Report],
+  too_large: Sequence[str],
+  topology: str,
+  form: str,
+  console: Console,
 ) -> None:
   """Prints what the compiler says.
 
   Args:
     reports: Of each step.
+    too_large: Names of the steps that do not fit.
     topology: The slice.
     form: One of `FORMATS`.
     console: Where to print.
@@ -404,6 +476,7 @@ def print_reports(
     values = {
       "topology": topology,
       "steps": [dataclasses.asdict(report) for report in reports],
+      "too_large": list(too_large),
     }
     console.file.write(json.dumps(values, indent=2) + "\n")
     return
@@ -434,8 +507,9 @@ def print_reports(
       f"{r.bytes_reduced / 1e6:,.1f} in {r.all_reduces}",
       f"{1e3 * r.all_reduce_seconds:,.2f}",
     )
-  console.print(memory)
-  console.print(work)
+  if reports:
+    console.print(memory)
+    console.print(work)
 
 
 def _add_columns(table: Table, *names: str) -> None:

@@ -4,6 +4,7 @@ What needs the TPU compiler is marked `tpu` and run by `make test-tpu`.
 """
 
 import json
+import math
 import pathlib
 import sys
 from typing import Any
@@ -93,23 +94,44 @@ def test_largest_batch(
   monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
   """On a chip whose memory is made so small that little fits."""
-  reports: list[Any] = []
-  report = compile_check._report
-
-  def remember(*args: Any) -> compile_check.Report:
-    reports.append(report(*args))
-    return reports[-1]
-
-  monkeypatch.setattr(compile_check, "_report", remember)
-  chip = tpu.CHIPS["v5e"]._replace(memory=2**23)
+  chip = tpu.CHIPS["v5e"]._replace(memory=3 * 2**23)
   monkeypatch.setitem(tpu.CHIPS, "v5e", chip)
-  argv = command("transformer", "--topology=v5e:2x2", "--find-batch")
-  assert main.main(argv) == 0
-  assert reports[-1].memory_share > 1.0 >= reports[-2].memory_share
-  rows = 2 ** (len(reports) - 2)
-  said = " ".join(capsys.readouterr().out.split())
-  assert f"fits: {rows} examples a device" in said
-  assert f"batch_size={4 * rows}" in said
+  argv = command("transformer", "--topology=v5e:2x2")
+  assert main.main([*argv, "--find-batch", "--format=json"]) == 0
+  fit = json.loads(capsys.readouterr().out)
+  rows, too_many = fit["rows"], fit["too_many"]
+  assert 8 <= rows < too_many <= rows * 33 / 32 + 1
+  assert fit["batch_size"] == 4 * rows
+  for number, fits in ((rows, True), (too_many, False)):
+    more = f"--config.train.batch_size={4 * number}", "--format=json"
+    assert main.main([*argv, *more]) == (0 if fits else 2)
+    checked = json.loads(capsys.readouterr().out)
+    assert ("mle" in checked["too_large"]) != fits
+
+
+@pytest.mark.parametrize("start", [1, 32, 1_000, 100_000])
+@pytest.mark.parametrize("refuses", [False, True])
+@pytest.mark.parametrize("curve", [0.0, 1e-7])
+def test_search(start: int, refuses: bool, curve: float) -> None:
+  """Memory in tiles of 8 rows; the compiler may refuse what does not fit."""
+  tried: dict[int, float] = {}
+
+  def share(rows: int) -> float:
+    tiles = 8 * -(-rows // 8)
+    share = 0.06 + 0.002 * tiles + curve * tiles**2
+    assert rows not in tried
+    tried[rows] = math.inf if refuses and share > 1 else share
+    return tried[rows]
+
+  fit = compile_check.largest_that_fits(share, start)
+  assert tried[fit.rows] <= 1 < tried[fit.too_many]
+  assert fit.too_many - fit.rows <= fit.rows / 32
+  assert len(tried) <= 20
+
+
+def test_nothing_fits() -> None:
+  fit = compile_check.largest_that_fits(lambda rows: 1.0 + rows, 8)
+  assert fit == (0, 1)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *more: str) -> str:
@@ -147,7 +169,8 @@ def test_what_the_compiler_refuses(capsys: pytest.CaptureFixture[str]) -> None:
   said = refused(
     capsys, "--topology=v5e:2x2", f"--config.train.batch_size={2**25}"
   )
-  assert "the step 'mle' does not fit the memory of a chip" in said
+  assert "mle, discriminator" not in said
+  assert "v5e:2x2: mle: more than the memory of a chip" in said
 
 
 @pytest.mark.tpu
@@ -160,4 +183,4 @@ def test_what_does_not_fit_is_refused(
   chip = tpu.CHIPS["v5e"]._replace(memory=1.0)
   monkeypatch.setitem(tpu.CHIPS, "v5e", chip)
   said = refused(capsys, "--topology=v5e:2x2")
-  assert "mle, eval, predict do not fit the memory of a chip" in said
+  assert "mle, eval, predict: more than the memory of a chip" in said
