@@ -67,7 +67,8 @@ need() {
   done
 }
 
-# need_number LEAST NAME...: refuses unless they are whole numbers.
+# need_number LEAST NAME...: refuses unless they are whole numbers, and takes
+# the zeros off their heads, which would make them octal.
 need_number() {
   local _flag least=$1
   shift
@@ -75,6 +76,7 @@ need_number() {
     if ! [[ ${!_flag} =~ ^[0-9]{1,9}$ ]] || ((10#${!_flag} < least)); then
       refuse "--$_flag=${!_flag}: expected a whole number, $least or more"
     fi
+    printf -v "$_flag" %d "$((10#${!_flag}))"
   done
 }
 
@@ -93,7 +95,8 @@ show() {
   echo
 }
 
-# Runs a command, or shows it with --dry_run. One that fails ends the script.
+# Runs a command, or shows it with --dry_run. One that fails ends the script,
+# with 1: a status of its own, such as 2, would say something of training.
 run() {
   local status=0
   if [[ -n ${dry_run:-} ]]; then
@@ -103,7 +106,7 @@ run() {
   "$@" || status=$?
   if ((status)); then
     echo "$SCRIPT: failed with status $status: $(show "$@")" >&2
-    exit "$status"
+    exit 1
   fi
 }
 

@@ -7,19 +7,23 @@
 #
 # commands:
 #   manifest   print the YAML
-#   submit     apply it
+#   submit     apply it. Kubernetes itself starts again what was preempted or
+#              lost its host
+#   resume     for a Job that has ended, or that is to have another image or
+#              other flags: delete it, wait until its pods are gone, submit
 #   status     show the Job and its pods
-#   logs       show a pod's output: --worker=N, --follow
+#   logs       show the output of a worker's newest pod: --worker=N, --follow
 #   delete     delete the Job and the Service; pods save and end
 #
 # flags:
 #   --name=empdg           of the Job
 #   --namespace=           of Kubernetes (kubectl's current one)
-#   --image=               built from launch/Dockerfile (for manifest, submit)
+#   --image=               built from launch/Dockerfile (for manifest, submit,
+#                          resume)
 #   --accelerator=tpu-v5-lite-podslice
 #   --topology=4x4         of the node pool; hosts = chips / chips_per_host
 #   --chips_per_host=4
-#   --workdir=             gs://BUCKET/PATH (for manifest, submit)
+#   --workdir=             gs://BUCKET/PATH (for manifest, submit, resume)
 #   --shared_disk          --workdir is a path that all pods share, for a Job
 #                          into which you mount one
 #   --config=configs/pod.py:CHIPS
@@ -156,11 +160,16 @@ YAML
 }
 
 case $COMMAND in
-  manifest | submit)
+  manifest | submit | resume)
     need image workdir
     if [[ $workdir != gs://* && -z $shared_disk ]]; then
       refuse "--workdir=$workdir: a pod's own disk does not outlive it; give" \
         "gs://BUCKET/PATH, or --shared_disk if all pods mount this path"
+    fi
+    if [[ $COMMAND == resume ]]; then
+      # In the foreground the Job is gone only after its pods.
+      kubectl_run delete job "$name" --ignore-not-found --cascade=foreground \
+        --wait
     fi
     if [[ $COMMAND == manifest ]]; then
       manifest
@@ -175,9 +184,20 @@ case $COMMAND in
     kubectl_run get job,pods "--selector=job-name=$name" --output=wide
     ;;
   logs)
+    # A worker that was started again has several pods.
     selector=job-name=$name,batch.kubernetes.io/job-completion-index=$worker
-    kubectl_run logs "--selector=$selector" --tail=100 \
-      ${follow:+--follow}
+    pods=$(kubectl_run get pods "--selector=$selector" \
+      --sort-by=.metadata.creationTimestamp --output=name)
+    options=(--tail=100 ${follow:+--follow})
+    if [[ -n $dry_run ]]; then
+      echo "pod=\$($pods | tail -n 1)"
+      echo "$(kubectl_run logs "${options[@]}") \"\$pod\""
+    elif [[ -z $pods ]]; then
+      echo "$SCRIPT: worker $worker of $name has no pod; see $SCRIPT status" >&2
+      exit 1
+    else
+      kubectl_run logs "${options[@]}" "$(tail -n 1 <<<"$pods")"
+    fi
     ;;
   delete)
     kubectl_run delete job,service "$name" --ignore-not-found

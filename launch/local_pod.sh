@@ -8,14 +8,15 @@
 #   --processes=2          how many hosts to play
 #   --devices=4            devices of each
 #   --logdir=runs/local_pod   each host's output, in host-I.log
-#   --grace=130            seconds between SIGTERM and SIGKILL for the others
-#                          when one process fails
+#   --grace=130            seconds between SIGTERM and SIGKILL: after Ctrl-C,
+#                          and for the others when one process fails
 #   --dry_run              print the commands alone
 #   --help                 this text
 #
 # Ctrl-C and SIGTERM are handed on as SIGTERM: training saves, and the same
-# command goes on from there. The exit status is that of the first process that
-# failed, or 0. EMPDG is the command (the clone's .venv/bin/empdg, or empdg).
+# command goes on from there. A second one kills what still runs, and so does
+# --grace. The exit status is that of the first process that failed or was
+# killed, or 0. EMPDG is the command (the clone's .venv/bin/empdg, or empdg).
 #
 # examples:
 #   launch/local_pod.sh --processes=2 --devices=4 -- \
@@ -74,15 +75,24 @@ signal_all() {
     [[ -z ${running[i]} ]] || kill "-$1" -- "$2${pids[i]}" 2>/dev/null || true
   done
 }
-stopping=
-trap 'stopping=1; signal_all TERM ""' INT TERM
+# Asks all that run to save and stop, and sets when they are killed.
+stop_all() {
+  signal_all TERM ''
+  : "${deadline:=$((SECONDS + grace))}"
+}
+signals=0
+trap 'signals=$((signals + 1))' INT TERM
 
+# Both ends are open first: to open one alone waits for the other, for ever if
+# the first process is killed before it has.
+exec 3<>"$folder/pipe"
+exec 4<"$folder/pipe"
 # In a process group of their own, so that Ctrl-C reaches them once: a second
 # signal would end them before they have saved.
 set -m
 (
   trap '' INT TERM
-  exec tee "$logdir/host-0.log" <"$folder/pipe"
+  exec tee "$logdir/host-0.log" <&4 3>&-
 ) &
 tee=$!
 for ((i = 0; i < processes; i++)); do
@@ -91,18 +101,24 @@ for ((i = 0; i < processes; i++)); do
   ((i)) || output=$folder/pipe
   (
     trap - INT TERM
-    exec "${command[@]}"
+    exec "${command[@]}" 3>&- 4<&-
   ) >"$output" 2>&1 &
   pids[i]=$!
   running[i]=1
 done
 set +m
-[[ -z $stopping ]] || signal_all TERM ''  # It came before all had started.
+exec 3>&- 4<&-
 
 first_failure=0
-deadline=
+stopping='' deadline='' killed=''
 left=$processes
 while ((left)); do
+  if ((signals)) && [[ -z $stopping ]]; then
+    stopping=1
+    echo "$SCRIPT: asked to save and stop; again ends them at once" >&2
+    stop_all
+  fi
+  ((signals < 2)) || deadline=$SECONDS
   for ((i = 0; i < processes; i++)); do
     if [[ -z ${running[i]} ]] || kill -0 "${pids[i]}" 2>/dev/null; then
       continue
@@ -115,15 +131,15 @@ while ((left)); do
       first_failure=$status
       echo "$SCRIPT: process $i failed with status $status, see" \
         "$logdir/host-$i.log; the others are ended" >&2
-      signal_all TERM ''
-      deadline=$((SECONDS + grace))
+      stop_all
     fi
   done
-  if [[ -n $deadline ]] && ((left && SECONDS >= deadline)); then
+  if [[ -n $deadline && -z $killed ]] && ((left && SECONDS >= deadline)); then
+    echo "$SCRIPT: killing what still runs" >&2
     signal_all KILL -
-    deadline=
+    killed=1
   fi
-  ((left == 0)) || sleep 0.1
+  ((left == 0)) || sleep 0.1 || true  # Ctrl-C ends it too.
 done
 while kill -0 "$tee" 2>/dev/null; do wait "$tee" || true; done
 exit "$first_failure"

@@ -6,7 +6,8 @@
 # commands:
 #   create   queue for the slice: --spot or on demand
 #   wait     until it is ACTIVE; shows its state and the seconds
-#   setup    send HEAD of this clone to all workers and install it
+#   setup    when ssh answers on all workers (ten tries), send HEAD of this
+#            clone to them and install it
 #   train    start on all workers; goes on without this terminal
 #   status   the slice's state, and that of training on every worker
 #   logs     a worker's output: --worker=N, --follow
@@ -15,8 +16,9 @@
 #   resume   after a preemption: delete what is left of the slice, then create,
 #            wait, setup, train; the run goes on from its checkpoint
 #   run      create, wait, setup, train; then poll, and resume after every
-#            preemption or lost host until training is over. Ctrl-C ends the
-#            polling alone; `resume` or `run` takes it up again
+#            preemption or lost host until training is over. It bears calls
+#            that fail, but not three starts in a row. Ctrl-C ends the polling
+#            alone; `resume` or `run` takes it up again
 #   delete   give the slice back. Until then it costs, training or not
 #
 # flags:
@@ -31,7 +33,7 @@
 #   --workdir=        gs://BUCKET/PATH (for train, resume, run)
 #   --shared_disk     --workdir is a path that all workers share
 #   --config=         (configs/pod.py:CHIPS)
-#   --poll=30         seconds between two looks, for wait and run
+#   --poll=30         seconds between two looks or tries
 #   --max_restarts=20 how often run resumes
 #   --worker=0 --follow   for logs
 #   --dry_run         print the commands alone
@@ -65,6 +67,8 @@ case $COMMAND in
 esac
 need_number 0 poll max_restarts
 [[ $worker == all ]] || need_number 0 worker
+
+trap 'exit 130' INT  # Whatever status gcloud ends with after Ctrl-C.
 
 several_hosts=
 if [[ -n $type ]]; then
@@ -106,7 +110,8 @@ on_workers() {
     "--command=$2"
 }
 
-# Sets `state`: the queued resource's, or NONE if there is none.
+# look STATE_OF_DRY_RUN: sets `state`, the queued resource's, or NONE if there
+# is none. Fails if gcloud does.
 look() {
   local errors status=0
   local describe=(
@@ -126,8 +131,18 @@ look() {
   rm -f "$errors"
   if ((status)); then
     echo "$SCRIPT: failed with status $status: $(show "${describe[@]}")" >&2
-    exit "$status"
+    return 1
   fi
+}
+
+# Looks again where that fails, up to three times.
+look_thrice() {
+  local tries=1
+  until look "$1"; do
+    ((tries < 3)) || return 1
+    tries=$((tries + 1))
+    sleep "$poll"
+  done
 }
 
 create() {
@@ -139,7 +154,7 @@ create() {
 wait_until_active() {
   local began=$SECONDS
   while :; do
-    look ACTIVE
+    look_thrice ACTIVE
     [[ -n $dry_run ]] || echo "$name: $state, $((SECONDS - began)) s"
     case $state in
       ACTIVE) return ;;
@@ -152,8 +167,20 @@ wait_until_active() {
   done
 }
 
+# A slice is ACTIVE some time before its workers let anybody in.
+wait_for_ssh() {
+  local tries=1
+  until (on_workers all true); do
+    ((tries < 10)) || return 1
+    tries=$((tries + 1))
+    echo "$name: waiting until ssh answers on all workers, try $tries of 10"
+    sleep "$poll"
+  done
+}
+
 setup() {
   local folder=/tmp archive
+  wait_for_ssh
   [[ -n $dry_run ]] || folder=$(mktemp -d)
   archive=$folder/empdg.tar.gz
   if [[ -z $dry_run && -n $(git -C "$root" status --porcelain 2>&1) ]]; then
@@ -242,6 +269,7 @@ resume() {
       create
       ;;
     ACTIVE)
+      wait_for_ssh  # What runs there must not be set up again.
       if look_at_training 'training=none' && some_run; then
         echo "Training runs on $name already"
         return
@@ -257,6 +285,7 @@ resume() {
 attempt() {
   set +e
   (
+    trap 'exit 130' INT
     set -e
     "$@"
   )
@@ -269,7 +298,7 @@ attempt() {
 watch() {
   local unreachable=0 shown='' now
   while :; do
-    look ACTIVE
+    look_thrice ACTIVE || return "$TEMPORARY"
     if [[ $state != ACTIVE ]]; then
       echo "$SCRIPT: $name is $state" >&2
       return "$TEMPORARY"
@@ -300,11 +329,11 @@ watch() {
 
 # Creates, trains and resumes until training is over.
 run_to_the_end() {
-  local restarts=0 trained=''
+  local restarts=0 failures=0 trained=''
   while :; do
     attempt resume NONE
     if ((status == 0)); then
-      trained=1
+      failures=0 trained=1
       attempt watch
       case $status in
         0)
@@ -321,13 +350,20 @@ run_to_the_end() {
         *) return "$status" ;;
       esac
     else
-      local failed=$status
-      look ACTIVE
+      look ACTIVE || state=UNKNOWN
       case $state in
-        SUSPENDED | SUSPENDING | DELETING) ;;
-        FAILED) [[ -n $trained ]] || return "$failed" ;;
-        *) return "$failed" ;;
+        NONE) return 1 ;;  # It was refused.
+        FAILED) [[ -n $trained ]] || return 1 ;;
+        ACTIVE | UNKNOWN)
+          failures=$((failures + 1))
+          if ((failures == 3)); then
+            echo "$SCRIPT: three starts in a row failed; mend what is said" \
+              "above, then run it again" >&2
+            return 1
+          fi
+          ;;
       esac
+      sleep "$poll"
     fi
     if ((restarts >= max_restarts)); then
       echo "$SCRIPT: --max_restarts=$max_restarts is reached; resume goes on" \

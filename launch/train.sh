@@ -93,7 +93,7 @@ train_once() {
 said() { grep -q "^$1" "$folder/log"; }
 
 # Hosts of a pod do not start at the same time: nobody there yet is no mistake.
-meetings=${EMPDG_MEETINGS:-5}
+meetings=$((10#${EMPDG_MEETINGS:-5}))
 while :; do
   train_once
   if ((status != BAD_INPUT)) || ! said '.*the hosts have not met'; then

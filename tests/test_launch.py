@@ -30,9 +30,13 @@ def answer(file):
   first, *rest = (here / file).read_text().splitlines() or [""]
   (here / file).write_text("".join(line + "\\n" for line in rest))
   return first
-failing = here / "failing"
-if failing.exists() and failing.read_text() in " ".join(argv):
-  sys.exit("no quota")
+# A line is a status and a part of the call that is to end with it.
+status, _, part = (here / "failing").read_text().split("\\n")[0].partition(" ")
+if part and part in " ".join(argv):
+  answer("failing")
+  if status != "0":
+    print("no quota", file=sys.stderr)
+    sys.exit(int(status))
 command = argv[-1].removeprefix("--command=")
 if "describe" in argv:
   state = answer("states")
@@ -47,7 +51,10 @@ elif "ssh" in argv and "training=running" in command:
     print(f"training={{line}} worker-{{worker}}")
 elif name == "kubectl" and "apply" in argv:
   (here / "applied").write_text(sys.stdin.read())
+elif name == "kubectl" and "pods" in argv:
+  print((here / "pods").read_text(), end="")
 elif name == "srun":
+  (here / "environment").write_text(json.dumps(dict(os.environ)))
   sys.exit(int(os.environ["STATUS"]))
 """
 
@@ -61,7 +68,7 @@ play = flags.get("play" + process, flags["play"])
 def stop(*_):
   print("Stopped and saved at step 7. The same", flush=True)
   sys.exit(0)
-signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if play == "deaf" else stop)
 environment = {{k: os.environ.get(k) for k in ("JAX_PLATFORMS", "XLA_FLAGS")}}
 with open(f"{here}/empdg-{{process}}", "a") as file:
   print(json.dumps({{"argv": sys.argv[1:], **environment}}), file=file)
@@ -72,7 +79,7 @@ elif play == "stop":
 elif play == "strangers":
   print("empdg: the hosts have not met within 120 s", file=sys.stderr)
   sys.exit(2)
-elif play == "wait":
+elif play in ("wait", "deaf"):
   time.sleep(60)
 else:
   sys.exit(int(play))
@@ -94,9 +101,9 @@ class Cloud:
     for name in ("gcloud", "kubectl", "git", "scontrol", "srun"):
       write_script(folder / "bin" / name, STAND_IN)
     write_script(folder / "bin" / "empdg", EMPDG)
-    self.tell("states")
-    self.tell("training")
-    others = ("SLURM", "EMPDG", "XLA_FLAGS")
+    for file in ("states", "training", "failing", "pods"):
+      self.tell(file)
+    others = ("SLURM", "EMPDG", "XLA_FLAGS", "JAX_PLATFORMS")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(others)}
     self.env = {
       **kept,
@@ -108,7 +115,9 @@ class Cloud:
     """Gives the stand-ins their answers."""
     (self.folder / file).write_text("".join(f"{line}\n" for line in lines))
 
-  def start(self, script: str, *argv: str) -> subprocess.Popen[str]:
+  def start(
+    self, script: str, *argv: str, process_group: int | None = None
+  ) -> subprocess.Popen[str]:
     return subprocess.Popen(
       ["bash", str(LAUNCH / script), *argv],
       stdout=subprocess.PIPE,
@@ -116,6 +125,7 @@ class Cloud:
       text=True,
       env=self.env,
       cwd=self.folder,
+      process_group=process_group,
     )
 
   def run(self, script: str, *argv: str) -> tuple[int, str, str]:
@@ -151,8 +161,9 @@ def verb(call: Sequence[str]) -> str:
     return call[0]
   if call[4] != "ssh":
     return call[4]
-  for name, mark in (("setup", "uv pip"), ("train", "train.sh"),
-                     ("stop", "kill -TERM"), ("logs", "tail")):  # fmt: skip
+  for name, mark in (("ssh", "command=true"), ("setup", "uv pip"),
+                     ("train", "train.sh"), ("stop", "kill -TERM"),
+                     ("logs", "tail")):  # fmt: skip
     if mark in call[-1]:
       return name
   return "probe"
@@ -207,6 +218,7 @@ def test_help(cloud: Cloud, path: pathlib.Path) -> None:
     ("gke.sh manifest --topology=4y4", "--topology=4y4"),
     ("gke.sh manifest --topology=1x2", "--chips_per_host=4"),
     ("gke.sh manifest --image=i --workdir=runs/pod", "--workdir=runs/pod"),
+    ("gke.sh resume --workdir=gs://b/run", "--image is missing"),
     ("gke.sh submit --name=Empdg", "--name=Empdg"),
     ("slurm_gpu.sbatch --config=c", "--workdir is missing"),
     ("slurm_gpu.sbatch --config=c --workdir=w", "submit with sbatch"),
@@ -233,7 +245,7 @@ def test_dry_run_of_a_pod_calls_nothing(cloud: Cloud) -> None:
     "--zone=us-west4-a --project=p --accelerator-type=v5litepod-16 "
     "--runtime-version=v2-alpha-tpuv5-lite"
   ) in lines
-  assert sum("--worker=all" in line for line in lines) == 5
+  assert sum("--worker=all" in line for line in lines) == 6
   (train,) = (line for line in lines if "nohup" in line)
   # What is printed can be pasted: the same words come out of a shell.
   subprocess.run(["bash", "-c", train], env=cloud.env, check=True)
@@ -294,8 +306,8 @@ def test_create_wait_setup_train(cloud: Cloud) -> None:
         "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE",
       ]  # fmt: skip
   assert cloud.verbs() == [
-    "create", "describe", "describe", "describe", "scp", "setup", "probe",
-    "train",
+    "create", "describe", "describe", "describe", "ssh", "scp", "setup",
+    "probe", "train",
   ]  # fmt: skip
   (archive,) = (c for c in cloud.calls() if c[0] == "git" and "archive" in c)
   (copy,) = (c for c in cloud.calls() if verb(c) == "scp")
@@ -316,25 +328,30 @@ def test_waiting_in_vain(cloud: Cloud, state: str) -> None:
   ("command", "failing", "before"),
   [
     ("create", "queued-resources create", []),
-    ("setup", "tpu-vm scp", []),
+    ("setup", "tpu-vm scp", ["ssh"]),
+    ("status", "queued-resources describe", []),
     ("resume", "queued-resources delete", ["describe"]),
-    ("resume", "uv pip", ["describe", "delete", "create", "describe", "scp"]),
+    (
+      "resume",
+      "uv pip",
+      ["describe", "delete", "create", "describe", "ssh", "scp"],
+    ),
   ],
 )
 def test_a_failing_call_is_the_last(
   cloud: Cloud, command: str, failing: str, before: list[str]
 ) -> None:
   cloud.tell("states", "SUSPENDED", "ACTIVE")
-  (cloud.folder / "failing").write_text(failing)
+  cloud.tell("failing", f"2 {failing}")
   status, _, errors = cloud.run("tpu_pod.sh", command, *SLICE)
-  assert status == 1
+  assert status == 1  # 2 would say that training was given something wrong.
   assert "no quota" in errors
-  assert re.search(rf"failed with status 1: gcloud.*{failing[-6:]}", errors)
+  assert re.search(rf"failed with status 2: gcloud.*{failing[-6:]}", errors)
   assert cloud.verbs()[:-1] == before
   assert failing in " ".join(cloud.calls()[-1])
 
 
-RESUMED = ["describe", "scp", "setup", "probe", "train"]
+RESUMED = ["describe", "ssh", "scp", "setup", "probe", "train"]
 
 
 def test_run_goes_on_after_a_preemption(cloud: Cloud) -> None:
@@ -378,8 +395,108 @@ def test_run_starts_again_what_did_not_finish(cloud: Cloud, ended: str) -> None:
   assert status == 0, errors
   assert cloud.verbs() == [
     "describe", "create", *RESUMED, "describe", "probe",
-    "describe", "probe", *RESUMED, "describe", "probe",
+    "describe", "ssh", "probe", *RESUMED, "describe", "probe",
   ]  # fmt: skip
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_run_bears_failing_looks(cloud: Cloud, failures: int) -> None:
+  """While it waits for the slice as well as during training."""
+  cloud.tell("states", "", *["ACTIVE"] * 4)
+  cloud.tell("training", "none none", *["running running"] * 2, "0 0")
+  cloud.tell(
+    "failing", "0 describe", "1 describe", "1 describe", "0 describe",
+    "0 describe", *["2 describe"] * failures,
+  )  # fmt: skip
+  status, _, errors = cloud.run("tpu_pod.sh", "run", *SLICE)
+  assert status == 0, errors
+  restarts = failures == 3
+  assert cloud.verbs() == [
+    "describe", "create", *["describe"] * 2, *RESUMED, "describe", "probe",
+    *["describe"] * failures, "describe", *["ssh"] * restarts, "probe",
+    "describe", "probe",
+  ]  # fmt: skip
+  assert ("restart 1 of 20" in errors) == restarts
+
+
+def test_run_waits_for_ssh(cloud: Cloud) -> None:
+  cloud.tell("states", "", "ACTIVE", "ACTIVE")
+  cloud.tell("training", "none none", "0 0")
+  cloud.tell("failing", *["255 command=true"] * 9)
+  status, said, errors = cloud.run("tpu_pod.sh", "run", *SLICE)
+  assert status == 0, errors
+  assert cloud.verbs() == [
+    "describe", "create", "describe", *["ssh"] * 9, *RESUMED[1:],
+    "describe", "probe",
+  ]  # fmt: skip
+  assert said.count("waiting until ssh answers on all workers") == 9
+  assert "restart" not in errors
+
+
+def test_ssh_never_answers(cloud: Cloud) -> None:
+  cloud.tell("failing", *["255 command=true"] * 11)
+  status, _, errors = cloud.run("tpu_pod.sh", "setup", *SLICE)
+  assert status == 1
+  assert "failed with status 255" in errors.splitlines()[-1]
+  assert cloud.verbs() == ["ssh"] * 10
+
+
+@pytest.mark.parametrize(
+  ("failing", "looks"), [("tpu-vm scp", 3), ("uv pip", 3), ("nohup", 5)]
+)
+def test_run_tries_a_failed_start_again(
+  cloud: Cloud, failing: str, looks: int
+) -> None:
+  """Twice in a row; what has trained in between starts the count anew."""
+  cloud.tell("states", "", *["ACTIVE"] * 20)
+  twice = [f"2 {failing}"] * 2
+  cloud.tell("failing", *twice, f"0 {failing}", *twice)
+  # One in every start on a slice that is ACTIVE, and one before training.
+  cloud.tell(
+    "training", *["none none"] * looks, "1 1",
+    *["none none"] * (looks + 1), "0 0",
+  )  # fmt: skip
+  status, _, errors = cloud.run("tpu_pod.sh", "run", *SLICE)
+  assert status == 0, errors
+  assert errors.count("failed with status 2: ") == 4
+  assert "restart 5 of 20" in errors
+
+
+@pytest.mark.parametrize(
+  ("failing", "count"), [("tpu-vm scp", 3), ("describe", 6)]
+)
+def test_run_ends_if_it_never_starts(
+  cloud: Cloud, failing: str, count: int
+) -> None:
+  cloud.tell("states", *["ACTIVE"] * 20)
+  cloud.tell("training", *["none none"] * 20)
+  cloud.tell("failing", *[f"2 {failing}"] * 20)
+  status, _, errors = cloud.run("tpu_pod.sh", "run", *SLICE)
+  assert status == 1
+  *_, command, last = errors.splitlines()
+  assert "failed with status 2: gcloud" in command
+  assert "three starts in a row failed" in last
+  assert cloud.verbs().count(failing.split()[-1]) == count
+
+
+def test_run_does_not_repeat_a_refused_request(cloud: Cloud) -> None:
+  cloud.tell("failing", "2 queued-resources create")
+  status, _, errors = cloud.run("tpu_pod.sh", "run", *SLICE)
+  assert status == 1
+  assert "no quota" in errors
+  assert cloud.verbs() == ["describe", "create", "describe"]
+
+
+def test_ctrl_c_ends_run(cloud: Cloud) -> None:
+  """Whatever gcloud makes of it."""
+  (cloud.folder / "bin" / "gcloud").write_text(
+    '#!/bin/sh\ncase "$*" in *describe*) echo ACTIVE; exit;; esac\n'
+    'trap "exit 1" INT\n: > called\nsleep 9 > /dev/null & wait\n'
+  )
+  process = cloud.start("tpu_pod.sh", "run", *SLICE, process_group=0)
+  cloud.wait_for("called")
+  send(process, signal.SIGINT)
+  assert process.wait(timeout=5) == 130
 
 
 def test_run_does_not_repeat_bad_input(cloud: Cloud) -> None:
@@ -395,17 +512,20 @@ def test_run_takes_up_what_runs(cloud: Cloud) -> None:
   cloud.tell("states", "ACTIVE", "ACTIVE", "ACTIVE")
   cloud.tell("training", "running running", "running running", "0 0")
   assert cloud.run("tpu_pod.sh", "run", *SLICE)[0] == 0
-  assert cloud.verbs() == ["describe", "probe"] * 3
+  assert cloud.verbs() == [
+    "describe", "ssh", "probe", *["describe", "probe"] * 2,
+  ]  # fmt: skip
 
 
-def test_run_gives_up(cloud: Cloud) -> None:
-  cloud.tell("states", *["ACTIVE"] * 20)
-  cloud.tell("training", *["none none", "none none", "1 1"] * 5)
-  argv = ("run", *SLICE, "--max-restarts=2")
+@pytest.mark.parametrize("most", ["2", "08"])
+def test_run_gives_up(cloud: Cloud, most: str) -> None:
+  cloud.tell("states", *["ACTIVE"] * 40)
+  cloud.tell("training", *["none none", "none none", "1 1"] * 10)
+  argv = ("run", *SLICE, f"--max-restarts={most}")
   status, _, errors = cloud.run("tpu_pod.sh", *argv)
   assert status == 1
-  assert "--max_restarts=2 is reached" in errors
-  assert cloud.verbs().count("train") == 3
+  assert f"--max_restarts={int(most)} is reached" in errors
+  assert cloud.verbs().count("train") == int(most) + 1
 
 
 def test_run_does_not_queue_again_without_quota(cloud: Cloud) -> None:
@@ -423,7 +543,7 @@ def test_run_does_not_queue_again_without_quota(cloud: Cloud) -> None:
     ("FAILED", ["delete", "create", *RESUMED]),
     ("", ["create", *RESUMED]),
     ("CREATING", RESUMED),
-    ("ACTIVE", ["probe", *RESUMED]),
+    ("ACTIVE", ["ssh", "probe", *RESUMED]),
   ],
 )
 def test_resume(cloud: Cloud, state: str, expected: list[str]) -> None:
@@ -513,10 +633,11 @@ def test_train(cloud: Cloud, play: str, status: int) -> None:
   assert ("Next: empdg evaluate" in said) == (play == "finish")
 
 
-def test_train_waits_for_other_hosts(cloud: Cloud) -> None:
-  cloud.env["EMPDG_MEETINGS"] = "3"
+@pytest.mark.parametrize("meetings", ["3", "08"])
+def test_train_waits_for_other_hosts(cloud: Cloud, meetings: str) -> None:
+  cloud.env["EMPDG_MEETINGS"] = meetings
   assert cloud.run("train.sh", "--play=strangers")[0] == 1  # Not bad input.
-  assert len(cloud.empdg()) == 3
+  assert len(cloud.empdg()) == int(meetings)
 
 
 def test_train_hands_on_sigterm(cloud: Cloud) -> None:
@@ -578,17 +699,42 @@ def test_local_pod_ends_what_does_not_end(cloud: Cloud) -> None:
   assert time.monotonic() - began < 10
 
 
+def send(process: subprocess.Popen[str], number: signal.Signals) -> None:
+  """To the whole group, as a terminal does for Ctrl-C, or the script alone."""
+  (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_local_pod_hands_on_signals(
   cloud: Cloud, number: signal.Signals
 ) -> None:
   argv = ("--processes=2", "--logdir=logs", "--", "train", "--play=wait")
-  process = cloud.start("local_pod.sh", *argv)
+  process = cloud.start("local_pod.sh", *argv, process_group=0)
   cloud.wait_for("empdg-0", "empdg-1")
-  process.send_signal(number)
-  said, _ = process.communicate(timeout=10)
+  send(process, number)
+  said, errors = process.communicate(timeout=10)
   assert process.returncode == 0
+  assert "asked to save and stop" in errors
   assert "Stopped and saved at step 7" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("grace", [0, 100])
+def test_local_pod_kills_what_does_not_stop(
+  cloud: Cloud, number: signal.Signals, grace: int
+) -> None:
+  """When its time is over, or at the second signal."""
+  flags = ("--processes=2", f"--grace={grace}", "--", "train")
+  plays = ("--play=wait", "--play1=deaf")
+  process = cloud.start("local_pod.sh", *flags, *plays, process_group=0)
+  cloud.wait_for("empdg-0", "empdg-1")
+  send(process, number)
+  assert process.stderr
+  assert "asked to save and stop" in process.stderr.readline()
+  if grace:
+    send(process, number)
+  assert process.wait(timeout=10) == 128 + signal.SIGKILL
+  assert "killing what still runs" in process.stderr.read()
 
 
 def test_local_pod_dry_run(cloud: Cloud) -> None:
@@ -601,6 +747,10 @@ def test_local_pod_dry_run(cloud: Cloud) -> None:
   assert "--workdir=a\\ b" in first
   assert first.replace("--process_id=0", "--process_id=1") == second
   assert cloud.empdg() == []
+  argv = ("--processes=02", "--devices=08", "--grace=09", *argv)
+  said = cloud.run("local_pod.sh", *argv)[1]
+  assert said.count("--num_processes=2 ") == 2
+  assert "--xla_force_host_platform_device_count=8 " in said
 
 
 @pytest.mark.parametrize(
@@ -612,7 +762,7 @@ def test_gke_manifest(
 ) -> None:
   status, said, errors = cloud.run(
     "gke.sh", "manifest", "--name=pod", f"--topology={topology}",
-    f"--chips_per_host={per_host}", "--image=image:1", "--workdir=gs://b/run",
+    f"--chips_per_host=0{per_host}", "--image=image:1", "--workdir=gs://b/run",
     "--service-account=writer", "--max_restarts=5", "--", "--config.x=it's",
   )  # fmt: skip
   assert (status, errors) == (0, "")
@@ -661,20 +811,66 @@ def test_gke_commands(cloud: Cloud) -> None:
   command, manifest = dry.split("\n", 1)
   assert command.split() == cloud.calls()[-1]
   assert (cloud.folder / "applied").read_text() == manifest
-  cloud.run("gke.sh", "logs", "--worker=2", "--follow", "--namespace=mine")
-  assert cloud.calls()[-1] == [
-    "kubectl", "--namespace=mine", "logs",
-    "--selector=job-name=empdg,batch.kubernetes.io/job-completion-index=2",
-    "--tail=100", "--follow",
-  ]  # fmt: skip
   cloud.run("gke.sh", "status")
   assert "--selector=job-name=empdg" in cloud.calls()[-1]
   cloud.run("gke.sh", "delete", "--name=other")
   assert cloud.calls()[-1][1:4] == ["delete", "job,service", "other"]
-  (cloud.folder / "failing").write_text("delete")
+  cloud.tell("failing", "2 delete")
   status, _, errors = cloud.run("gke.sh", "delete")
   assert status == 1
-  assert "failed with status 1: kubectl delete" in errors
+  assert "failed with status 2: kubectl delete" in errors
+
+
+def test_gke_resume(cloud: Cloud) -> None:
+  new = ("--image=i", "--workdir=gs://b/run", "--namespace=mine")
+  dry = cloud.run("gke.sh", "resume", *new, "--dry_run")[1]
+  assert cloud.calls() == []
+  assert cloud.run("gke.sh", "resume", *new)[0] == 0
+  delete, apply, manifest = dry.split("\n", 2)
+  assert [delete.split(), apply.split()] == cloud.calls()
+  assert cloud.calls()[0] == [
+    "kubectl", "--namespace=mine", "delete", "job", "empdg",
+    "--ignore-not-found", "--cascade=foreground", "--wait",
+  ]  # fmt: skip
+  assert manifest == (cloud.folder / "applied").read_text()
+  assert manifest == cloud.run("gke.sh", "manifest", *new)[1]
+  # Without the old one gone, nothing is applied.
+  cloud.tell("failing", "1 delete")
+  before = len(cloud.calls())
+  assert cloud.run("gke.sh", "resume", *new)[0] == 1
+  assert len(cloud.calls()) == before + 1
+
+
+def test_gke_logs(cloud: Cloud) -> None:
+  """Those of the newest pod, whether run or pasted."""
+  cloud.tell("pods", "pod/empdg-2-old", "pod/empdg-2-new")
+  argv = ("logs", "--worker=2", "--follow", "--namespace=mine")
+  assert cloud.run("gke.sh", *argv)[0] == 0
+  calls = cloud.calls()
+  assert calls == [
+    [
+      "kubectl", "--namespace=mine", "get", "pods",
+      "--selector=job-name=empdg,batch.kubernetes.io/job-completion-index=2",
+      "--sort-by=.metadata.creationTimestamp", "--output=name",
+    ],
+    [
+      "kubectl", "--namespace=mine", "logs", "--tail=100", "--follow",
+      "pod/empdg-2-new",
+    ],
+  ]  # fmt: skip
+  dry = cloud.run("gke.sh", *argv, "--dry_run")[1]
+  assert len(dry.splitlines()) == 2
+  assert cloud.calls() == calls
+  subprocess.run(["bash", "-c", dry], env=cloud.env, check=True)
+  assert cloud.calls() == calls * 2
+
+
+def test_gke_logs_without_a_pod(cloud: Cloud) -> None:
+  status, said, errors = cloud.run("gke.sh", "logs", "--worker=3")
+  assert (status, said) == (1, "")
+  (line,) = errors.splitlines()
+  assert "worker 3 of empdg has no pod" in line
+  assert len(cloud.calls()) == 1
 
 
 @pytest.mark.parametrize(
@@ -699,15 +895,41 @@ def test_slurm(cloud: Cloud, status: int, requeued: int) -> None:
   assert others == [["scontrol", "requeue", "12"]] * requeued
 
 
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_what_a_slurm_step_gets(cloud: Cloud, platform: str) -> None:
+  cloud.env |= {
+    "SLURM_JOB_ID": "12",
+    "SLURM_SUBMIT_DIR": str(LAUNCH.parent),
+    "SLURM_GPUS_ON_NODE": "2",
+    "SLURM_CPUS_PER_TASK": "8",
+    "STATUS": "0",
+  }
+  if platform != "cuda":
+    cloud.env["JAX_PLATFORMS"] = platform
+  argv = ("--config=c", "--workdir=w")
+  assert cloud.run("slurm_gpu.sbatch", *argv)[0] == 0
+  (call,) = cloud.calls()
+  assert "--cpus-per-task=8" in call[: call.index(f"{LAUNCH}/train.sh")]
+  environment = json.loads((cloud.folder / "environment").read_text())
+  assert environment["JAX_PLATFORMS"] == platform
+  assert environment["JAX_LOCAL_DEVICE_IDS"] == "0,1"
+  dry = cloud.run("slurm_gpu.sbatch", "--dry_run", *argv)[1]
+  assert dry.startswith(f"env JAX_PLATFORMS={platform} JAX_LOCAL_DEVICE_IDS=")
+  assert " --cpus-per-task=8 " in dry
+
+
 def test_slurm_dry_run(cloud: Cloud) -> None:
   argv = ("--dry-run", "--config=c", "--workdir=w")
   cloud.env["SLURM_GPUS_ON_NODE"] = "4"
   said = cloud.run("slurm_gpu.sbatch", *argv)[1]
-  assert said.startswith("env JAX_LOCAL_DEVICE_IDS=0\\,1\\,2\\,3 srun")
+  assert said.startswith(
+    "env JAX_PLATFORMS=cuda JAX_LOCAL_DEVICE_IDS=0\\,1\\,2\\,3 srun"
+  )
   assert "--coordinator_address" not in said
+  assert "--cpus-per-task" not in said
   cloud.env["SLURM_NTASKS_PER_NODE"] = "4"  # A process for every GPU.
   said = cloud.run("slurm_gpu.sbatch", *argv)[1]
-  assert said.startswith("srun ")
+  assert said.startswith("env JAX_PLATFORMS=cuda srun ")
   assert "--coordinator_address=auto" in said
   assert cloud.calls() == []
 
@@ -718,31 +940,48 @@ def test_slurm_directives() -> None:
   directives = {line.split()[1] for line in head if "#SBATCH" in line}
   assert directives >= {
     "--requeue", "--signal=TERM@120", "--open-mode=append", "--nodes=1",
-    "--ntasks-per-node=1", "--gpus-per-node=1",
+    "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=8",
   }  # fmt: skip
+
+
+SKY = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+
+
+def run_sky(cloud: Cloud, **envs: str) -> subprocess.CompletedProcess[str]:
+  """Runs the task on the first of its nodes."""
+  given = {name: value or "" for name, value in SKY["envs"].items()}
+  return subprocess.run(
+    ["bash", "-c", SKY["run"]],
+    capture_output=True,
+    check=False,
+    text=True,
+    cwd=LAUNCH.parent,
+    env=cloud.env
+    | given
+    | {
+      "WORKDIR": "gs://b/run",
+      "FLAGS": "--play=finish --config.x=1",
+      "SKYPILOT_NUM_NODES": "1",
+      "SKYPILOT_NODE_RANK": "0",
+      "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+    }
+    | envs,
+  )
+
+
+def test_sky_task() -> None:
+  recovery = SKY["resources"]["job_recovery"]
+  assert recovery["recover_on_exit_codes"] == [75]
+  assert SKY["resources"]["use_spot"] is True
+  assert SKY["envs"]["WORKDIR"] is None  # It must be given.
+  devices = SKY["num_nodes"] * int(SKY["resources"]["accelerators"][-1])
+  assert SKY["envs"]["CONFIG"] == f"configs/pod.py:{devices}"
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_sky(cloud: Cloud, nodes: int) -> None:
-  task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
-  recovery = task["resources"]["job_recovery"]
-  assert recovery["recover_on_exit_codes"] == [75]
-  assert task["resources"]["use_spot"] is True
-  assert task["envs"]["WORKDIR"] is None  # It must be given.
-  devices = task["num_nodes"] * int(task["resources"]["accelerators"][-1])
-  assert task["envs"]["CONFIG"] == f"configs/pod.py:{devices}"
-  given = {name: value or "" for name, value in task["envs"].items()}
-  cloud.env |= given | {
-    "WORKDIR": "gs://b/run",
-    "FLAGS": "--play=finish --config.x=1",
-    "SKYPILOT_NUM_NODES": str(nodes),
-    "SKYPILOT_NODE_RANK": "0",
-    "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
-  }
-  ran = subprocess.run(
-    ["bash", "-c", task["run"]], env=cloud.env, cwd=LAUNCH.parent, check=True,
-    capture_output=True, text=True,
-  )  # fmt: skip
+  ran = run_sky(cloud, SKYPILOT_NUM_NODES=str(nodes))
+  assert ran.returncode == 0, ran.stderr
   assert "Next: empdg evaluate" in ran.stdout
   hosts = ["--coordinator_address=10.0.0.1:8476", "--num_processes=2",
            "--process_id=0"]  # fmt: skip
@@ -751,6 +990,17 @@ def test_sky(cloud: Cloud, nodes: int) -> None:
     "train", "--config=configs/pod.py:8", "--workdir=gs://b/run",
     *(hosts if nodes > 1 else []), "--play=finish", "--config.x=1",
   ]  # fmt: skip
+  assert started["JAX_PLATFORMS"] == "cuda"
+
+
+def test_sky_refuses_a_disk_of_the_machine(cloud: Cloud) -> None:
+  ran = run_sky(cloud, WORKDIR="runs/pod")
+  assert ran.returncode == 2
+  (line,) = ran.stderr.splitlines()
+  assert "WORKDIR=runs/pod is lost with the machine" in line
+  assert cloud.empdg() == []
+  assert run_sky(cloud, WORKDIR="/nfs/pod", SHARED_DISK="1").returncode == 0
+  assert "--workdir=/nfs/pod" in cloud.empdg()[0]["argv"]
 
 
 def test_image_holds_what_it_copies() -> None:
