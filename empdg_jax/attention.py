@@ -9,8 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from empdg_jax import config as config_lib
-from empdg_jax import parallel
+from empdg_jax import parallel, storage
 from empdg_jax.config import InputError
 from empdg_jax.data import vocab
 from empdg_jax.data.empathetic_dialogues import EMOTIONS
@@ -97,13 +96,11 @@ def draw(attended: Attended, stem: pathlib.Path) -> list[pathlib.Path]:
   """
   figure = _figure(attended)
   paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-  try:
+  with storage.errors(f"--image={stem}: cannot write", InputError):
     stem.parent.mkdir(parents=True, exist_ok=True)
     for path in paths:
-      with config_lib.atomic_path(path) as temporary:
+      with storage.atomic_path(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=150)
-  except OSError as error:
-    raise InputError(f"--image={stem}: cannot write ({error})") from error
   return paths
 
 

@@ -19,8 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from empdg_jax import config as config_lib
-from empdg_jax import evaluate, parallel, steps
+from empdg_jax import evaluate, parallel, steps, storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, prepare
 from empdg_jax.data.pipeline import Batch, Encoded, Shape
@@ -350,9 +349,7 @@ def write_benchmark(values: dict[str, Any], path: pathlib.Path) -> None:
   Raises:
     InputError: The file cannot be written.
   """
-  try:
+  with storage.errors(f"--output={path}: cannot write", InputError):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with config_lib.atomic_path(path) as temporary:
+    with storage.atomic_path(path) as temporary:
       temporary.write_text(json.dumps(values, indent=2) + "\n")
-  except OSError as error:
-    raise InputError(f"--output={path}: cannot write ({error})") from error

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from empdg_jax import bundle
+from empdg_jax import bundle, storage
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError, SaveError
 from empdg_jax.data import vocab
@@ -49,10 +49,10 @@ def write_run(
   """
   check_same_config(workdir, config)
   what = f"--workdir={workdir}: cannot write"
-  with config_lib.storage_errors(what, InputError):
+  with storage.errors(what, InputError):
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "vocab.txt").exists():
-      with config_lib.atomic_path(workdir / "vocab.txt") as path:
+      with storage.atomic_path(workdir / "vocab.txt") as path:
         vocabulary.save(path)
     elif vocab.load_vocabulary(workdir / "vocab.txt") != vocabulary:
       raise InputError(
@@ -60,7 +60,7 @@ def write_run(
         "have changed; use another --workdir"
       )
     # Last, since it marks the folder as a run's.
-    with config_lib.atomic_path(workdir / "config.json") as path:
+    with storage.atomic_path(workdir / "config.json") as path:
       path.write_text(config_lib.to_json(config), encoding="utf-8")
 
 
@@ -138,7 +138,7 @@ class Checkpoints:
       create: Whether to make the folder if it is missing.
       keep: How many of the latest checkpoints stay when one is written.
     """
-    self._root = config_lib.absolute(workdir) / "checkpoints"
+    self._root = storage.absolute(workdir) / "checkpoints"
     self._managers = {
       kind: ocp.CheckpointManager(
         self._root / kind,
@@ -199,7 +199,7 @@ class Checkpoints:
 
   def _writing(self) -> contextlib.AbstractContextManager[None]:
     """Makes one clear error of what goes wrong, in the background as well."""
-    return config_lib.storage_errors(
+    return storage.errors(
       f"{self._root}: cannot write a checkpoint; the last whole one stays",
       SaveError,
     )
@@ -299,7 +299,7 @@ class Checkpoints:
       f"{self.folder(Selected(kind, step))}: damaged, delete it: it does not "
       "tell of the run's progress"
     )
-    with config_lib.storage_errors(what, InputError):
+    with storage.errors(what, InputError):
       return self._managers[kind].restore(
         step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
       )["progress"]
@@ -310,7 +310,7 @@ class Checkpoints:
     step = self.select(kind).step if step is None else step
     where = f"{self.folder(Selected(kind, step))}"
     what = f"{where}: not a checkpoint of this configuration"
-    with config_lib.storage_errors(what, InputError):
+    with storage.errors(what, InputError):
       tree = self._managers[kind].restore(
         step,
         args=ocp.args.Composite(

@@ -13,6 +13,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from empdg_jax import config as config_lib
+from empdg_jax import storage
 from empdg_jax.config import Config, InputError
 
 
@@ -32,7 +33,7 @@ def _config(values: Any) -> Config:
 def _workdir(values: Any) -> pathlib.Path:
   if not values.workdir:
     raise InputError("--workdir is missing; give the run folder")
-  return config_lib.run_path(values.workdir, "workdir")
+  return storage.run_path(values.workdir, "workdir")
 
 
 def _start_jax() -> None:
@@ -47,7 +48,7 @@ def _start_jax() -> None:
 
   parallel.check_devices()
   if jax.config.values["jax_compilation_cache_dir"] is None:
-    folder = config_lib.cache_dir() / "compiled"
+    folder = storage.cache_dir() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -119,7 +120,7 @@ def _system_folder(values: Any) -> pathlib.Path:
   if values.bundle and values.workdir:
     raise InputError("--workdir and --bundle exclude each other; give one")
   if values.bundle:
-    folder = config_lib.run_path(values.bundle, "bundle")
+    folder = storage.run_path(values.bundle, "bundle")
     run = bundle.read_config(folder)
   elif values.workdir:
     folder = _workdir(values)
@@ -182,7 +183,7 @@ def evaluate(values: Any) -> int:
 
     folder = folder / "eval" / values.split
     if values.out:
-      folder = config_lib.run_path(values.out, "out")
+      folder = storage.run_path(values.out, "out")
     console = Console(quiet=not parallel.is_main_process())
     metrics = evaluate.evaluate_split(system, values.split, folder, console)
     if parallel.is_main_process():
@@ -207,7 +208,7 @@ def metrics(values: Any) -> int:
     raise InputError("--predictions is missing; give a predictions.jsonl")
   from empdg_jax import evaluate, metrics
 
-  path = config_lib.run_path(values.predictions, "predictions")
+  path = storage.run_path(values.predictions, "predictions")
   lines = evaluate.read_predictions(path)
   size = values.vocab_size or evaluate.vocab_size_of(path, lines)
   if size < 2:
@@ -312,7 +313,7 @@ def compare(values: Any) -> int:
   from empdg_jax import compare, compare_output
 
   _check_format(values, compare_output.FORMATS)
-  folders = [config_lib.run_path(folder, "dir") for folder in values.dir]
+  folders = [storage.run_path(folder, "dir") for folder in values.dir]
   comparison = compare.compare(folders, values.split, values.cases)
   compare_output.print_comparison(comparison, values.format, Console())
   return 0
@@ -346,10 +347,10 @@ def compile_check(values: Any) -> int:
   jax.config.update("jax_platforms", "cpu")
   from rich.console import Console
 
-  from empdg_jax import compile_check
+  from empdg_jax import compile_check, compile_report
   from empdg_jax.data import prepare
 
-  _check_format(values, compile_check.FORMATS)
+  _check_format(values, compile_report.FORMATS)
   slice_ = compile_check.describe_topology(values.topology)
   # JAX would warn that its cache cannot hold a program of no device.
   jax.config.update("jax_enable_compilation_cache", False)
@@ -360,10 +361,10 @@ def compile_check(values: Any) -> int:
   arguments = config, size, slice_, Console(stderr=True)
   if values.find_batch:
     fit = compile_check.find_batch(*arguments)
-    compile_check.print_fit(fit, slice_, values.format, console)
+    compile_report.print_fit(fit, slice_, values.format, console)
     return 0
   reports, too_large = compile_check.check(*arguments)
-  compile_check.print_reports(
+  compile_report.print_reports(
     reports, too_large, slice_.name, values.format, console
   )
   if too_large:

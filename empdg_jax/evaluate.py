@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
-from empdg_jax import bundle, checkpoint, metrics, parallel, steps
-from empdg_jax import config as config_lib
+from empdg_jax import bundle, checkpoint, metrics, parallel, steps, storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, prepare, text, vocab
 from empdg_jax.data.empathetic_dialogues import EMOTIONS
@@ -417,7 +416,7 @@ def vocab_size_of(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> int:
   Returns:
     The size of the run's vocabulary, or the number of distinct tokens.
   """
-  folder = config_lib.absolute(path).parent.parent
+  folder = storage.absolute(path).parent.parent
   vocabulary = folder.parent / "vocab.txt"
   if folder.name == "eval" and vocabulary.is_file():
     return len(vocab.load_vocabulary(vocabulary))
@@ -437,14 +436,14 @@ def write_evaluation(
     InputError: The folder cannot be written.
   """
   what = f"{folder}: cannot write"
-  with config_lib.storage_errors(what, InputError):
+  with storage.errors(what, InputError):
     folder.mkdir(parents=True, exist_ok=True)
-    with config_lib.atomic_path(folder / "predictions.jsonl") as path:
+    with storage.atomic_path(folder / "predictions.jsonl") as path:
       path.write_text(
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
         encoding="utf-8",
       )
-    with config_lib.atomic_path(folder / "metrics.json") as path:
+    with storage.atomic_path(folder / "metrics.json") as path:
       path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -464,7 +463,7 @@ def read_predictions(path: pathlib.Path) -> list[dict[str, Any]]:
     InputError: Naming the line that is no JSON object with a `response`.
   """
   what = f"--predictions={path}: cannot read"
-  with config_lib.storage_errors(what, InputError):
+  with storage.errors(what, InputError):
     rows = path.read_text(encoding="utf-8").splitlines()
   lines = []
   for number, row in enumerate(rows, start=1):

@@ -16,7 +16,7 @@ import safetensors.numpy
 from jax import export as jax_export
 from rich.console import Console
 
-from empdg_jax import bundle, checkpoint, evaluate, model_card, steps
+from empdg_jax import bundle, checkpoint, evaluate, model_card, steps, storage
 from empdg_jax import config as config_lib
 from empdg_jax.checkpoint import Checkpoints, Run
 from empdg_jax.config import Config, EvalConfig, InputError
@@ -45,7 +45,7 @@ def load(folder: str | os.PathLike[str]) -> Responder:
   Raises:
     InputError: A file is missing, damaged or of a newer format.
   """
-  path = config_lib.run_path(os.fspath(folder), "bundle")
+  path = storage.run_path(os.fspath(folder), "bundle")
   bundle.require_bundle(path)
   return Responder(evaluate.load_system(path))
 

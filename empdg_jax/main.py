@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from absl import flags, logging
 from ml_collections import config_flags
 
-from empdg_jax import commands, tpu
+from empdg_jax import commands, storage, tpu
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
 
@@ -122,7 +122,7 @@ def _resumes(argv: Sequence[str]) -> bool:
   workdir = _argument(argv, "workdir")
   if _argument(argv, "config") or not workdir:
     return False
-  return (config_lib.run_path(workdir, "workdir") / "config.json").exists()
+  return (storage.run_path(workdir, "workdir") / "config.json").exists()
 
 
 def _config_of_folder(argv: Sequence[str]) -> Config:
@@ -139,11 +139,11 @@ def _config_of_folder(argv: Sequence[str]) -> Config:
   if folder := _argument(argv, "bundle"):
     from empdg_jax import bundle
 
-    return bundle.read_config(config_lib.run_path(folder, "bundle"))
+    return bundle.read_config(storage.run_path(folder, "bundle"))
   if folder := _argument(argv, "workdir"):
     from empdg_jax import checkpoint
 
-    return checkpoint.read_config(config_lib.run_path(folder, "workdir"))
+    return checkpoint.read_config(storage.run_path(folder, "workdir"))
   return Config()  # The command says what is missing.
 
 

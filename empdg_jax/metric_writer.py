@@ -9,7 +9,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from empdg_jax import config as config_lib
+from empdg_jax import storage
 
 
 def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
@@ -36,7 +36,7 @@ class MetricWriter:
     self._workdir = workdir
     self._scratch = None
     folder = workdir
-    if config_lib.in_bucket(workdir):
+    if storage.in_bucket(workdir):
       self._scratch = tempfile.TemporaryDirectory()
       folder = pathlib.Path(self._scratch.name)
     kept = [
@@ -44,7 +44,7 @@ class MetricWriter:
       for entry in read_metrics(workdir / "metrics.jsonl")
       if entry["step"] <= resumed_step
     ]
-    with config_lib.atomic_path(folder / "metrics.jsonl") as temporary:
+    with storage.atomic_path(folder / "metrics.jsonl") as temporary:
       temporary.write_text("".join(kept), encoding="utf-8")
     self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
     self._board = SummaryWriter(
@@ -68,7 +68,7 @@ class MetricWriter:
     if self._scratch is None:
       return
     self._board.flush()
-    config_lib.copy_files(pathlib.Path(self._scratch.name), self._workdir)
+    storage.copy_files(pathlib.Path(self._scratch.name), self._workdir)
 
   def close(self) -> None:
     """Closes both files, and copies them; see `copy`."""

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from empdg_jax import config as config_lib
+from empdg_jax import storage
 from empdg_jax.config import Config, InputError
 
 AXIS = "batch"
@@ -186,17 +187,19 @@ def check_shared(folder: pathlib.Path, flag: str) -> None:
   with refusing_together():
     if is_main_process():
       what = f"--{flag}={folder}: cannot write"
-      with config_lib.storage_errors(what, InputError):
+      with storage.errors(what, InputError):
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text("")
   try:
     with refusing_together():
-      if not file.exists():
-        raise InputError(
-          f"--{flag}={folder}: the hosts do not share it: process "
-          f"{jax.process_index()} does not see what process 0 writes there; "
-          "give a bucket (gs://...) or a folder on a shared disk"
-        )
+      what = f"--{flag}={folder}: cannot read"
+      with storage.errors(what, InputError):
+        if not file.exists():
+          raise InputError(
+            f"--{flag}={folder}: the hosts do not share it: process "
+            f"{jax.process_index()} does not see what process 0 writes there; "
+            "give a bucket (gs://...) or a folder on a shared disk"
+          )
   finally:
     if is_main_process():
       file.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from empdg_jax import config as config_lib
+from empdg_jax import storage
 from empdg_jax.config import InputError
 
 
@@ -91,7 +91,7 @@ class Trace:
     folder, self._folder = self._folder, None
     with folder:
       jax.profiler.stop_trace()
-      copies = config_lib.copy_files(pathlib.Path(folder.name), self._logdir)
+      copies = storage.copy_files(pathlib.Path(folder.name), self._logdir)
       return copies[0].parent if copies else None
 
 

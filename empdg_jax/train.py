@@ -1,26 +1,32 @@
 """Training in three phases, with validation, early stop and resumption."""
 
-import contextlib
 import dataclasses
 import math
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import rich.console
 
-from empdg_jax import checkpoint, parallel, terminal, train_log, train_state
+from empdg_jax import (
+  checkpoint,
+  parallel,
+  storage,
+  terminal,
+  train_log,
+  train_state,
+)
 from empdg_jax import config as config_lib
-from empdg_jax.config import Config, InputError, SaveError
+from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, prepare, vectors
-from empdg_jax.metric_writer import MetricWriter
 from empdg_jax.models import registry
 from empdg_jax.players import Players, Sums
-from empdg_jax.profiling import InputWait, Trace
+from empdg_jax.profiling import InputWait
+from empdg_jax.train_log import TrainLog
 
 MLE, DISCRIMINATOR, ADVERSARIAL = "mle", "discriminator", "adversarial"
 
@@ -104,8 +110,6 @@ class _Trainer:
   def __init__(self, config: Config, workdir: pathlib.Path) -> None:
     """Begins a run, or resumes it."""
     self._config, self._workdir = config, workdir
-    main = parallel.is_main_process()
-    self._console = rich.console.Console(quiet=not main)
     self._input = InputWait()
     self._progress = Progress()
     self._learning_rate = train_state.learning_rate(
@@ -116,21 +120,18 @@ class _Trainer:
     # 1. the states of a new run, which also give the shapes, and over them
     # another run's generator, if one is given;
     with parallel.refusing_together():
-      self._trace = Trace(
-        config_lib.profile_range(config.train) if main else None,
-        workdir / "tensorboard",
-      )
+      self._log = TrainLog(config.train, workdir)
       dataset = self._load_dataset()
       self._players = Players(config, dataset, self._word_vectors(dataset))
       if config.train.mle_checkpoint:
         self._players.take_over(
-          config_lib.run_path(
+          storage.run_path(
             config.train.mle_checkpoint, "config.train.mle_checkpoint"
           ),
           dataset,
         )
         self._progress.phase = DISCRIMINATOR
-    self._console.print(
+    self._log.say(
       f"{config.model.name}: {self._players.parameters:,} parameters, on "
       f"{parallel.describe_devices()}"
     )
@@ -139,7 +140,7 @@ class _Trainer:
     parallel.check_same(dataset.digest, "data")
     parallel.check_shared(workdir, "workdir")
     with parallel.refusing_together():
-      if main:
+      if parallel.is_main_process():
         checkpoint.write_run(workdir, config, dataset.vocabulary)
     # 3. over the states the latest checkpoint, if there is one;
     self._checkpoints = checkpoint.Checkpoints(
@@ -150,17 +151,13 @@ class _Trainer:
       self._progress = Progress(
         **self._checkpoints.restore_progress(checkpoint.LATEST)
       )
-      self._console.print(
-        f"Resuming {workdir} at step {self._progress.updates:,}"
-      )
+      self._log.say(f"Resuming {workdir} at step {self._progress.updates:,}")
     # 4. the batches, at the position saved with that checkpoint;
     self._train_set = dataset.encoded("train")
     self._shapes = dataset.shapes
     self._batches = self._open_batches()
     # 5. the logs, without what was logged after that checkpoint.
-    self._writer = (
-      MetricWriter(workdir, self._progress.updates) if main else None
-    )
+    self._log.open(self._progress.updates)
 
     self._valid_batches = list(
       pipeline.eval_batches(
@@ -214,48 +211,13 @@ class _Trainer:
       config.model.emb_dim,
       np.random.default_rng(config.train.seed),
     )
-    self._console.print(f"Word vectors for {coverage:.1%} of the vocabulary")
+    self._log.say(f"Word vectors for {coverage:.1%} of the vocabulary")
     return embeddings
 
   def close(self) -> None:
     """Waits for what is being written."""
-    with self._going_on():
-      self._say_traced(self._trace.close())
+    self._log.close()
     self._checkpoints.close()
-    if self._writer is not None:
-      with self._going_on():
-        self._writer.close()
-
-  @contextlib.contextmanager
-  def _going_on(self) -> Generator[None]:
-    """Says what fails inside, but goes on: a log is not worth a run."""
-    try:
-      yield
-    except SaveError as error:
-      self._console.print(f"Warning: {error}", soft_wrap=True, highlight=False)
-
-  def _say_traced(self, folder: pathlib.Path | None) -> None:
-    if folder is not None:
-      self._console.print(
-        f"Profile in {folder}. To look at it: pip install xprof, then "
-        f"xprof --logdir={self._workdir / 'tensorboard'}",
-        soft_wrap=True, highlight=False,
-      )  # fmt: skip
-
-  def _say_missed(self, step: float, why: str) -> None:
-    """Says that nothing is traced, if that is certain at a step."""
-    if self._trace.missed(step):
-      self._console.print(
-        f"Warning: config.train.profile_steps="
-        f"{self._config.train.profile_steps}: nothing is traced: {why} step "
-        f"{self._progress.updates:,}",
-        soft_wrap=True, highlight=False,
-      )  # fmt: skip
-
-  def _write(self, phase: _Phase, values: dict[str, float]) -> None:
-    """Writes metrics of the latest update, on one host."""
-    if self._writer is not None:
-      self._writer.write(self._progress.updates, phase.name, values)
 
   def _phases(self) -> list[_Phase]:
     train = self._config.train
@@ -319,7 +281,6 @@ class _Trainer:
     """
     phases = self._phases()
     names = [phase.name for phase in phases]
-    self._say_missed(self._progress.updates, "training goes on from")
     for phase in phases[names.index(self._progress.phase) :]:
       if self._progress.phase != phase.name:
         self._begin(phase)
@@ -332,7 +293,7 @@ class _Trainer:
         if stopped_by == signal.SIGINT:
           raise KeyboardInterrupt
         return False
-    self._say_missed(math.inf, "training has ended at")
+    self._log.finish(self._progress.updates)
     self._say_last(
       f"Next: empdg evaluate --workdir={self._workdir} --split=test"
     )
@@ -370,19 +331,16 @@ class _Trainer:
     logged_at = time.perf_counter()
     with (
       terminal.catch_interrupts(*caught) as interrupt,
-      terminal.progress_bar(self._console) as bar,
+      terminal.progress_bar(self._log.console) as bar,
     ):
       task = bar.add_task(phase.title, total=phase.total, rate="")
       while progress.done < phase.total and progress.worse < phase.patience:
         before = progress.updates
-        with self._trace.before(before, phase.updates):
+        with self._log.before(before, phase.updates):
           pending += phase.run()
         progress.done += 1
         progress.updates += phase.updates
-        with self._going_on():
-          self._say_traced(
-            self._trace.after(progress.updates, self._players.running)
-          )
+        self._log.after(progress.updates, self._players.running)
         last = progress.done == phase.total
 
         def due(every: int, before: int = before, last: bool = last) -> bool:
@@ -397,17 +355,15 @@ class _Trainer:
         saved = validated or due(train.checkpoint_every) or stopped_by
         # A checkpoint's log holds all updates before it: nobody else has them.
         if due(train.log_every) or saved:
-          values = self._log(phase, pending, logged_at)
+          values = self._write_averages(phase, pending, logged_at)
           logged_at, pending = time.perf_counter(), []
           bar.update(
             task, completed=progress.done, rate=train_log.speed(values)
           )
-          if not self._console.is_terminal and due(10 * train.log_every):
+          if not self._log.console.is_terminal and due(10 * train.log_every):
             left = (phase.total - progress.done) * phase.updates
-            self._console.print(
-              train_log.line(progress.updates, values, left * train.batch_size),
-              soft_wrap=True,
-              highlight=False,
+            self._log.say(
+              train_log.line(progress.updates, values, left * train.batch_size)
             )
         if validated:
           self._validate(phase)
@@ -419,21 +375,17 @@ class _Trainer:
           logged_at = time.perf_counter()
     self._checkpoints.wait()
     if not stopped_by:
-      self._console.print(
-        f"Finished {phase.title.lower()} at step {progress.updates:,}"
-        + (
-          f": best valid {phase.metric.replace('_', ' ')} {progress.best:.4g}"
-          if progress.best is not None
-          else ""
-        ),
-        highlight=False,
-      )
+      line = f"Finished {phase.title.lower()} at step {progress.updates:,}"
+      if progress.best is not None:
+        name = phase.metric.replace("_", " ")
+        line += f": best valid {name} {progress.best:.4g}"
+      self._log.say(line)
     return stopped_by
 
-  def _log(
+  def _write_averages(
     self, phase: _Phase, taken: list[Sums], since: float
   ) -> dict[str, float]:
-    """Writes the averages since the last log; waits for the devices.
+    """Writes the averages since the last time; waits for the devices.
 
     Raises:
       InputError: A loss is not finite. Such a step has no gradient, so the
@@ -448,7 +400,7 @@ class _Trainer:
     if "train/loss" in values:
       rate = self._learning_rate(self._players.generator_steps - 1)
       values["train/learning_rate"] = np.asarray(rate).item()
-    self._write(phase, values)
+    self._log.write(self._progress.updates, phase.name, values)
     return values
 
   def _give_up(self, taken: list[Sums]) -> None:
@@ -469,8 +421,10 @@ class _Trainer:
   def _validate(self, phase: _Phase) -> None:
     progress = self._progress
     values = self._players.validate(self._valid_batches)
-    self._write(
-      phase, {f"valid/{k}": v for k, v in values.items() if k != "loss"}
+    self._log.write(
+      progress.updates,
+      phase.name,
+      {f"valid/{k}": v for k, v in values.items() if k != "loss"},
     )
     value = values[phase.metric]
     higher_is_better = phase.metric == "emotion_accuracy"
@@ -483,17 +437,14 @@ class _Trainer:
     else:
       progress.worse += 1
     accuracy = values.get("emotion_accuracy")
-    self._console.print(
+    self._log.say(
       f"step {progress.updates:,}: valid perplexity {values['perplexity']:.2f}"
       + ("" if accuracy is None else f", emotion accuracy {accuracy:.3f}")
-      + (" (best)" if better else ""),
-      highlight=False,
+      + (" (best)" if better else "")
     )
 
   def _save(self, kind: str) -> None:
-    if self._writer is not None:
-      with self._going_on():
-        self._writer.copy()
+    self._log.save()
     self._progress.data = self._batches.get_state()
     self._players.save(
       self._checkpoints,

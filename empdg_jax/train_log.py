@@ -1,10 +1,20 @@
-"""What training says of itself: averages, warnings of losses, lines."""
+"""What training says of itself: lines, metrics, traces."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Generator, Sequence
+from typing import Any
 
-from empdg_jax import evaluate
+import jax
+import rich.console
+
+from empdg_jax import config as config_lib
+from empdg_jax import evaluate, parallel
+from empdg_jax.config import SaveError, TrainConfig
+from empdg_jax.metric_writer import MetricWriter
 from empdg_jax.players import DISCRIMINATOR, GENERATOR, Sums
+from empdg_jax.profiling import Trace
 
 _SHOWN = {
   "perplexity": "train/perplexity",
@@ -12,6 +22,98 @@ _SHOWN = {
   "Wasserstein": "discriminator/wasserstein",
   "slope": "discriminator/gradient_norm",
 }
+
+
+class TrainLog:
+  """A run's lines on the console, its metrics and its trace, on one host.
+
+  A disk or a bucket that fails costs a warning: a log is not worth a run.
+
+  Attributes:
+    console: Where the lines go; quiet on the other hosts.
+  """
+
+  def __init__(self, config: TrainConfig, workdir: pathlib.Path) -> None:
+    """Writes nothing yet.
+
+    Raises:
+      InputError: Nothing can be traced here; see `Trace`.
+    """
+    main = parallel.is_main_process()
+    self.console = rich.console.Console(quiet=not main)
+    self._workdir = workdir
+    self._profile_steps = config.profile_steps
+    self._trace = Trace(
+      config_lib.profile_range(config) if main else None,
+      workdir / "tensorboard",
+    )
+    self._writer: MetricWriter | None = None
+
+  def open(self, step: int) -> None:
+    """Opens the files, forgetting what was logged after a step."""
+    self._say_missed(step, f"training goes on from step {step:,}")
+    if parallel.is_main_process():
+      self._writer = MetricWriter(self._workdir, step)
+
+  def say(self, line: str) -> None:
+    """Prints a line, not folded, whatever the terminal's width."""
+    self.console.print(line, soft_wrap=True, highlight=False)
+
+  def write(self, step: int, phase: str, values: dict[str, float]) -> None:
+    """Writes metrics of a step."""
+    if self._writer is not None:
+      self._writer.write(step, phase, values)
+
+  def save(self) -> None:
+    """Copies the files to the run folder, if it is in a bucket."""
+    with self._warning():
+      if self._writer is not None:
+        self._writer.copy()
+
+  def before(
+    self, step: int, ahead: int
+  ) -> contextlib.AbstractContextManager[Any]:
+    """Traces the next steps if it is time; see `Trace.before`."""
+    return self._trace.before(step, ahead)
+
+  def after(self, step: int, result: jax.Array | None) -> None:
+    """Ends the trace if it is time; see `Trace.after`."""
+    with self._warning():
+      self._say_traced(self._trace.after(step, result))
+
+  def finish(self, step: int) -> None:
+    """Is told of the last step, after which nothing is traced."""
+    self._say_missed(math.inf, f"training has ended at step {step:,}")
+
+  def close(self) -> None:
+    """Ends the trace, and closes the files."""
+    with self._warning():
+      self._say_traced(self._trace.close())
+    with self._warning():
+      if self._writer is not None:
+        self._writer.close()
+
+  @contextlib.contextmanager
+  def _warning(self) -> Generator[None]:
+    try:
+      yield
+    except SaveError as error:
+      self.say(f"Warning: {error}")
+
+  def _say_traced(self, folder: pathlib.Path | None) -> None:
+    if folder is not None:
+      self.say(
+        f"Profile in {folder}. To look at it: pip install xprof, then "
+        f"xprof --logdir={self._workdir / 'tensorboard'}"
+      )
+
+  def _say_missed(self, step: float, why: str) -> None:
+    """Says that nothing is traced, if that is certain from a step on."""
+    if self._trace.missed(step):
+      self.say(
+        f"Warning: config.train.profile_steps={self._profile_steps}: nothing "
+        f"is traced: {why}"
+      )
 
 
 def average(taken: Sequence[Sums]) -> dict[str, float]:

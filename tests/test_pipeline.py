@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from empdg_jax import config as config_lib
+from empdg_jax import storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, vectors, vocab
 from empdg_jax.data.examples import Utterance
@@ -675,7 +676,7 @@ def test_atomic_path_replaces_on_success(tmp_path: Path) -> None:
   path = tmp_path / "notes.txt"
   path.write_text("old")
 
-  with config_lib.atomic_path(path) as temporary:
+  with storage.atomic_path(path) as temporary:
     temporary.write_text("new")
     assert path.read_text() == "old"
 
@@ -692,7 +693,7 @@ def test_atomic_path_leaves_nothing_of_a_failure(
     path.write_text(old)
 
   def write_half() -> None:
-    with config_lib.atomic_path(path) as temporary:
+    with storage.atomic_path(path) as temporary:
       temporary.write_text("half")
       raise KeyboardInterrupt
 

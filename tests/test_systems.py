@@ -12,7 +12,7 @@ import pytest
 from example import example_of, run_example
 
 from empdg_jax import config as config_lib
-from empdg_jax import main, train
+from empdg_jax import main, train_log
 from empdg_jax.config import Config
 from empdg_jax.data import text
 from empdg_jax.evaluate import read_predictions
@@ -63,7 +63,7 @@ def workdir(
     f"--config.data.data_dir={sample_config.data.data_dir}",
     f"--workdir={workdir}",
   ]
-  write = train.MetricWriter.write
+  write = train_log.MetricWriter.write
 
   def write_and_interrupt(self: Any, step: int, *rest: Any) -> None:
     write(self, step, *rest)
@@ -71,7 +71,7 @@ def workdir(
       signal.raise_signal(signal.SIGINT)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train.MetricWriter, "write", write_and_interrupt)
+    patch.setattr(train_log.MetricWriter, "write", write_and_interrupt)
     assert main.main(argv) == config_lib.INTERRUPTED
   assert main.main(argv) == 0
   assert main.main(["evaluate", f"--workdir={workdir}", "--samples=1"]) == 0

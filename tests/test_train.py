@@ -13,24 +13,24 @@ import jax
 import numpy as np
 import pytest
 
-from empdg_jax import checkpoint, evaluate, train
+from empdg_jax import checkpoint, evaluate, train, train_log
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError, SaveError
 
 # A stand-in for `empdg train` whose process the tests can kill.
 _PROGRAM = """
 import os, pathlib, signal, sys
-from empdg_jax import config as config_lib, train
+from empdg_jax import config as config_lib, train, train_log
 config = config_lib.from_json(pathlib.Path(sys.argv[1]).read_text(), "config")
 kill_at, number = int(sys.argv[3]), int(sys.argv[4])
-write = train.MetricWriter.write
+write = train_log.MetricWriter.write
 
 def write_and_die(self, step, phase, values):
   write(self, step, phase, values)
   if step == kill_at:
     os.kill(os.getpid(), number)
 
-train.MetricWriter.write = write_and_die
+train_log.MetricWriter.write = write_and_die
 try:
   train.train(config, pathlib.Path(sys.argv[2]))
 except KeyboardInterrupt:
@@ -180,7 +180,7 @@ def test_nothing_compiles_after_each_shapes_first_batch(
     if event == "/jax/core/compile/backend_compile_duration":
       compiled.append(str(kwargs))
 
-  class Writer(train.MetricWriter):
+  class Writer(train_log.MetricWriter):
     def write(self, step: int, phase: str, values: dict[str, float]) -> None:
       steps.append((step, len(compiled)))
       super().write(step, phase, values)
@@ -190,7 +190,7 @@ def test_nothing_compiles_after_each_shapes_first_batch(
   config.train.mle_steps, config.train.log_every = 60, 30
   config.train.mle_eval_every = config.train.checkpoint_every = 30
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, "MetricWriter", Writer)
+    patch.setattr(train_log, "MetricWriter", Writer)
     train.train(config, tmp_path / "run")
   # Both shapes and the first validation come within the first half.
   warm = {count for step, count in steps if step == 30}

@@ -13,7 +13,8 @@ import numpy as np
 import rich.progress
 import tensorflow_datasets as tfds
 
-from empdg_jax.config import DataConfig, InputError, atomic_path, cache_dir
+from empdg_jax import storage
+from empdg_jax.config import DataConfig, InputError
 from empdg_jax.data import empathetic_dialogues, examples, text, vocab
 from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data.examples import Dialogue, Example, Utterance
@@ -100,7 +101,7 @@ def load_dataset(
   Raises:
     InputError: Something the config names cannot be read or is malformed.
   """
-  data_dir = pathlib.Path(config.data_dir or cache_dir() / "datasets")
+  data_dir = pathlib.Path(config.data_dir or storage.cache_dir() / "datasets")
   try:
     data_dir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -230,7 +231,7 @@ def _annotate(
     ]
   path.parent.mkdir(exist_ok=True)
   with (
-    atomic_path(path) as temporary,
+    storage.atomic_path(path) as temporary,
     gzip.open(temporary, "wt", encoding="utf-8", compresslevel=1) as file,
   ):
     json.dump(
