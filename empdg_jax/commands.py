@@ -179,7 +179,7 @@ def evaluate(values: Any) -> int:
     system, folder = _load_system(values)
     from rich.console import Console
 
-    from empdg_jax import evaluate, parallel
+    from empdg_jax import evaluate, parallel, predictions
 
     folder = folder / "eval" / values.split
     if values.out:
@@ -187,16 +187,14 @@ def evaluate(values: Any) -> int:
     console = Console(quiet=not parallel.is_main_process())
     metrics = evaluate.evaluate_split(system, values.split, folder, console)
     if parallel.is_main_process():
-      evaluate.print_metrics(metrics, console)
-      predictions = folder / "predictions.jsonl"
-      evaluate.print_samples(predictions, values.samples, console)
-      used = (
-        ("bundle", values.bundle)
-        if values.bundle
-        else ("workdir", values.workdir)
+      predictions.print_metrics(metrics, console)
+      predictions.print_samples(
+        folder / "predictions.jsonl", values.samples, console
       )
+      flag = "bundle" if values.bundle else "workdir"
       console.print(
-        f"Written to {folder}. Next: empdg chat --{used[0]}={used[1]}",
+        f"Written to {folder}. Next: empdg chat --{flag}="
+        f"{getattr(values, flag)}",
         soft_wrap=True, highlight=False,
       )  # fmt: skip
   return 0
@@ -206,11 +204,11 @@ def metrics(values: Any) -> int:
   """Recomputes text metrics of a predictions file."""
   if not values.predictions:
     raise InputError("--predictions is missing; give a predictions.jsonl")
-  from empdg_jax import evaluate, metrics
+  from empdg_jax import metrics, predictions
 
   path = storage.run_path(values.predictions, "predictions")
-  lines = evaluate.read_predictions(path)
-  size = values.vocab_size or evaluate.vocab_size_of(path, lines)
+  lines = predictions.read_predictions(path)
+  size = values.vocab_size or predictions.vocab_size_of(path, lines)
   if size < 2:
     raise InputError(f"--vocab_size={size}: expected at least 2")
   print(json.dumps(metrics.text_metrics(lines, size), indent=2))

@@ -13,8 +13,8 @@ import numpy as np
 from empdg_jax import (
   bundle,
   checkpoint,
-  evaluate,
   metrics,
+  predictions,
   significance,
   train_state,
 )
@@ -169,7 +169,7 @@ def _read(workdir: pathlib.Path, split: str) -> _Evaluation:
       f"{workdir} has no evaluation of {split} ({error}); run {again}"
     ) from error
   path = folder / "predictions.jsonl"
-  lines = evaluate.read_predictions(path)
+  lines = predictions.read_predictions(path)
   if len(lines) != values.get("examples"):
     raise InputError(
       f"{path} holds {len(lines):,} predictions of {values.get('examples')}; "
@@ -371,7 +371,7 @@ def _cases(
     return text.join_tokens(tokens.split())
 
   cases = []
-  for index in evaluate.of_other_emotions(lines, count):
+  for index in predictions.of_other_emotions(lines, count):
     line = lines[index]
     cases.append(
       {

@@ -18,7 +18,15 @@ import safetensors.numpy
 from example import ALONE, example_of, run_example
 from refusal import refused
 
-from empdg_jax import bundle, checkpoint, evaluate, export, main, train
+from empdg_jax import (
+  bundle,
+  checkpoint,
+  evaluate,
+  export,
+  main,
+  predictions,
+  train,
+)
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import lexicon as lexicon_lib
@@ -63,8 +71,8 @@ def exported(workdir: pathlib.Path) -> pathlib.Path:
   return out
 
 
-def predictions(folder: pathlib.Path) -> list[dict]:
-  return evaluate.read_predictions(folder / "predictions.jsonl")
+def lines_of(folder: pathlib.Path) -> list[dict]:
+  return predictions.read_predictions(folder / "predictions.jsonl")
 
 
 @pytest.fixture
@@ -137,7 +145,7 @@ def test_evaluation_is_the_runs(
   finally:
     hidden.rename(lexicon_file)
   ours = workdir / "eval" / "test"
-  assert predictions(tmp_path / "out") == predictions(ours)
+  assert lines_of(tmp_path / "out") == lines_of(ours)
   for name in ("metrics.json", "predictions.jsonl"):
     found = (tmp_path / "out" / name).read_bytes()
     assert found == (ours / name).read_bytes()
@@ -155,8 +163,8 @@ def test_evaluation_on_eight_devices(
     capture_output=True,
     env={**os.environ, "XLA_FLAGS": flags},
   )
-  ours = predictions(workdir / "eval" / "test")
-  for line, expected in zip(predictions(tmp_path / "out"), ours, strict=True):
+  ours = lines_of(workdir / "eval" / "test")
+  for line, expected in zip(lines_of(tmp_path / "out"), ours, strict=True):
     assert line.pop("nll") == pytest.approx(expected.pop("nll"), rel=1e-6)
     assert line == expected
 
@@ -213,7 +221,7 @@ def test_respond_without_the_package(
     tokens, copied = outputs["tokens"], outputs["copied_from"]
     emotions = outputs["emotion_probs"]
   assert emotions.shape == (len(encoded), 32)
-  for row, line in enumerate(predictions(workdir / "eval" / "test")):
+  for row, line in enumerate(lines_of(workdir / "eval" / "test")):
     words = evaluate.response_tokens(
       tokens[row],
       copied[row],

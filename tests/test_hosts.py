@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from test_systems import SMALL
 
-from empdg_jax import checkpoint, evaluate, main
+from empdg_jax import checkpoint, evaluate, main, predictions
 from empdg_jax.config import Config
 from empdg_jax.data import sample_corpus
 
@@ -181,7 +181,7 @@ def undisturbed(
 def assert_same_predictions(one: pathlib.Path, other: pathlib.Path) -> None:
   """Compares scores to 1e-5, and all else exactly."""
   expected, found = (
-    evaluate.read_predictions(w / "eval" / "test" / "predictions.jsonl")
+    predictions.read_predictions(w / "eval" / "test" / "predictions.jsonl")
     for w in (one, other)
   )
   assert len(expected) == len(found)

@@ -9,7 +9,7 @@ import pytest
 from refusal import refused
 
 from empdg_jax import config as config_lib
-from empdg_jax import evaluate, main, metrics, train
+from empdg_jax import evaluate, main, metrics, predictions, train
 from empdg_jax.config import Config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -69,7 +69,7 @@ def test_only_parallel_names_pmap_and_only_main_has_flags() -> None:
 
 
 def test_evaluation_files(evaluated: pathlib.Path) -> None:
-  lines = evaluate.read_predictions(evaluated / "predictions.jsonl")
+  lines = predictions.read_predictions(evaluated / "predictions.jsonl")
   values = json.loads((evaluated / "metrics.json").read_text())
   assert len(lines) == values["examples"] == 128
   assert [line["id"] for line in lines[:2]] == ["test:0:1", "test:1:1"]
@@ -93,7 +93,7 @@ def test_evaluation_scores_every_example_alone(
 
   dataset = prepare.load_dataset(system.config.data, system.vocabulary)
   encoded = dataset.encoded("test")
-  lines = evaluate.read_predictions(evaluated / "predictions.jsonl")
+  lines = predictions.read_predictions(evaluated / "predictions.jsonl")
   for index in (0, 70, 127):
     ((_, nll, tokens),) = system.score([encoded[index]])
     ((_, reply),) = system.respond([encoded[index]], 16)
@@ -133,7 +133,7 @@ def test_beam_search_through_the_configuration(
   workdir: pathlib.Path, evaluated: pathlib.Path
 ) -> None:
   config = config_lib.from_json((workdir / "config.json").read_text(), "run")
-  greedy = evaluate.read_predictions(evaluated / "predictions.jsonl")
+  greedy = predictions.read_predictions(evaluated / "predictions.jsonl")
   config.eval.beam_size = 3
   system = evaluate.load_system(workdir, config)
   from empdg_jax.data import prepare
@@ -277,4 +277,4 @@ def test_evaluate_without_a_checkpoint(
 def test_evaluation_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
   (tmp_path / "file").write_text("")
   with pytest.raises(config_lib.InputError, match="cannot write"):
-    evaluate.write_evaluation(tmp_path / "file" / "test", [], {})
+    predictions.write_evaluation(tmp_path / "file" / "test", [], {})

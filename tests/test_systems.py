@@ -15,8 +15,8 @@ from empdg_jax import config as config_lib
 from empdg_jax import main, train_log
 from empdg_jax.config import Config
 from empdg_jax.data import text
-from empdg_jax.evaluate import read_predictions
 from empdg_jax.models import registry
+from empdg_jax.predictions import read_predictions
 from empdg_jax.train_state import learning_rate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
