@@ -117,32 +117,33 @@ class _Trainer:
     )
 
     # In this order:
-    # 1. the states of a new run, which also give the shapes, and over them
-    # another run's generator, if one is given;
+    # 1. what every host can refuse before it waits for another;
     with parallel.refusing_together():
       self._log = TrainLog(config.train, workdir)
       dataset = self._load_dataset()
-      self._players = Players(config, dataset, self._word_vectors(dataset))
-      if config.train.mle_checkpoint:
-        self._players.take_over(
-          storage.run_path(
-            config.train.mle_checkpoint, "config.train.mle_checkpoint"
-          ),
-          dataset,
-        )
-        self._progress.phase = DISCRIMINATOR
+      embeddings = self._word_vectors(dataset)
+    parallel.check_same(lambda: config_lib.to_json(config), "configurations")
+    parallel.check_same(dataset.digest, "data")
+    parallel.check_shared(workdir, "workdir")
+    # 2. the states of a new run, which also give the shapes, and over them
+    # another run's generator, if one is given;
+    self._players = Players(config, dataset, embeddings)
     self._log.say(
       f"{config.model.name}: {self._players.parameters:,} parameters, on "
       f"{parallel.describe_devices()}"
     )
-    # 2. the run folder, the same for all hosts;
-    parallel.check_same(lambda: config_lib.to_json(config), "configurations")
-    parallel.check_same(dataset.digest, "data")
-    parallel.check_shared(workdir, "workdir")
+    if config.train.mle_checkpoint:
+      self._players.take_over(
+        storage.run_path(
+          config.train.mle_checkpoint, "config.train.mle_checkpoint"
+        ),
+        dataset,
+      )
+      self._progress.phase = DISCRIMINATOR
+    # 3. the run folder, and over the states its latest checkpoint, if any;
     with parallel.refusing_together():
       if parallel.is_main_process():
         checkpoint.write_run(workdir, config, dataset.vocabulary)
-    # 3. over the states the latest checkpoint, if there is one;
     self._checkpoints = checkpoint.Checkpoints(
       workdir, create=True, keep=config.train.keep_checkpoints
     )
