@@ -100,7 +100,7 @@ def test_largest_batch(
   assert main.main([*argv, "--find-batch", "--format=json"]) == 0
   fit = json.loads(capsys.readouterr().out)
   rows, too_many = fit["rows"], fit["too_many"]
-  assert 8 <= rows < too_many <= rows * 33 / 32 + 1
+  assert 8 <= rows < too_many <= rows * 17 / 16 + 1
   assert fit["batch_size"] == 4 * rows
   for number, fits in ((rows, True), (too_many, False)):
     more = f"--config.train.batch_size={4 * number}", "--format=json"
@@ -125,7 +125,7 @@ def test_search(start: int, refuses: bool, curve: float) -> None:
 
   fit = compile_check.largest_that_fits(share, start)
   assert tried[fit.rows] <= 1 < tried[fit.too_many]
-  assert fit.too_many - fit.rows <= fit.rows / 32
+  assert fit.too_many - fit.rows <= fit.rows / 16
   assert len(tried) <= 20
 
 
