@@ -89,7 +89,7 @@ def test_training_traces(
   said = capsys.readouterr().out
   assert "nothing is traced: training goes on from step 4" in said
   config.train.profile_steps = "7:9"
-  train.train(config, tmp_path / "another")
+  train.train(config, tmp_path / "run")
   said = capsys.readouterr().out
   assert "nothing is traced: training has ended at step 4" in said
 
