@@ -57,7 +57,7 @@ class TrainLog:
 
   def say(self, line: str) -> None:
     """Prints a line, not folded, whatever the terminal's width."""
-    self.console.print(line, soft_wrap=True, highlight=False)
+    self.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
   def write(self, step: int, phase: str, values: dict[str, float]) -> None:
     """Writes metrics of a step."""
