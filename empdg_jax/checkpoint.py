@@ -295,28 +295,15 @@ class Checkpoints:
   ) -> dict[str, Any]:
     """Reads the progress that `save` was given; see `restore_params`."""
     step = self.select(kind).step if step is None else step
-    what = (
-      f"{self.folder(Selected(kind, step))}: damaged, delete it: it does not "
-      "tell of the run's progress"
-    )
-    with storage.errors(what, InputError):
-      return self._managers[kind].restore(
-        step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())
-      )["progress"]
+    return self._read(kind, step, "progress", ocp.args.JsonRestore())
 
   def _restore(
     self, kind: str, item: str, like: Any, step: int | None = None
   ) -> Any:
     step = self.select(kind).step if step is None else step
     where = f"{self.folder(Selected(kind, step))}"
-    what = f"{where}: not a checkpoint of this configuration"
-    with storage.errors(what, InputError):
-      tree = self._managers[kind].restore(
-        step,
-        args=ocp.args.Composite(
-          **{item: ocp.args.StandardRestore(_arrays(like))}
-        ),
-      )[item]
+    restore = ocp.args.StandardRestore(_arrays(like))
+    tree = self._read(kind, step, item, restore)
     expected = jax.tree_util.tree_leaves_with_path(like)
     for (path, leaf), found in zip(
       expected, jax.tree.leaves(tree), strict=True
@@ -327,6 +314,27 @@ class Checkpoints:
           f" this configuration needs {np.shape(leaf)}"
         )
     return tree
+
+  def _read(
+    self, kind: str, step: int, item: str, restore: ocp.args.CheckpointArgs
+  ) -> Any:
+    """Reads one item of a checkpoint.
+
+    Raises:
+      InputError: It is damaged, or not what is asked for.
+      SaveError: The disk or the bucket fails.
+    """
+    where = self.folder(Selected(kind, step))
+    with storage.errors(f"{where}: cannot read", SaveError):
+      try:
+        return self._managers[kind].restore(
+          step, args=ocp.args.Composite(**{item: restore})
+        )[item]
+      except (ValueError, KeyError, FileNotFoundError) as error:
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise InputError(
+          f"{where}: damaged, or not of this configuration ({reason})"
+        ) from error
 
 
 def _optimizer(state: TrainState) -> dict[str, Any]:
@@ -365,26 +373,19 @@ def open_run(workdir: pathlib.Path) -> Run:
   return Run(workdir, config, vocab.load_vocabulary(workdir / "vocab.txt"))
 
 
-def restore_generator(
-  workdir: pathlib.Path,
-  config: Config,
-  vocabulary: Vocabulary,
-  like: TrainState,
-) -> TrainState:
-  """Reads the best generator of another run, with its optimiser's state.
+def check_same_generator(
+  workdir: pathlib.Path, config: Config, vocabulary: Vocabulary
+) -> None:
+  """Checks whether another run's generator can be this one's.
 
   Args:
     workdir: The other run's folder.
     config: This run's configuration.
     vocabulary: Its vocabulary.
-    like: A state of the expected shapes.
-
-  Returns:
-    NumPy arrays.
 
   Raises:
-    InputError: There is no such run, or its vocabulary, generator or shapes
-      are not this run's.
+    InputError: There is no such run, or its vocabulary or generator are not
+      this run's.
   """
   where = f"config.train.mle_checkpoint={str(workdir)!r}"
   run = open_run(workdir)
@@ -405,6 +406,21 @@ def restore_generator(
         f"{where}: that run has config.model.{name}={theirs!r}, this one "
         f"{ours!r}"
       )
+
+
+def restore_generator(workdir: pathlib.Path, like: TrainState) -> TrainState:
+  """Reads the best generator of another run, with its optimiser's state.
+
+  Args:
+    workdir: The other run's folder.
+    like: A state of the expected shapes.
+
+  Returns:
+    NumPy arrays.
+
+  Raises:
+    InputError: It has no best checkpoint, or one of other shapes.
+  """
   checkpoints = Checkpoints(workdir)
   try:
     return checkpoints.restore_generator(BEST, like)

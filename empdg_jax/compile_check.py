@@ -231,8 +231,9 @@ def find_batch(
 def largest_that_fits(share: Callable[[int], float], start: int) -> Fit:
   """Finds where a share of the memory that grows with the batch passes 1.
 
-  It grows about linearly: each number but the first two is where the line
-  through the latest two would pass 1.
+  It grows about linearly: where the line through the latest two numbers passes
+  1 is the next, if that lies between what fits and what does not; else it is
+  halfway, or twice as many.
 
   Args:
     share: Returns it for a number of rows; infinite if it is not known.
@@ -246,7 +247,8 @@ def largest_that_fits(share: Callable[[int], float], start: int) -> Fit:
   Fit(rows=450, too_many=478)
   """
   points: list[tuple[int, float]] = []
-  fits, too_many = 0, 2**24
+  most = 2**24
+  fits, too_many = 0, most
   rows = start
   while True:
     found = share(rows)
@@ -256,12 +258,13 @@ def largest_that_fits(share: Callable[[int], float], start: int) -> Fit:
       return Fit(fits, too_many)
     if found < math.inf:
       points = [*points[-1:], (rows, found)]
-    rows = 2 * fits if found <= 1 else (fits + too_many) // 2
+    rows = 2 * fits if too_many == most else (fits + too_many) // 2
     if len(points) == 2:
       (x, y), (other_x, other_y) = points
       slope = (other_y - y) / (other_x - x)
-      if slope > 0:
-        rows = int(x + (1 - y) / slope)
+      line = int(x + (1 - y) / slope) if slope > 0 else fits
+      if fits < line < too_many:
+        rows = line
     rows = min(max(rows, fits + gap), too_many - gap)
 
 

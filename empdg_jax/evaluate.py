@@ -255,7 +255,8 @@ def load_system(
       or one of other shapes.
   """
   if bundle.is_bundle(folder):
-    exported = bundle.open_bundle(folder)
+    with parallel.refusing_together():
+      exported = bundle.open_bundle(folder)
     return System(
       config or exported.config,
       exported.vocabulary,
@@ -263,9 +264,10 @@ def load_system(
       exported.lexicon,
       exported.step,
     )
-  run = checkpoint.open_run(folder)
-  checkpoints = checkpoint.Checkpoints(folder)
-  selected = checkpoints.select(which)
+  with parallel.refusing_together():
+    run = checkpoint.open_run(folder)
+    checkpoints = checkpoint.Checkpoints(folder)
+    selected = checkpoints.select(which)
   params = checkpoints.restore_params(
     selected.kind, params_like(run), selected.step
   )
@@ -299,6 +301,8 @@ def evaluate_split(
     InputError: The data or the folder cannot be used.
   """
   with parallel.refusing_together():
+    if parallel.is_main_process():
+      predictions.check_writable(folder)
     dataset = prepare.load_dataset(
       system.config.data, system.vocabulary, system.lexicon
     )

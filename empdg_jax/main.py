@@ -378,8 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   Returns:
     The exit status: 0; 1 if a disk, a bucket or another host failed in the
-    middle of work, 2 for a mistake in what was given, 130 after an
-    interruption that saved its work.
+    middle of work, 2 for a mistake in what was given, 130 after Ctrl-C.
   """
   arguments = list(sys.argv[1:] if argv is None else argv)
   if not arguments or arguments[0] in ("--help", "-h", "help"):

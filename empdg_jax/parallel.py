@@ -11,6 +11,7 @@ import pathlib
 import secrets
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ from empdg_jax.config import Config, InputError
 
 AXIS = "batch"
 INITIALIZATION_SECONDS = 120  # The hosts of a pod do not start all at once.
+SHARED_SECONDS = 60  # For a new folder to be seen by all hosts.
 _HEARTBEAT_SECONDS = 60  # After which a silent host counts as lost.
 _LEAVE_SECONDS = 10  # For all hosts to refuse what is given.
 
@@ -137,7 +139,7 @@ def _leave(error: BaseException) -> NoReturn:
       traceback.print_exception(error)
     reason = (
       f"this host failed, or another host is lost ({reason[:200]}); start all "
-      "of them again with the same command: they go on from the latest "
+      "of them again with the same command: training goes on from its latest "
       "checkpoint"
     )
   print(f"empdg: {reason}", file=sys.stderr, flush=True)
@@ -194,7 +196,11 @@ def check_shared(folder: pathlib.Path, flag: str) -> None:
     with refusing_together():
       what = f"--{flag}={folder}: cannot read"
       with storage.errors(what, InputError):
-        if not file.exists():
+        # Some network disks look for what was not there only after a while.
+        deadline = time.monotonic() + SHARED_SECONDS
+        while not (seen := file.exists()) and time.monotonic() < deadline:
+          time.sleep(1)
+        if not seen:
           raise InputError(
             f"--{flag}={folder}: the hosts do not share it: process "
             f"{jax.process_index()} does not see what process 0 writes there; "

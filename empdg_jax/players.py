@@ -70,16 +70,13 @@ class Players:
         adversary.critic, names, critics_optimizer, config.train.seed
       )
 
-  def take_over(self, workdir: pathlib.Path, dataset: prepare.Dataset) -> None:
+  def take_over(self, workdir: pathlib.Path) -> None:
     """Takes another run's best generator; see `checkpoint.restore_generator`.
 
     Args:
       workdir: The other run's folder.
-      dataset: This run's data.
     """
-    self._generator = checkpoint.restore_generator(
-      workdir, self._config, dataset.vocabulary, self._generator
-    )
+    self._generator = checkpoint.restore_generator(workdir, self._generator)
 
   def restore(self, checkpoints: Checkpoints) -> None:
     """Takes the states of the latest checkpoint."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from empdg_jax import storage
-from empdg_jax.config import InputError
+from empdg_jax.config import InputError, SaveError
 from empdg_jax.data import text, vocab
 
 
@@ -70,6 +70,19 @@ def vocab_size_of(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> int:
   return max(2, len({token for line in texts for token in line.split()}))
 
 
+def check_writable(folder: pathlib.Path) -> None:
+  """Makes the folder, before there is anything to write to it.
+
+  Raises:
+    InputError: It cannot be written.
+  """
+  file = folder / ".writable"
+  with storage.errors(f"{folder}: cannot write", InputError):
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text("")
+    file.unlink()
+
+
 def write_evaluation(
   folder: pathlib.Path,
   lines: Sequence[dict[str, Any]],
@@ -78,11 +91,9 @@ def write_evaluation(
   """Writes `predictions.jsonl`, then `metrics.json`, each whole or not at all.
 
   Raises:
-    InputError: The folder cannot be written.
+    SaveError: One could not be written.
   """
-  what = f"{folder}: cannot write"
-  with storage.errors(what, InputError):
-    folder.mkdir(parents=True, exist_ok=True)
+  with storage.errors(f"{folder}: cannot write", SaveError):
     with storage.atomic_path(folder / "predictions.jsonl") as path:
       path.write_text(
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),

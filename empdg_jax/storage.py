@@ -85,9 +85,11 @@ def errors(what: str, kind: type[Exception]) -> Generator[None]:
   """
   try:
     yield
-  except (InputError, SaveError, RuntimeError):  # JAX's, of a lost host.
+  except (InputError, SaveError):
     raise
   except Exception as error:  # Buckets' clients have no common class.
+    if type(error).__name__ == "JaxRuntimeError":  # Another host is lost.
+      raise
     reason = str(error).splitlines()[0] if str(error) else repr(error)
     raise kind(f"{what} ({reason})") from error
 

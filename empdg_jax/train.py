@@ -88,10 +88,10 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
     Whether training came to its end, and was not preempted (SIGTERM).
 
   Raises:
-    KeyboardInterrupt: Ctrl-C, after the state has been saved.
+    KeyboardInterrupt: Ctrl-C, on a single host after the state has been saved.
     InputError: Something given is wrong, and nothing has been written; or the
       loss is not finite, and the state before that has been saved.
-    SaveError: A checkpoint could not be written.
+    SaveError: A checkpoint could not be written or read.
   """
   trainer = _Trainer(config, workdir)
   try:
@@ -122,6 +122,7 @@ class _Trainer:
       self._log = TrainLog(config.train, workdir)
       dataset = self._load_dataset()
       embeddings = self._word_vectors(dataset)
+      other_run = self._other_run(dataset)
     parallel.check_same(lambda: config_lib.to_json(config), "configurations")
     parallel.check_same(dataset.digest, "data")
     parallel.check_shared(workdir, "workdir")
@@ -132,13 +133,8 @@ class _Trainer:
       f"{config.model.name}: {self._players.parameters:,} parameters, on "
       f"{parallel.describe_devices()}"
     )
-    if config.train.mle_checkpoint:
-      self._players.take_over(
-        storage.run_path(
-          config.train.mle_checkpoint, "config.train.mle_checkpoint"
-        ),
-        dataset,
-      )
+    if other_run:
+      self._players.take_over(other_run)
       self._progress.phase = DISCRIMINATOR
     # 3. the run folder, and over the states its latest checkpoint, if any;
     with parallel.refusing_together():
@@ -182,6 +178,15 @@ class _Trainer:
       )
     checkpoint.check_same_config(self._workdir, config)
     return prepare.load_dataset(config.data)
+
+  def _other_run(self, dataset: prepare.Dataset) -> pathlib.Path | None:
+    """Returns the run whose generator this one takes, if any, checked."""
+    folder = self._config.train.mle_checkpoint
+    if not folder:
+      return None
+    path = storage.run_path(folder, "config.train.mle_checkpoint")
+    checkpoint.check_same_generator(path, self._config, dataset.vocabulary)
+    return path
 
   def _open_batches(self) -> Any:
     """Returns the iterator over the phase's batches, where training stands.
@@ -305,7 +310,8 @@ class _Trainer:
 
     The line is not folded, whatever the terminal's width.
     """
-    rich.console.Console().print(line, soft_wrap=True, highlight=False)
+    console = rich.console.Console()
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
 
   def _begin(self, phase: _Phase) -> None:
     """Goes from a finished phase to the next one, with its best generator."""
@@ -374,7 +380,7 @@ class _Trainer:
           break
         if validated:
           logged_at = time.perf_counter()
-    self._checkpoints.wait()
+      self._checkpoints.wait()
     if not stopped_by:
       line = f"Finished {phase.title.lower()} at step {progress.updates:,}"
       if progress.best is not None:

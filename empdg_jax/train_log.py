@@ -27,7 +27,8 @@ _SHOWN = {
 class TrainLog:
   """A run's lines on the console, its metrics and its trace, on one host.
 
-  A disk or a bucket that fails costs a warning: a log is not worth a run.
+  What cannot be copied to the run folder costs a warning: a log is not worth a
+  run.
 
   Attributes:
     console: Where the lines go; quiet on the other hosts.

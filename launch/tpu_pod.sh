@@ -256,11 +256,11 @@ delete() {
 
 # resume STATE_OF_DRY_RUN: from whatever state the slice is in to training.
 resume() {
-  look "$1"
+  look_thrice "$1"
   while [[ $state == SUSPENDING || $state == DELETING ]]; do
     echo "$name: $state"
     sleep "$poll"
-    look "$1"
+    look_thrice "$1"
   done
   case $state in
     NONE) create ;;
@@ -270,7 +270,11 @@ resume() {
       ;;
     ACTIVE)
       wait_for_ssh  # What runs there must not be set up again.
-      if look_at_training 'training=none' && some_run; then
+      if ! look_at_training 'training=none'; then
+        echo "$SCRIPT: workers of $name do not answer" >&2
+        return 1
+      fi
+      if some_run; then
         echo "Training runs on $name already"
         return
       fi
@@ -352,9 +356,12 @@ run_to_the_end() {
     else
       look ACTIVE || state=UNKNOWN
       case $state in
-        NONE) return 1 ;;  # It was refused.
-        FAILED) [[ -n $trained ]] || return 1 ;;
-        ACTIVE | UNKNOWN)
+        # Before anything has trained there, it was refused.
+        NONE | FAILED) [[ -n $trained ]] || return 1 ;;
+      esac
+      case $state in
+        SUSPENDED | SUSPENDING | DELETING) ;;
+        *)
           failures=$((failures + 1))
           if ((failures == 3)); then
             echo "$SCRIPT: three starts in a row failed; mend what is said" \

@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -111,14 +112,23 @@ def test_largest_batch(
 
 @pytest.mark.parametrize("start", [1, 32, 1_000, 100_000])
 @pytest.mark.parametrize("refuses", [False, True])
-@pytest.mark.parametrize("curve", [0.0, 1e-7])
-def test_search(start: int, refuses: bool, curve: float) -> None:
+@pytest.mark.parametrize(
+  "of_rows",
+  [
+    lambda rows: 0.06 + 0.002 * rows,
+    lambda rows: 0.06 + 0.002 * rows + 1e-7 * rows**2,
+    lambda rows: max(0.1 + 0.001 * rows, 0.02 + rows / 100),  # Of two steps.
+    lambda rows: max(0.2 + 0.0001 * rows, 0.05 + rows / 300),
+  ],
+)
+def test_search(
+  start: int, refuses: bool, of_rows: Callable[[int], float]
+) -> None:
   """Memory in tiles of 8 rows; the compiler may refuse what does not fit."""
   tried: dict[int, float] = {}
 
   def share(rows: int) -> float:
-    tiles = 8 * -(-rows // 8)
-    share = 0.06 + 0.002 * tiles + curve * tiles**2
+    share = of_rows(8 * -(-rows // 8))
     assert rows not in tried
     tried[rows] = math.inf if refuses and share > 1 else share
     return tried[rows]

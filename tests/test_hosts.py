@@ -311,7 +311,9 @@ def test_a_run_folder_that_hosts_do_not_share(
   folders = tmp_path / "first", tmp_path / "second"
   for folder in folders:
     folder.mkdir()
-  for line in refused(*train_argv, "--workdir=run", folders=folders):
+  before = "from empdg_jax import parallel; parallel.SHARED_SECONDS = 1"
+  argv = (*train_argv, "--workdir=run")
+  for line in refused(*argv, folders=folders, before=before):
     assert "--workdir=run: the hosts do not share it: process 1" in line
   assert not list(tmp_path.rglob("*.*"))
 

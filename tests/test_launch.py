@@ -463,7 +463,7 @@ def test_run_tries_a_failed_start_again(
 
 
 @pytest.mark.parametrize(
-  ("failing", "count"), [("tpu-vm scp", 3), ("describe", 6)]
+  ("failing", "count"), [("tpu-vm scp", 3), ("describe", 12)]
 )
 def test_run_ends_if_it_never_starts(
   cloud: Cloud, failing: str, count: int
@@ -485,6 +485,32 @@ def test_run_does_not_repeat_a_refused_request(cloud: Cloud) -> None:
   assert status == 1
   assert "no quota" in errors
   assert cloud.verbs() == ["describe", "create", "describe"]
+
+
+def test_run_asks_again_for_what_it_had(cloud: Cloud) -> None:
+  """A request that fails after a preemption: the slice is deleted already."""
+  cloud.tell("states", "", "ACTIVE", "SUSPENDED", "SUSPENDED", "", "", "ACTIVE",
+             "ACTIVE")  # fmt: skip
+  cloud.tell("training", "none none", "none none", "0 0")
+  cloud.tell("failing", "0 queued-resources create",
+             "1 queued-resources create")  # fmt: skip
+  status, _, errors = cloud.run("tpu_pod.sh", "run", *SLICE)
+  assert status == 0, errors
+  assert cloud.verbs() == [
+    "describe", "create", *RESUMED, "describe",
+    "describe", "delete", "create", "describe",
+    "describe", "create", *RESUMED, "describe", "probe",
+  ]  # fmt: skip
+
+
+def test_resume_leaves_alone_what_may_run(cloud: Cloud) -> None:
+  cloud.tell("states", "ACTIVE")
+  cloud.tell("training", "running running")
+  cloud.tell("failing", "255 training=running")
+  status, _, errors = cloud.run("tpu_pod.sh", "resume", *SLICE)
+  assert status == 1
+  assert "workers of pod do not answer" in errors
+  assert cloud.verbs() == ["describe", "ssh", "probe"]
 
 
 def test_ctrl_c_ends_run(cloud: Cloud) -> None:

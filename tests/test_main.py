@@ -274,7 +274,17 @@ def test_evaluate_without_a_checkpoint(
   assert "checkpoint" in refused(capsys, "evaluate", f"--workdir={tmp_path}")
 
 
-def test_evaluation_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
+def test_evaluation_that_cannot_be_written(
+  workdir: pathlib.Path,
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  """It is refused before the work; a disk that fails after it is no mistake."""
   (tmp_path / "file").write_text("")
-  with pytest.raises(config_lib.InputError, match="cannot write"):
+  with pytest.raises(config_lib.SaveError, match="cannot write"):
     predictions.write_evaluation(tmp_path / "file" / "test", [], {})
+  monkeypatch.delattr(evaluate.System, "score")
+  out = f"--out={tmp_path / 'file' / 'test'}"
+  said = refused(capsys, "evaluate", f"--workdir={workdir}", out)
+  assert "file/test: cannot write" in said

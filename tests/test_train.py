@@ -20,7 +20,7 @@ from empdg_jax.config import Config, InputError, SaveError
 # A stand-in for `empdg train` whose process the tests can kill.
 _PROGRAM = """
 import os, pathlib, signal, sys
-from empdg_jax import config as config_lib, train, train_log
+from empdg_jax import checkpoint, config as config_lib, train, train_log
 config = config_lib.from_json(pathlib.Path(sys.argv[1]).read_text(), "config")
 kill_at, number = int(sys.argv[3]), int(sys.argv[4])
 write = train_log.MetricWriter.write
@@ -28,7 +28,15 @@ write = train_log.MetricWriter.write
 def write_and_die(self, step, phase, values):
   write(self, step, phase, values)
   if step == kill_at:
+    checkpoint.Checkpoints.wait = signalled_again
     os.kill(os.getpid(), number)
+
+wait = checkpoint.Checkpoints.wait
+
+def signalled_again(self):
+  if number == signal.SIGTERM:
+    os.kill(os.getpid(), number)
+  wait(self)
 
 train_log.MetricWriter.write = write_and_die
 try:
@@ -158,6 +166,7 @@ def test_interrupt_saves_and_says_how_to_resume(
   number: int,
   status: int,
 ) -> None:
+  """Schedulers may send SIGTERM twice, the second while it is being saved."""
   config, _ = trained
   workdir = tmp_path / "run"
   interrupted = _run(config, workdir, 5, number)
@@ -274,6 +283,17 @@ def test_a_full_disk_ends_training_with_one_line(
   with pytest.raises(SaveError, match="No space left") as error:
     train.train(_short(config), tmp_path / "run")
   assert "\n" not in str(error.value)
+
+
+def test_a_disk_that_cannot_be_read_is_no_bad_input(
+  trained: tuple[Config, pathlib.Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  def fail(*args: object, **kwargs: object) -> None:
+    raise OSError(5, "Input/output error")
+
+  monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", fail)
+  with pytest.raises(SaveError, match=r"latest/24: cannot read .*Input/output"):
+    train.train(*trained)
 
 
 def test_refuses_a_batch_that_does_not_divide(
