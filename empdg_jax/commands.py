@@ -195,7 +195,7 @@ def evaluate(values: Any) -> int:
       console.print(
         f"Written to {folder}. Next: empdg chat --{flag}="
         f"{getattr(values, flag)}",
-        soft_wrap=True, highlight=False,
+        soft_wrap=True, highlight=False, markup=False,
       )  # fmt: skip
   return 0
 
@@ -280,7 +280,7 @@ def export(values: Any) -> int:
     values.checkpoint,
     values.average,
     values.dtype,
-    Console(),
+    Console(markup=False),
   )
   return 0
 
@@ -388,5 +388,5 @@ def benchmark(values: Any) -> int:
   benchmark.print_benchmark(results, console)
   path = pathlib.Path(values.output or "benchmark.json")
   benchmark.write_benchmark(results, path)
-  console.print(f"Written to {path}")
+  console.print(f"Written to {path}", markup=False)
   return 0
