@@ -331,9 +331,9 @@ class Checkpoints:
           step, args=ocp.args.Composite(**{item: restore})
         )[item]
       except (ValueError, KeyError, FileNotFoundError) as error:
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise InputError(
-          f"{where}: damaged, or not of this configuration ({reason})"
+          f"{where}: damaged, or not of this configuration "
+          f"({storage.first_line(error)})"
         ) from error
 
 

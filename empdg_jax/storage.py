@@ -90,8 +90,12 @@ def errors(what: str, kind: type[Exception]) -> Generator[None]:
   except Exception as error:  # Buckets' clients have no common class.
     if type(error).__name__ == "JaxRuntimeError":  # Another host is lost.
       raise
-    reason = str(error).splitlines()[0] if str(error) else repr(error)
-    raise kind(f"{what} ({reason})") from error
+    raise kind(f"{what} ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+  """Returns the first line of an error's message, its name if it has none."""
+  return str(error).splitlines()[0] if str(error) else repr(error)
 
 
 def copy_files(root: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
