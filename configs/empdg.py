@@ -1,4 +1,4 @@
-"""EmpDG: the generator with both interactive critics, in three phases.
+"""EmpDG: the generator with both interactive discriminators, in three phases.
 
 empdg train --config=configs/empdg.py --workdir=runs/empdg
 

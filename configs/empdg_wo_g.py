@@ -1,4 +1,4 @@
-"""EmoPrepend-1 with a semantic critic (the paper's "w/o G").
+"""EmoPrepend-1 with a semantic discriminator (the paper's "w/o G").
 
 empdg train --config=configs/empdg_wo_g.py --workdir=runs/empdg_wo_g
 

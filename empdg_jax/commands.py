@@ -58,16 +58,19 @@ def prepare(values: Any) -> int:
   config = _config(values)
   from rich.console import Console
 
-  from empdg_jax.data import prepare, report
+  from empdg_jax.analysis import dataset_report
+  from empdg_jax.data import prepare
 
   console = Console()
   dataset = prepare.load_dataset(config.data)
-  report.print_report(dataset, config, console)
+  dataset_report.print_report(dataset, config, console)
 
-  from empdg_jax import train_state
   from empdg_jax.models import registry
+  from empdg_jax.training import train_state
 
-  model = registry.create_model(config.model, len(dataset.vocabulary))
+  model = registry.create_model(
+    config.model, len(dataset.vocabulary), len(dataset.corpus.emotions)
+  )
   console.print(
     f"{config.model.name}: {train_state.count_parameters(model):,} parameters"
   )
@@ -98,9 +101,9 @@ def train(values: Any) -> int:
   config = _config(values)
   with _joined_hosts(values, preemptible=True):
     _start_jax()
-    from empdg_jax import train
+    from empdg_jax.training import loop
 
-    train.train(config, workdir)
+    loop.train(config, workdir)
   return 0
 
 
@@ -115,16 +118,17 @@ def _system_folder(values: Any) -> pathlib.Path:
     InputError: Neither or both are given, or a field is changed that is the
       run's own.
   """
-  from empdg_jax import bundle, checkpoint
+  from empdg_jax.inference import export_files
+  from empdg_jax.training import run_folder
 
   if values.bundle and values.workdir:
     raise InputError("--workdir and --bundle exclude each other; give one")
   if values.bundle:
     folder = storage.run_path(values.bundle, "bundle")
-    run = bundle.read_config(folder)
+    run = export_files.read_config(folder)
   elif values.workdir:
     folder = _workdir(values)
-    run = checkpoint.read_config(folder)
+    run = run_folder.read_config(folder)
   else:
     raise InputError(
       "--workdir is missing; give the run folder, or an export as --bundle"
@@ -146,11 +150,12 @@ def _load_system(values: Any) -> tuple[Any, pathlib.Path]:
       f"--checkpoint={values.checkpoint}: an export holds a single one"
     )
   _start_jax()
-  from empdg_jax import evaluate, parallel
+  from empdg_jax import parallel
+  from empdg_jax.inference.system import load_system
 
   with parallel.refusing_together():
     folder = _system_folder(values)
-  system = evaluate.load_system(folder, values.config, values.checkpoint)
+  system = load_system(folder, values.config, values.checkpoint)
   parallel.check_same(
     lambda: config_lib.to_json(system.config), "configurations"
   )
@@ -159,9 +164,11 @@ def _load_system(values: Any) -> tuple[Any, pathlib.Path]:
 
 
 def _check_split(values: Any) -> None:
-  if values.split not in ("train", "valid", "test"):
+  from empdg_jax.data.corpora import SPLITS
+
+  if values.split not in SPLITS:
     raise InputError(
-      f"--split={values.split}: expected one of train, valid, test"
+      f"--split={values.split}: expected one of " + ", ".join(SPLITS)
     )
 
 
@@ -179,7 +186,8 @@ def evaluate(values: Any) -> int:
     system, folder = _load_system(values)
     from rich.console import Console
 
-    from empdg_jax import evaluate, parallel, predictions
+    from empdg_jax import parallel
+    from empdg_jax.inference import evaluate, predictions
 
     folder = folder / "eval" / values.split
     if values.out:
@@ -204,7 +212,8 @@ def metrics(values: Any) -> int:
   """Recomputes text metrics of a predictions file."""
   if not values.predictions:
     raise InputError("--predictions is missing; give a predictions.jsonl")
-  from empdg_jax import metrics, predictions
+  from empdg_jax import metrics
+  from empdg_jax.inference import predictions
 
   path = storage.run_path(values.predictions, "predictions")
   lines = predictions.read_predictions(path)
@@ -227,7 +236,7 @@ def generate(values: Any) -> int:
   except (OSError, UnicodeDecodeError) as error:
     raise InputError(f"--input={source}: cannot read ({error})") from error
   system, _ = _load_system(values)
-  from empdg_jax import respond
+  from empdg_jax.inference import respond
 
   failed = total = 0
   batch_size = system.config.eval.batch_size
@@ -248,7 +257,7 @@ def chat(values: Any) -> int:
   system, _ = _load_system(values)
   from rich.console import Console
 
-  from empdg_jax import respond
+  from empdg_jax.inference import respond
 
   respond.chat(respond.Responder(system), Console(), sys.stdin)
   return 0
@@ -268,7 +277,7 @@ def export(values: Any) -> int:
   _start_jax()
   from rich.console import Console
 
-  from empdg_jax import export
+  from empdg_jax.inference import export
 
   if values.dtype not in export.DTYPES:
     raise InputError(
@@ -292,7 +301,7 @@ def checkpoints(values: Any) -> int:
   _start_jax()
   from rich.console import Console
 
-  from empdg_jax import checkpoint_list
+  from empdg_jax.analysis import checkpoint_list
 
   listed = checkpoint_list.list_checkpoints(workdir)
   checkpoint_list.print_checkpoints(listed, values.format, Console())
@@ -308,12 +317,12 @@ def compare(values: Any) -> int:
   _check_split(values)
   from rich.console import Console
 
-  from empdg_jax import compare, compare_output
+  from empdg_jax.analysis import compare, tables
 
-  _check_format(values, compare_output.FORMATS)
+  _check_format(values, tables.FORMATS)
   folders = [storage.run_path(folder, "dir") for folder in values.dir]
   comparison = compare.compare(folders, values.split, values.cases)
-  compare_output.print_comparison(comparison, values.format, Console())
+  tables.print_comparison(comparison, values.format, Console())
   return 0
 
 
@@ -325,7 +334,8 @@ def attention(values: Any) -> int:
       'my job."'
     )
   system, folder = _load_system(values)
-  from empdg_jax import attention, respond
+  from empdg_jax.analysis import attention
+  from empdg_jax.inference import respond
 
   drawn = attention.attend(respond.Responder(system), values.context)
   stem = pathlib.Path(values.image or folder / "attention")
@@ -345,8 +355,8 @@ def compile_check(values: Any) -> int:
   jax.config.update("jax_platforms", "cpu")
   from rich.console import Console
 
-  from empdg_jax import compile_check, compile_report
   from empdg_jax.data import prepare
+  from empdg_jax.hardware import compile_check, compile_report
 
   _check_format(values, compile_report.FORMATS)
   slice_ = compile_check.describe_topology(values.topology)
@@ -379,8 +389,8 @@ def benchmark(values: Any) -> int:
   _start_jax()
   from rich.console import Console
 
-  from empdg_jax import benchmark
   from empdg_jax.data import prepare
+  from empdg_jax.hardware import benchmark
 
   console = Console()
   dataset = prepare.load_dataset(config.data)

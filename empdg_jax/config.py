@@ -33,6 +33,9 @@ class DataConfig:
   # "official" (downloaded), "sample" (the embedded corpus), or the path of an
   # archive or folder in the official CSV format.
   source: str = "official"
+  # The emotion labels: "empathetic_dialogues" for the 32 of that dataset, or a
+  # file with one label a line, in the order of their numbers.
+  emotions: str = "empathetic_dialogues"
   # Where prepared datasets are kept; "" is a folder in the user's cache.
   data_dir: str = ""
   # "empdg": 20,724 / 2,972 / 2,713 examples with user feedback (the paper);
@@ -90,9 +93,10 @@ class ModelConfig:
   emotion_loss_weight: float = 1.0  # gamma 1 of eq. 15.
   generation_loss_weight: float = 1.0  # gamma 2 of eq. 15.
   label_smoothing: float = 0.1  # Probability spread over the vocabulary.
-  # Of the critics' convolutions, in words; each has an equal share of filters.
+  # Widths of the discriminators' convolutions, in words; each width has an
+  # equal share of the d filters.
   kernel_widths: tuple[int, ...] = (1, 2, 3)
-  # The emotional critic reads at most so many words of an utterance.
+  # The emotional discriminator reads at most so many words of an utterance.
   max_emotional_words: int = 16
   listener_top_k: int = 0  # MoEL: how many listeners are heard; 0: all.
   # MoEL: the share of examples whose gold emotion's listener alone is heard, at
@@ -105,8 +109,8 @@ class ModelConfig:
 class TrainConfig:
   """Training in three phases (paper §4.3, §5.4).
 
-  Maximum likelihood first; then, for systems with critics, the critics alone;
-  then both in turn.
+  Maximum likelihood first; then, for systems with discriminators, the
+  discriminators alone; then both in turn.
   """
 
   seed: int = 0
@@ -125,16 +129,16 @@ class TrainConfig:
   discriminator_learning_rate: float = 1e-4  # Adam's, constant.
   gradient_penalty_weight: float = 0.1  # beta of eq. 19.
   adversarial_rounds: int = 5_000  # Of phase 3, at most.
-  d_steps: int = 1  # Critics' steps a round.
+  d_steps: int = 1  # Discriminators' steps a round.
   g_steps: int = 5  # Generator's steps a round.
   adversarial_eval_every: int = 200  # Rounds between validations.
   adversarial_patience: int = 3  # Validations without a better one.
   # What phase 3 keeps the best of: "emotion_accuracy" | "perplexity" |
   # "perplexity_per_example".
   selection_metric: str = "emotion_accuracy"
-  # How the critics move the generator: "straight_through" (through responses
-  # it samples), "expected" (through expected embeddings of teacher-forced
-  # words), "constant" (not at all: the scores are added as numbers).
+  # How the discriminators move the generator: "straight_through" (through
+  # sampled responses), "expected" (through expected embeddings under teacher
+  # forcing), "constant" (no gradient: the scores are added as numbers).
   generator_signal: str = "straight_through"
   generator_signal_weight: float = 1.0  # Of -Dsem - Demo beside Lg; paper: 1.
   sample_steps: int = 20  # Tokens of a sampled response, its EOS included.
@@ -231,9 +235,8 @@ def validate(config: Config) -> None:
   for name in ("dropout_rate", "label_smoothing"):
     if getattr(model, name) >= 1:
       raise InputError(f"config.model.{name}: expected less than 1")
-  for name, most in (("listener_top_k", 32), ("listener_teacher_ratio", 1)):
-    if getattr(model, name) > most:
-      raise InputError(f"config.model.{name}: expected at most {most}")
+  if model.listener_teacher_ratio > 1:
+    raise InputError("config.model.listener_teacher_ratio: expected at most 1")
   if model.emb_dim % 2:
     raise InputError(f"config.model.emb_dim={model.emb_dim}: expected even")
   if model.key_value_depth % model.num_heads:

@@ -155,7 +155,7 @@ def gradient_penalty(
   gold: jax.Array,
   alpha: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns how far each critic's slope is from 1 (eq. 19).
+  """Returns how far each discriminator's slope is from 1 (eq. 19).
 
   `(|| grad D(d') ||_2 - 1) ** 2` at `d' = alpha dN + (1 - alpha) dP`, the norm
   over time and features together (Gulrajani et al., 2017). May be

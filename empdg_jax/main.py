@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from absl import flags, logging
 from ml_collections import config_flags
 
-from empdg_jax import commands, storage, tpu
+from empdg_jax import commands, storage
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
+from empdg_jax.hardware import chips
 
 # Flags of commands that several hosts may run together, and of those that use
 # a trained system.
@@ -137,13 +138,13 @@ def _config_of_folder(argv: Sequence[str]) -> Config:
       "fields, as in --config.eval.beam_size=4"
     )
   if folder := _argument(argv, "bundle"):
-    from empdg_jax import bundle
+    from empdg_jax.inference import export_files
 
-    return bundle.read_config(storage.run_path(folder, "bundle"))
+    return export_files.read_config(storage.run_path(folder, "bundle"))
   if folder := _argument(argv, "workdir"):
-    from empdg_jax import checkpoint
+    from empdg_jax.training import run_folder
 
-    return checkpoint.read_config(storage.run_path(folder, "workdir"))
+    return run_folder.read_config(storage.run_path(folder, "workdir"))
   return Config()  # The command says what is missing.
 
 
@@ -227,7 +228,7 @@ _COMMANDS = {
     "--find_batch",
     ("config", "topology", "vocab_size", "format", "find_batch"),
     commands.compile_check,
-    ("known slices:", *(f"  {line}" for line in tpu.known_slices())),
+    ("known slices:", *(f"  {line}" for line in chips.known_slices())),
   ),
   "benchmark": _Command(
     "time training steps and decoding on this machine; write JSON",

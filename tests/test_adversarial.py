@@ -1,4 +1,4 @@
-"""The critics' and the adversarial generator's steps, and their sampling.
+"""The discriminators' and the adversarial generator's steps and sampling.
 
 As a program, `test_adversarial.py FILE` writes what `take_a_round` returns.
 """
@@ -29,19 +29,20 @@ from test_steps import (
   run_on_devices,
 )
 
-from empdg_jax import decoding, losses, parallel, rng, steps
+from empdg_jax import decoding, losses, parallel, rng
 from empdg_jax.config import TrainConfig
 from empdg_jax.data.pipeline import Batch
 from empdg_jax.models import adversary as adversary_lib
 from empdg_jax.models import layers
 from empdg_jax.models.adversary import Adversary
-from empdg_jax.models.discriminators import Critic
+from empdg_jax.models.discriminators import Discriminator
 from empdg_jax.models.encoder_decoder import Inputs
 from empdg_jax.models.generator import Generator
-from empdg_jax.train_state import (
+from empdg_jax.training import steps
+from empdg_jax.training.train_state import (
   TrainState,
-  create_critics_optimizer,
-  create_critics_state,
+  create_discriminator_optimizer,
+  create_discriminator_state,
   create_optimizer,
   init_params,
 )
@@ -50,13 +51,13 @@ MAX_STEPS = 6
 NAMES = ("semantic", "emotional")
 IS_EMOTIONAL = np.arange(VOCAB) % 3 == 0
 IS_EMOTIONAL[:8] = False
-CRITIC = Critic(MODEL.config.emb_dim, (1, 2))
+DISCRIMINATOR = Discriminator(MODEL.config.emb_dim, (1, 2))
 SIGNALS = ("straight_through", "expected", "constant")
 
 
 def adversary(config: TrainConfig) -> Adversary:
   config = dataclasses.replace(config, sample_steps=MAX_STEPS)
-  return Adversary(CRITIC, IS_EMOTIONAL, 5, config)
+  return Adversary(DISCRIMINATOR, IS_EMOTIONAL, 5, config)
 
 
 def make_dialogues(seed: int, real: int = ROWS) -> Batch:
@@ -74,13 +75,13 @@ class Players(NamedTuple):
 
   Attributes:
     generator: The generator's state.
-    critics: The critics' state.
+    discriminators: The discriminators' state.
     judge: `discriminator_step`.
     generate: `adversarial_generator_step`.
   """
 
   generator: TrainState
-  critics: TrainState
+  discriminators: TrainState
   judge: Any
   generate: Any
 
@@ -94,16 +95,18 @@ def make_players(
   """Compiles the steps of a signal over this process's devices."""
   config = dataclasses.replace(TRAIN, generator_signal=signal, **fields)
   optimizer = optimizer or create_optimizer(config, model.config.emb_dim)
-  critics_optimizer = create_critics_optimizer(config)
+  discriminator_optimizer = create_discriminator_optimizer(config)
   params = reference.random_params(
     jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   )
-  critics = create_critics_state(CRITIC, NAMES, critics_optimizer, 3)
+  discriminators = create_discriminator_state(
+    DISCRIMINATOR, NAMES, discriminator_optimizer, 3
+  )
   return Players(
     TrainState(np.int32(0), params, optimizer.init(params)),
-    parallel.unreplicate(parallel.replicate(critics)),
+    parallel.unreplicate(parallel.replicate(discriminators)),
     steps.compile_discriminator_step(
-      model, adversary(config), critics_optimizer
+      model, adversary(config), discriminator_optimizer
     ),
     steps.compile_adversarial_generator_step(
       model, adversary(config), optimizer
@@ -245,7 +248,7 @@ def test_samples_follow_what_was_sampled_before() -> None:
 def test_samples_have_the_gradient_of_every_step(tie_embeddings: bool) -> None:
   """Against a plain loop, whose gradient JAX finds by itself."""
   model = Generator(
-    dataclasses.replace(MODEL.config, tie_embeddings=tie_embeddings), VOCAB
+    dataclasses.replace(MODEL.config, tie_embeddings=tie_embeddings), VOCAB, 32
   )
   batch = make_batch(1)
   params = reference.random_params(
@@ -283,10 +286,10 @@ def test_samples_have_the_gradient_of_every_step(tie_embeddings: bool) -> None:
       tokens = jnp.where(ended, PAD, jnp.argmax(noisy, axis=-1))
       weights = jax.nn.softmax(noisy / 0.7)
       x = model.apply(variables, tokens, weights, method="embed")
-      of_critics = model.apply(
+      of_discriminators = model.apply(
         jax.lax.stop_gradient(variables), tokens, weights, method="embed"
       )
-      total += jnp.sum(of_critics * cotangent[:, index])
+      total += jnp.sum(of_discriminators * cotangent[:, index])
       ended |= tokens == EOS
       sequence.append(tokens)
     return total, jnp.stack(sequence, axis=1)
@@ -307,14 +310,14 @@ def test_samples_have_the_gradient_of_every_step(tie_embeddings: bool) -> None:
     )
 
 
-# The critics' step.
+# The discriminators' step.
 
 
 def test_discriminator_step_equals_its_terms(sampling: Players) -> None:
   """The loss over what can be judged, and Adam on its gradient."""
   batch = make_dialogues(3, real=6)
   state, metrics = play(
-    sampling.judge, sampling.critics, sampling.generator, batch
+    sampling.judge, sampling.discriminators, sampling.generator, batch
   )
   assert metrics["examples"] == 5  # Two are filling, one has no feedback.
   assert metrics["loss"] == pytest.approx(
@@ -322,7 +325,7 @@ def test_discriminator_step_equals_its_terms(sampling: Players) -> None:
     rel=1e-4,
   )
   assert state.step == 1
-  moved = flat(state.params) - flat(sampling.critics.params)
+  moved = flat(state.params) - flat(sampling.discriminators.params)
   # The first update of Adam: the learning rate wherever there is a gradient.
   assert np.abs(moved).max() == pytest.approx(1e-4, rel=1e-2)
   assert np.mean(np.abs(moved) > 0.9e-4) > 0.5
@@ -340,10 +343,10 @@ def test_unjudged_examples_do_not_count(sampling: Players) -> None:
   assert not np.array_equal(mixed.target, batch.target)
 
   state, metrics = play(
-    sampling.judge, sampling.critics, sampling.generator, batch
+    sampling.judge, sampling.discriminators, sampling.generator, batch
   )
   same, same_metrics = play(
-    sampling.judge, sampling.critics, sampling.generator, mixed
+    sampling.judge, sampling.discriminators, sampling.generator, mixed
   )
 
   assert same_metrics == pytest.approx(metrics, rel=1e-5)
@@ -361,7 +364,7 @@ def test_signal_reaches_the_generator(signal: str) -> None:
   state = players.generator
   for seed in range(3):
     state, metrics = play(
-      players.generate, state, players.critics, make_dialogues(seed)
+      players.generate, state, players.discriminators, make_dialogues(seed)
     )
     assert metrics["judged"] == ROWS - 1
     assert np.isfinite(metrics["signal"])
@@ -387,9 +390,11 @@ def test_a_constant_signal_leaves_maximum_likelihood_alone(
   expected = flat(parallel.unreplicate(expected).params)
   start = flat(players.generator.params)
 
-  state, _ = play(players.generate, players.generator, players.critics, batch)
+  state, _ = play(
+    players.generate, players.generator, players.discriminators, batch
+  )
   moved, _ = play(
-    sampling.generate, sampling.generator, sampling.critics, batch
+    sampling.generate, sampling.generator, sampling.discriminators, batch
   )
 
   assert (
@@ -402,7 +407,7 @@ def test_a_constant_signal_leaves_maximum_likelihood_alone(
 
 @pytest.mark.parametrize("signal", ["straight_through", "expected"])
 def test_the_signal_alone_raises_the_score(signal: str) -> None:
-  """One step on the signal, then the same noise: the critics like it more."""
+  """One step on the signal raises the scores under the same noise."""
   alone = Generator(
     dataclasses.replace(
       MODEL.config,
@@ -411,9 +416,10 @@ def test_the_signal_alone_raises_the_score(signal: str) -> None:
       dropout_rate=0.0,
     ),
     VOCAB,
+    32,
   )
   players = make_players(signal, alone, optax.sgd(1.0))
-  # Small embeddings, for which a critic is nearly linear.
+  # Small embeddings, for which a discriminator is nearly linear.
   params = dict(players.generator.params)
   params["embedding"] = 0.1 * params["embedding"]
   generator = players.generator.replace(params=params)
@@ -421,10 +427,12 @@ def test_the_signal_alone_raises_the_score(signal: str) -> None:
   for seed in range(8):
     batch = make_dialogues(seed)
     after, before_metrics = play(
-      players.generate, generator, players.critics, batch
+      players.generate, generator, players.discriminators, batch
     )
     again = after.replace(step=np.int32(0))  # The same keys.
-    _, after_metrics = play(players.generate, again, players.critics, batch)
+    _, after_metrics = play(
+      players.generate, again, players.discriminators, batch
+    )
     rises.append(after_metrics["signal"] - before_metrics["signal"])
   # Samples change by whole words, so that not every batch need gain.
   assert np.mean(rises) > 0.02
@@ -447,22 +455,26 @@ def test_odd_responses_and_feedback_are_judged(signal: str) -> None:
   params["vocab_projection"][:, EOS] *= 1e3
   generator = players.generator.replace(params=params)
 
-  critics, of_critics = play(players.judge, players.critics, generator, batch)
-  state, of_generator = play(players.generate, generator, critics, batch)
+  discriminators, of_discriminators = play(
+    players.judge, players.discriminators, generator, batch
+  )
+  state, of_generator = play(players.generate, generator, discriminators, batch)
 
-  assert all(map(np.isfinite, (*of_critics.values(), *of_generator.values())))
-  assert np.isfinite(flat(critics.params)).all()
+  assert all(
+    map(np.isfinite, (*of_discriminators.values(), *of_generator.values()))
+  )
+  assert np.isfinite(flat(discriminators.params)).all()
   assert np.isfinite(flat(state.params)).all()
 
 
 def test_a_loss_that_is_not_finite_changes_nothing_to_nan() -> None:
   players = make_players("expected", gradient_penalty_weight=float("inf"))
-  critics, metrics = play(
-    players.judge, players.critics, players.generator, make_dialogues(0)
+  discriminators, metrics = play(
+    players.judge, players.discriminators, players.generator, make_dialogues(0)
   )
   assert not np.isfinite(metrics["loss"])
   np.testing.assert_array_equal(
-    flat(critics.params), flat(players.critics.params)
+    flat(discriminators.params), flat(players.discriminators.params)
   )
 
 
@@ -496,23 +508,27 @@ def test_expected_embeddings_are_means(sampling: Players) -> None:
 
 
 def take_a_round(players: Players) -> dict[str, Any]:
-  """Takes a critics' step and two of the generator, each with a masked row."""
-  critics, of_critics = play(
+  """Takes a discriminator step and two generator steps, each with a mask."""
+  discriminators, of_discriminators = play(
     players.judge,
-    players.critics,
+    players.discriminators,
     players.generator,
     make_dialogues(0, real=ROWS - 1),
   )
   generator, of_generator = players.generator, {}
   for seed in (1, 2):
     generator, of_generator = play(
-      players.generate, generator, critics, make_dialogues(seed, real=ROWS - 1)
+      players.generate,
+      generator,
+      discriminators,
+      make_dialogues(seed, real=ROWS - 1),
     )
   return {
     "devices": jax.local_device_count(),
-    "critics": flat(critics.params) - flat(players.critics.params),
+    "discriminators": flat(discriminators.params)
+    - flat(players.discriminators.params),
     "generator": flat(generator.params) - flat(players.generator.params),
-    **{f"critics/{k}": v for k, v in of_critics.items()},
+    **{f"discriminators/{k}": v for k, v in of_discriminators.items()},
     **{f"generator/{k}": v for k, v in of_generator.items()},
   }
 
@@ -529,7 +545,7 @@ def test_any_number_of_devices_gives_the_same_round(
     assert run.returncode == 0, errors
     other = np.load(tmp_path / f"{devices}.npz")
     assert other["devices"] == devices
-    for name in ("critics", "generator"):
+    for name in ("discriminators", "generator"):
       assert np.linalg.norm(one[name]) > 0
       assert relative_difference(other[name], one[name]) <= 1e-5
     for name, value in one.items():

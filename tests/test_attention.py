@@ -8,11 +8,15 @@ import pytest
 import reference
 from reference import in_float64
 
-from empdg_jax import attention, config, evaluate, main, parallel, respond
+from empdg_jax import config, main, parallel
+from empdg_jax.analysis import attention
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import vocab
 from empdg_jax.data.prepare import Dataset
+from empdg_jax.inference import respond
+from empdg_jax.inference.system import System
 from empdg_jax.models import registry
+from empdg_jax.training.run_folder import Run
 
 
 def make_responder(
@@ -21,16 +25,21 @@ def make_responder(
   """A system with random parameters none of which is 0 or 1."""
   import jax
 
-  from empdg_jax.train_state import init_params
+  from empdg_jax.training.train_state import init_params
 
   chosen = config.from_json(config.to_json(sample_config), "copy")
   chosen.model.name = name
   chosen.eval.max_decode_steps = 6
-  model = registry.create_model(chosen.model, len(dataset.vocabulary))
+  model = registry.create_model(chosen.model, len(dataset.vocabulary), 32)
   params = reference.random_params(
     jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   )
-  return respond.Responder(evaluate.System(chosen, dataset.vocabulary, params))
+  return respond.Responder(
+    System(
+      Run(pathlib.Path(), chosen, dataset.vocabulary, dataset.corpus.emotions),
+      params,
+    )
+  )
 
 
 @pytest.fixture(scope="module")

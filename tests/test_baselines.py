@@ -11,13 +11,14 @@ import reference
 from reference import EOS, SOS, in_float64
 from test_steps import ROWS, VOCAB, make_batch, make_examples
 
-from empdg_jax import losses, steps
+from empdg_jax import losses
 from empdg_jax.config import ModelConfig
 from empdg_jax.models import registry
 from empdg_jax.models.baselines import ListenersDecoder, listener_weights
 from empdg_jax.models.decoder import DecoderLayer
 from empdg_jax.models.encoder_decoder import EncoderDecoder, Inputs
-from empdg_jax.train_state import count_parameters, init_params
+from empdg_jax.training import steps
+from empdg_jax.training.train_state import count_parameters, init_params
 
 CONFIG = ModelConfig(
   emb_dim=16, key_value_depth=8, filter_size=12, dropout_rate=0.0
@@ -28,7 +29,7 @@ KEYS = jax.random.split(jax.random.key(3), ROWS)
 def make_model(name: str, **fields: Any) -> tuple[EncoderDecoder, Any]:
   """Returns a system, and parameters of which none is 0 or 1."""
   config = dataclasses.replace(CONFIG, name=name, **fields)
-  model = registry.create_model(config, VOCAB)
+  model = registry.create_model(config, VOCAB, 32)
   shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   return model, jax.tree.map(jnp.asarray, reference.random_params(shapes))
 

@@ -6,9 +6,9 @@ import pathlib
 import pytest
 from rich.console import Console
 
-from empdg_jax import benchmark
 from empdg_jax.config import Config, InputError
 from empdg_jax.data.prepare import Dataset
+from empdg_jax.hardware import benchmark
 
 
 def test_floor_is_arithmetic_plus_adams_passes() -> None:

@@ -10,8 +10,9 @@ import fake_bucket
 import pytest
 from test_systems import SMALL
 
-from empdg_jax import bundle, main
+from empdg_jax import main
 from empdg_jax.config import Config
+from empdg_jax.inference import export_files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -74,7 +75,7 @@ def test_a_run_in_a_bucket(
   assert (
     main.main(["export", "--workdir=gs://pod/runs/one", f"--out={out}"]) == 0
   )
-  assert bundle.open_bundle(out).step in (2, 4)
+  assert export_files.open_bundle(out).step in (2, 4)
 
 
 @pytest.mark.slow

@@ -11,14 +11,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from empdg_jax import (
-  compare,
-  compare_output,
-  config,
-  main,
-  metrics,
-  significance,
-)
+from empdg_jax import config, main, metrics
+from empdg_jax.analysis import compare, significance, tables
 from empdg_jax.config import Config
 from empdg_jax.data.vocab import build_vocabulary
 
@@ -249,7 +243,7 @@ def test_a_table_is_shown_if_no_other_holds_its_systems(
   assert [t for t in ("Table 1", "Table 2") if t in said] == tables
 
 
-@pytest.mark.parametrize("form", compare_output.FORMATS)
+@pytest.mark.parametrize("form", tables.FORMATS)
 def test_formats(
   folders: list[pathlib.Path],
   tmp_path: pathlib.Path,

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import refusal
 
-from empdg_jax import compile_check, main, tpu
+from empdg_jax import main
+from empdg_jax.hardware import chips, compile_check
 from empdg_jax.models import registry
-from empdg_jax.train_state import count_parameters
+from empdg_jax.training.train_state import count_parameters
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 VOCAB = 200
@@ -79,7 +80,7 @@ def test_gradients_are_summed_in_few_operations(
   model = ModelConfig(
     name="empdg", emb_dim=16, key_value_depth=8, filter_size=12
   )
-  parameters = count_parameters(registry.create_model(model, VOCAB))
+  parameters = count_parameters(registry.create_model(model, VOCAB, 32))
   mle = reports["mle"]
   assert mle["bytes_reduced"] == pytest.approx(4 * parameters, rel=0.05)
   assert mle["all_reduces"] <= 3
@@ -95,8 +96,8 @@ def test_largest_batch(
   monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
   """On a chip whose memory is made so small that little fits."""
-  chip = tpu.CHIPS["v5e"]._replace(memory=3 * 2**23)
-  monkeypatch.setitem(tpu.CHIPS, "v5e", chip)
+  chip = chips.CHIPS["v5e"]._replace(memory=3 * 2**23)
+  monkeypatch.setitem(chips.CHIPS, "v5e", chip)
   argv = command("transformer", "--topology=v5e:2x2")
   assert main.main([*argv, "--find-batch", "--format=json"]) == 0
   fit = json.loads(capsys.readouterr().out)
@@ -155,7 +156,7 @@ def test_help_lists_the_known_slices(
   with pytest.raises(SystemExit):
     main.main(["compile-check", "--help"])
   said = capsys.readouterr().out
-  for line in tpu.known_slices():
+  for line in chips.known_slices():
     assert line in said
 
 
@@ -190,7 +191,7 @@ def test_what_does_not_fit_is_refused(
   said = refused(capsys, "--topology=v5e:4x4")
   assert "batch_size=8 does not divide among 16 devices" in said
   assert "nearest that does is 16" in said
-  chip = tpu.CHIPS["v5e"]._replace(memory=1.0)
-  monkeypatch.setitem(tpu.CHIPS, "v5e", chip)
+  chip = chips.CHIPS["v5e"]._replace(memory=1.0)
+  monkeypatch.setitem(chips.CHIPS, "v5e", chip)
   said = refused(capsys, "--topology=v5e:2x2")
   assert "mle, eval, predict: more than the memory of a chip" in said

@@ -1,4 +1,4 @@
-"""The critics against a NumPy transcription of eqs. 16-19, and their traits."""
+"""The discriminators against a NumPy transcription of eqs. 16-19."""
 
 import functools
 from typing import Any
@@ -10,16 +10,16 @@ import optax
 import pytest
 
 from empdg_jax.losses import gradient_penalty
-from empdg_jax.models.adversary import critic_losses
+from empdg_jax.models.adversary import discriminator_losses
 from empdg_jax.models.discriminators import (
-  Critic,
-  Reading,
+  Discriminator,
+  DiscriminatorInputs,
   Utterances,
   pick,
 )
 
 DIM = 6
-CRITIC = Critic(DIM, (1, 2, 3))
+DISCRIMINATOR = Discriminator(DIM, (1, 2, 3))
 # Lengths of the generated and the gold response and the feedback by example.
 LENGTHS = ((4, 2, 3), (1, 5, 1), (3, 3, 5), (2, 1, 2))
 ROWS = len(LENGTHS)
@@ -51,7 +51,7 @@ def score(
 ) -> np.ndarray:
   """D of eq. 17 for one response's states `[length, d]`."""
   pooled = []
-  for number, width in enumerate(CRITIC.kernel_widths):
+  for number, width in enumerate(DISCRIMINATOR.kernel_widths):
     layer = params[f"convolutions_{number}"]
     padded = np.concatenate([states, np.zeros((width - 1, DIM))])
     windows = np.array(
@@ -119,7 +119,7 @@ DIALOGUES = [Dialogue(seed, lengths) for seed, lengths in enumerate(LENGTHS)]
 
 def reading(
   dialogues: list[Dialogue], lengths: tuple[int, int, int]
-) -> tuple[Reading, jax.Array]:
+) -> tuple[DiscriminatorInputs, jax.Array]:
   """Pads dialogues to lengths; what is behind an end is not zero."""
   padded = []
   for kind, length in enumerate(lengths):
@@ -133,17 +133,17 @@ def reading(
   context = jnp.asarray(np.array([d.context for d in dialogues], np.float32))
   generated, gold, feedback = padded
   alpha = jnp.asarray(np.array([d.alpha for d in dialogues], np.float32))
-  return Reading((generated, gold), feedback, context), alpha
+  return DiscriminatorInputs((generated, gold), feedback, context), alpha
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def terms_and_gradients(
-  params: Any, given: Reading, alpha: jax.Array, weight: float
+  params: Any, given: DiscriminatorInputs, alpha: jax.Array, weight: float
 ) -> tuple[dict[str, jax.Array], Any]:
   """All terms by example, and each example's gradient of the loss."""
 
   def of_row(params: Any, row: jax.Array) -> tuple[jax.Array, Any]:
-    terms = critic_losses(CRITIC, params, given, alpha, weight)
+    terms = discriminator_losses(DISCRIMINATOR, params, given, alpha, weight)
     return terms["loss"][row], terms
 
   rows = jnp.arange(len(alpha))
@@ -157,7 +157,9 @@ def terms_and_gradients(
 def params() -> Any:
   """Random parameters, none at a neutral value."""
   given, _ = reading(DIALOGUES, (4, 5, 5))
-  shapes = jax.eval_shape(CRITIC.init, jax.random.key(0), given)["params"]
+  shapes = jax.eval_shape(DISCRIMINATOR.init, jax.random.key(0), given)[
+    "params"
+  ]
   rng = np.random.default_rng(5)
   return jax.tree.map(
     lambda s: rng.normal(0.0, 0.6, s.shape).astype(np.float32), shapes
@@ -186,7 +188,9 @@ def test_penalty_is_differentiated_a_second_time(params: Any) -> None:
 
   def penalty(params: Any) -> jax.Array:
     return jnp.sum(
-      critic_losses(CRITIC, params, given, alpha, 1.0)["gradient_penalty"]
+      discriminator_losses(DISCRIMINATOR, params, given, alpha, 1.0)[
+        "gradient_penalty"
+      ]
     )
 
   grads = jax.jit(jax.grad(penalty))(params)
@@ -221,7 +225,7 @@ def test_penalty_is_differentiated_a_second_time(params: Any) -> None:
     )
 
 
-def test_a_flat_critic_has_finite_gradients(params: Any) -> None:
+def test_a_flat_discriminator_has_finite_gradients(params: Any) -> None:
   flat = {**params, "output": jax.tree.map(np.zeros_like, params["output"])}
   given, alpha = reading(DIALOGUES, (4, 5, 5))
 
@@ -262,7 +266,7 @@ def test_no_gradient_flows_into_the_context(params: Any) -> None:
   given, _ = reading(DIALOGUES, (4, 5, 5))
 
   def total(context: jax.Array) -> jax.Array:
-    scores: Any = CRITIC.apply(
+    scores: Any = DISCRIMINATOR.apply(
       {"params": params}, given._replace(context=context)
     )
     return jnp.sum(scores[0])
@@ -270,7 +274,7 @@ def test_no_gradient_flows_into_the_context(params: Any) -> None:
   assert not np.any(jax.grad(total)(given.context))
 
 
-def test_a_trained_critic_measures_a_known_distance() -> None:
+def test_a_trained_discriminator_measures_a_known_distance() -> None:
   """Two clouds, one the other moved by 1: their Wasserstein distance is 1."""
   rows, length, dim, steps = 64, 3, 12, 1_000
   rng = np.random.default_rng(0)
@@ -278,17 +282,17 @@ def test_a_trained_critic_measures_a_known_distance() -> None:
   shift /= np.linalg.norm(shift)
   generated = rng.normal(0.0, 0.1, (rows, length, dim)).astype(np.float32)
   gold = generated[::-1] + shift
-  critic = Critic(dim, (1, 2, 3))
+  discriminator = Discriminator(dim, (1, 2, 3))
   mask, interaction = jnp.ones((rows, length), bool), jnp.zeros((rows, dim))
   cloud = Utterances(jnp.asarray(generated), mask)
-  params = critic.init(
-    jax.random.key(0), Reading((cloud,), cloud, interaction)
+  params = discriminator.init(
+    jax.random.key(0), DiscriminatorInputs((cloud,), cloud, interaction)
   )["params"]
   optimizer = optax.adam(3e-3, b1=0.5)
 
   def loss(params: Any, alpha: jax.Array) -> tuple[jax.Array, Any]:
     def score(features: jax.Array) -> Any:
-      return critic.apply(
+      return discriminator.apply(
         {"params": params},
         Utterances(features, mask),
         interaction,

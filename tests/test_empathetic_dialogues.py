@@ -15,9 +15,8 @@ from tensorflow_datasets.core.download import checksums, downloader
 
 from empdg_jax.config import Config, DataConfig, InputError
 from empdg_jax.data import empathetic_dialogues, prepare
+from empdg_jax.data.corpora import EMOTIONS, SPLITS
 from empdg_jax.data.empathetic_dialogues import (
-  EMOTIONS,
-  SPLITS,
   EmpatheticDialogues,
 )
 from empdg_jax.data.prepare import Dataset

@@ -7,6 +7,7 @@ import pytest
 
 from empdg_jax.config import DataConfig
 from empdg_jax.data import examples, prepare, text
+from empdg_jax.data.corpora import find_corpus
 from empdg_jax.data.examples import Dialogue, Utterance
 
 
@@ -35,15 +36,16 @@ def dialogue(turns: int) -> Dialogue:
 
 
 # Two more, since the last two conversations of a split are dropped.
+CORPUS = find_corpus(DataConfig())
 DROPPED = [talk(30, 4), talk(31, 4)]
 
 
 def test_drops_the_last_two_conversations() -> None:
-  joined = examples.join_dialogues([talk(i, 4) for i in range(5)])
+  joined = examples.join_dialogues([talk(i, 4) for i in range(5)], CORPUS)
 
   assert [d.id for d in joined] == ["talk0", "talk1", "talk2"]
-  assert examples.join_dialogues(DROPPED) == []
-  assert examples.join_dialogues([]) == []
+  assert examples.join_dialogues(DROPPED, CORPUS) == []
+  assert examples.join_dialogues([], CORPUS) == []
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,7 @@ def test_drops_the_last_two_conversations() -> None:
 def test_drops_a_trailing_speaker_turn(turns: int, kept: int) -> None:
   conversation = talk(0, turns)
 
-  (joined,) = examples.join_dialogues([conversation, *DROPPED])
+  (joined,) = examples.join_dialogues([conversation, *DROPPED], CORPUS)
 
   assert joined.utterances == list(conversation.utterances[:kept])
 
@@ -67,7 +69,8 @@ def test_joins_neighbours_with_the_same_situation() -> None:
       talk(3, 4, "new bike"),
       talk(4, 4, "lost keys"),
       *DROPPED,
-    ]
+    ],
+    CORPUS,
   )
 
   assert [d.emotion for d in joined] == [2, 3, 4]
@@ -82,7 +85,7 @@ def test_joins_neighbours_with_the_same_situation() -> None:
 
 def test_situations_join_only_when_identical() -> None:
   joined = examples.join_dialogues(
-    [talk(0, 4, "lost keys"), talk(1, 4, "Lost keys"), *DROPPED]
+    [talk(0, 4, "lost keys"), talk(1, 4, "Lost keys"), *DROPPED], CORPUS
   )
 
   assert len(joined) == 2
@@ -93,7 +96,7 @@ def test_deletes_quotes() -> None:
     "talk", 0, 'they said "no"', ('he said "no" to me', 'oh"', '"', "ok")
   )
 
-  (joined,) = examples.join_dialogues([conversation, *DROPPED])
+  (joined,) = examples.join_dialogues([conversation, *DROPPED], CORPUS)
 
   assert joined.utterances == ["he said no to me", "oh", "", "ok"]
 

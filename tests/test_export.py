@@ -18,19 +18,20 @@ import safetensors.numpy
 from example import ALONE, example_of, run_example
 from refusal import refused
 
-from empdg_jax import (
-  bundle,
-  checkpoint,
-  evaluate,
-  export,
-  main,
-  predictions,
-  train,
-)
 from empdg_jax import config as config_lib
+from empdg_jax import main
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data import prepare
+from empdg_jax.data.corpora import EMOTIONS
+from empdg_jax.inference import evaluate, export, export_files, predictions
+from empdg_jax.inference.system import (
+  load_system,
+  params_like,
+  response_tokens,
+  source_words,
+)
+from empdg_jax.training import checkpoint, loop, run_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -56,7 +57,7 @@ def workdir(
   config.train.mle_steps = 60
   config.train.mle_eval_every = config.train.checkpoint_every = 15
   config.eval.max_decode_steps = 6
-  train.train(config, path)
+  loop.train(config, path)
   argv = ["evaluate", f"--workdir={path}", "--checkpoint=60", "--samples=1"]
   assert main.main(argv) == 0
   return path
@@ -92,7 +93,7 @@ def test_the_folder(exported: pathlib.Path, workdir: pathlib.Path) -> None:
     if path.is_file()
   }
   assert found == {*listed, "SHA256SUMS"}
-  assert found == {*bundle.REQUIRED, "eval/metrics.json", "SHA256SUMS"}
+  assert found == {*export_files.REQUIRED, "eval/metrics.json", "SHA256SUMS"}
   for name, digest in listed.items():
     data = (exported / name).read_bytes()
     assert hashlib.sha256(data).hexdigest() == digest
@@ -116,10 +117,10 @@ def test_parameters_by_name(
   """In NumPy alone, as the checkpoint has them and the card lists them."""
   params = safetensors.numpy.load_file(exported / "params.safetensors")
   checkpoints = checkpoint.Checkpoints(workdir)
-  like = evaluate.params_like(checkpoint.open_run(workdir))
+  like = params_like(run_folder.open_run(workdir))
   expected = checkpoints.restore_params(checkpoint.LATEST, like, 60)
   assert jax.tree.all(
-    jax.tree.map(np.array_equal, bundle.nested(params), expected)
+    jax.tree.map(np.array_equal, export_files.nested(params), expected)
   )
   assert all(array.dtype == np.float32 for array in params.values())
   card = (exported / "README.md").read_text()
@@ -200,7 +201,7 @@ def test_respond_without_the_package(
   exported: pathlib.Path, workdir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
   """Batches of 1, 7 and 64, and the rest of the test split."""
-  system = evaluate.load_system(exported)
+  system = load_system(exported)
   dataset = prepare.load_dataset(
     system.config.data, system.vocabulary, system.lexicon
   )
@@ -222,14 +223,14 @@ def test_respond_without_the_package(
     emotions = outputs["emotion_probs"]
   assert emotions.shape == (len(encoded), 32)
   for row, line in enumerate(lines_of(workdir / "eval" / "test")):
-    words = evaluate.response_tokens(
+    words = response_tokens(
       tokens[row],
       copied[row],
-      evaluate.source_words(encoded[row], longest),
+      source_words(encoded[row], longest),
       system.vocabulary,
     )
     assert " ".join(words) == line["response"]
-    emotion = evaluate.EMOTIONS[emotions[row].argmax()]
+    emotion = EMOTIONS[emotions[row].argmax()]
     assert emotion == line["predicted_emotion"]
 
 
@@ -259,11 +260,11 @@ def test_in_python(exported: pathlib.Path, workdir: pathlib.Path) -> None:
   turns = ["I am afraid of the dark.", "Oh no, why?", "I saw a zyzzyva."]
   reply = loaded.respond(turns)
   assert reply.text
-  assert reply.emotion in evaluate.EMOTIONS
+  assert reply.emotion in EMOTIONS
   assert reply.emotions is not None
   assert reply.emotions.sum() == pytest.approx(1.0, abs=1e-5)
   # As the run folder's, with words of the lexicon that are no vocabulary's.
-  ours = evaluate.load_system(workdir, which="60")
+  ours = load_system(workdir, which="60")
   ours = export.Responder(ours)
   assert ours.encode(turns) == loaded.encode(turns)
   assert "zyzzyva" in loaded.encode(turns).emotion_words
@@ -313,7 +314,7 @@ def test_commands_take_exports(
   assert "config.json is not what was exported" in said
 
 
-@pytest.mark.parametrize("name", [*bundle.REQUIRED, "eval/metrics.json"])
+@pytest.mark.parametrize("name", [*export_files.REQUIRED, "eval/metrics.json"])
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
 def test_a_damaged_file_is_named(
   copied: pathlib.Path,
@@ -334,9 +335,9 @@ def test_a_damaged_file_is_named(
 
 def test_any_flipped_bit_is_found(copied: pathlib.Path) -> None:
   """In all of SHA256SUMS, and here and there in the other files."""
-  bundle.open_bundle(copied)
+  export_files.open_bundle(copied)
   rng = np.random.default_rng(0)
-  for name in ("SHA256SUMS", *bundle.REQUIRED):
+  for name in ("SHA256SUMS", *export_files.REQUIRED):
     path = copied / name
     data = path.read_bytes()
     places = range(len(data))
@@ -347,7 +348,7 @@ def test_any_flipped_bit_is_found(copied: pathlib.Path) -> None:
       flipped[place] ^= 1 << int(rng.integers(8))
       path.write_bytes(flipped)
       with pytest.raises(InputError, match="SHA256SUMS"):
-        bundle.open_bundle(copied)
+        export_files.open_bundle(copied)
     path.write_bytes(data)
 
 
@@ -381,14 +382,14 @@ def test_a_newer_format(
 ) -> None:
   """Whole, and with other files than today's."""
   about = json.loads((copied / "export.json").read_text())
-  about["format_version"] = bundle.FORMAT_VERSION + 1
+  about["format_version"] = export_files.FORMAT_VERSION + 1
   (copied / "export.json").write_text(json.dumps(about))
   config = json.loads((copied / "config.json").read_text())
   config["model"]["mixture_of_experts"] = 8
   (copied / "config.json").write_text(json.dumps(config))
   names = ("export.json", "config.json")
   files = {name: (copied / name).read_bytes() for name in names}
-  (copied / "SHA256SUMS").write_text(bundle.sums_text(files))
+  (copied / "SHA256SUMS").write_text(export_files.sums_text(files))
   said = refused(capsys, "chat", f"--bundle={copied}")
   assert "export.json has format version 2" in said
   assert "update" in said
@@ -401,7 +402,7 @@ def test_the_mean_of_checkpoints(
   argv = ["export", f"--workdir={workdir}", f"--out={out}", "--average=3"]
   assert main.main(argv) == 0
   checkpoints = checkpoint.Checkpoints(workdir)
-  like = evaluate.params_like(checkpoint.open_run(workdir))
+  like = params_like(run_folder.open_run(workdir))
   three = [
     checkpoints.restore_params(checkpoint.LATEST, like, step)["embedding"]
     for step in (30, 45, 60)
@@ -461,8 +462,8 @@ def test_bfloat16(
   ]
   assert sizes[0] < 0.6 * sizes[1]
   assert not (out / "eval").exists()  # The run's is of float32.
-  half = bundle.open_bundle(out).params["embedding"]
-  whole = bundle.open_bundle(exported).params["embedding"]
+  half = export_files.open_bundle(out).params["embedding"]
+  whole = export_files.open_bundle(exported).params["embedding"]
   np.testing.assert_array_equal(
     half, np.asarray(jnp.asarray(whole, jnp.bfloat16), np.float32)
   )

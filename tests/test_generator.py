@@ -30,7 +30,7 @@ from empdg_jax.losses import log_mixture
 from empdg_jax.models import layers
 from empdg_jax.models.encoder_decoder import Inputs
 from empdg_jax.models.generator import Generator
-from empdg_jax.train_state import init_params
+from empdg_jax.training.train_state import init_params
 
 VOCAB = 60
 STEPS = 8
@@ -112,6 +112,7 @@ def make_model(
       dropout_rate=dropout_rate,
     ),
     VOCAB,
+    32,
   )
   shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   return model, reference.random_params(shapes)

@@ -18,9 +18,12 @@ import numpy as np
 import pytest
 from test_systems import SMALL
 
-from empdg_jax import checkpoint, evaluate, main, predictions
+from empdg_jax import main
 from empdg_jax.config import Config
 from empdg_jax.data import sample_corpus
+from empdg_jax.inference import predictions
+from empdg_jax.inference.system import params_like
+from empdg_jax.training import checkpoint, run_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = (
@@ -130,9 +133,9 @@ def metrics_of(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
 
 def params_of(workdir: pathlib.Path) -> np.ndarray:
   """Returns the latest generator's parameters in one row."""
-  run = checkpoint.open_run(workdir)
+  run = run_folder.open_run(workdir)
   checkpoints = checkpoint.Checkpoints(workdir)
-  like = evaluate.params_like(run)
+  like = params_like(run)
   params = checkpoints.restore_params(checkpoint.LATEST, like)
   return np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)])
 
@@ -311,7 +314,7 @@ def test_a_run_folder_that_hosts_do_not_share(
   folders = tmp_path / "first", tmp_path / "second"
   for folder in folders:
     folder.mkdir()
-  before = "from empdg_jax import parallel; parallel.SHARED_SECONDS = 1"
+  before = "from empdg_jax.parallel import hosts; hosts.SHARED_SECONDS = 1"
   argv = (*train_argv, "--workdir=run")
   for line in refused(*argv, folders=folders, before=before):
     assert "--workdir=run: the hosts do not share it: process 1" in line
@@ -319,7 +322,7 @@ def test_a_run_folder_that_hosts_do_not_share(
 
 
 _FULL_DISK = """
-from empdg_jax import metric_writer
+from empdg_jax.training import metric_writer
 write = metric_writer.MetricWriter.write
 def fail(self, step, *rest):
   if step == 7:
@@ -365,7 +368,7 @@ def test_hosts_that_evaluate_end_at_sigterm(
 ) -> None:
   before = f"""
 import pathlib, sys, time
-from empdg_jax import evaluate
+from empdg_jax.inference import evaluate
 def wait(*_):
   (pathlib.Path({str(tmp_path)!r}) / sys.argv[-1][-1]).touch()
   time.sleep(60)

@@ -13,7 +13,7 @@ import reference
 
 from empdg_jax import losses, metrics
 from empdg_jax.config import TrainConfig
-from empdg_jax.train_state import create_optimizer, learning_rate
+from empdg_jax.training.train_state import create_optimizer, learning_rate
 
 VOCAB = 12
 PAD = 1

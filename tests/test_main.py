@@ -9,8 +9,12 @@ import pytest
 from refusal import refused
 
 from empdg_jax import config as config_lib
-from empdg_jax import evaluate, main, metrics, predictions, train
+from empdg_jax import main, metrics
 from empdg_jax.config import Config
+from empdg_jax.data.corpora import EMOTIONS
+from empdg_jax.inference import predictions
+from empdg_jax.inference.system import System, load_system
+from empdg_jax.training import loop
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 QUICKSTART = f"--config={ROOT}/configs/quickstart.py"
@@ -25,7 +29,7 @@ def workdir(
   config = config_lib.from_json(config_lib.to_json(sample_config), "copy")
   config.train.mle_steps = config.train.mle_eval_every = 4
   config.eval.max_decode_steps = 5
-  train.train(config, path)
+  loop.train(config, path)
   return path
 
 
@@ -64,7 +68,7 @@ def test_importing_is_light() -> None:
 def test_only_parallel_names_pmap_and_only_main_has_flags() -> None:
   for path in (ROOT / "empdg_jax").rglob("*.py"):
     code = path.read_text()
-    assert "pmap" not in code or path.name == "parallel.py", path
+    assert "pmap" not in code or path.name == "devices.py", path
     assert "absl" not in code or path.name == "main.py", path
 
 
@@ -88,7 +92,7 @@ def test_evaluation_scores_every_example_alone(
   evaluated: pathlib.Path, workdir: pathlib.Path
 ) -> None:
   """A batch of other examples changes neither score nor reply."""
-  system = evaluate.load_system(workdir)
+  system = load_system(workdir)
   from empdg_jax.data import prepare
 
   dataset = prepare.load_dataset(system.config.data, system.vocabulary)
@@ -135,7 +139,7 @@ def test_beam_search_through_the_configuration(
   config = config_lib.from_json((workdir / "config.json").read_text(), "run")
   greedy = predictions.read_predictions(evaluated / "predictions.jsonl")
   config.eval.beam_size = 3
-  system = evaluate.load_system(workdir, config)
+  system = load_system(workdir, config)
   from empdg_jax.data import prepare
 
   encoded = prepare.load_dataset(config.data, system.vocabulary).encoded("test")
@@ -178,7 +182,7 @@ def test_generate_answers_good_lines_and_names_bad_ones(
   assert "empty" in answers[3]["error"]
   assert "10,000 tokens" in answers[4]["error"]
   assert answers[6]["context_tokens_cut"] == 100 - 47
-  assert answers[0]["emotion"] in evaluate.EMOTIONS
+  assert answers[0]["emotion"] in EMOTIONS
 
 
 def test_chat_keeps_the_dialogue(
@@ -188,7 +192,7 @@ def test_chat_keeps_the_dialogue(
 ) -> None:
   import io
 
-  from empdg_jax import respond
+  from empdg_jax.inference import respond
 
   seen: list[list[str]] = []
   encode = respond.Responder.encode
@@ -284,7 +288,7 @@ def test_evaluation_that_cannot_be_written(
   (tmp_path / "file").write_text("")
   with pytest.raises(config_lib.SaveError, match="cannot write"):
     predictions.write_evaluation(tmp_path / "file" / "test", [], {})
-  monkeypatch.delattr(evaluate.System, "score")
+  monkeypatch.delattr(System, "score")
   out = f"--out={tmp_path / 'file' / 'test'}"
   said = refused(capsys, "evaluate", f"--workdir={workdir}", out)
   assert "file/test: cannot write" in said

@@ -15,7 +15,7 @@ from empdg_jax import storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, vectors, vocab
 from empdg_jax.data.examples import Utterance
-from empdg_jax.data.pipeline import Batch, BatchPlan, Encoded, Shape
+from empdg_jax.data.pipeline import Batch, BatchPlan, EncodedExample, Shape
 from empdg_jax.data.prepare import Dataset
 from empdg_jax.data.vocab import SPECIAL_TOKENS, Vocabulary
 
@@ -23,8 +23,8 @@ VOCABULARY = Vocabulary((*SPECIAL_TOKENS, "a", "b", "c", "d"))  # a is 8.
 SHAPES = (Shape(8, 4, 4), Shape(16, 6, 8), Shape(24, 10, 12))
 
 
-def invented(count: int) -> list[Encoded]:
-  """Encoded examples of all lengths; ids tell the example."""
+def invented(count: int) -> list[EncodedExample]:
+  """EncodedExample examples of all lengths; ids tell the example."""
   rng = np.random.default_rng(count)
   encoded = []
   for i in range(count):
@@ -32,7 +32,7 @@ def invented(count: int) -> list[Encoded]:
       int(rng.integers(2, n + 1)) for n in SHAPES[-1][:3]
     )
     encoded.append(
-      Encoded(
+      EncodedExample(
         context=[vocab.CLS, *[100 + i] * (context - 1)],
         state=[vocab.CLS, *[vocab.USR] * (context - 1)],
         emotion_context=[vocab.LAB, *[200 + i] * (emotion - 1)],
@@ -83,7 +83,7 @@ def test_encode() -> None:
     CONTEXT, ("a", "y"), 3, VOCABULARY, Shape(9, 9, 9, 3), ("b", "q", "a")
   )
 
-  assert encoded == Encoded(
+  assert encoded == EncodedExample(
     context=[6, 8, 9, 10, 0, 11],
     state=[6, 4, 4, 5, 4, 4],
     emotion_context=[7, 9, 10],

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import pytest
 
 from empdg_jax import config as config_lib
-from empdg_jax import train
 from empdg_jax.config import Config, InputError
-from empdg_jax.profiling import InputWait, Trace
+from empdg_jax.training import loop
+from empdg_jax.training.profiling import InputWait, Trace
 
 
 def test_a_trace_holds_the_steps_between(tmp_path: pathlib.Path) -> None:
@@ -80,16 +80,16 @@ def test_training_traces(
 ) -> None:
   config.train.batch_size, config.train.mle_steps = 8, 4
   config.train.profile_steps = "2:3"
-  train.train(config, tmp_path / "run")
+  loop.train(config, tmp_path / "run")
   said = capsys.readouterr().out
   (found,) = (tmp_path / "run" / "tensorboard").rglob("*.xplane.pb")
   assert f"Profile in {found.parent}" in said
   assert "nothing is traced" not in said
-  train.train(config, tmp_path / "run")
+  loop.train(config, tmp_path / "run")
   said = capsys.readouterr().out
   assert "nothing is traced: training goes on from step 4" in said
   config.train.profile_steps = "7:9"
-  train.train(config, tmp_path / "run")
+  loop.train(config, tmp_path / "run")
   said = capsys.readouterr().out
   assert "nothing is traced: training has ended at step 4" in said
 

@@ -5,7 +5,8 @@ import sys
 from collections import Counter
 
 from empdg_jax.data import sample_corpus
-from empdg_jax.data.empathetic_dialogues import EMOTIONS, SPLITS, read_csv
+from empdg_jax.data.corpora import EMOTIONS, SPLITS
+from empdg_jax.data.empathetic_dialogues import read_csv
 from empdg_jax.data.prepare import Dataset
 
 

@@ -29,13 +29,18 @@ from reference import (
   pad,
 )
 
-from empdg_jax import parallel, steps
+from empdg_jax import parallel
 from empdg_jax.config import EvalConfig, ModelConfig, TrainConfig
 from empdg_jax.data.pipeline import Batch
 from empdg_jax.losses import log_mixture
 from empdg_jax.models.encoder_decoder import Inputs
 from empdg_jax.models.generator import Generator
-from empdg_jax.train_state import TrainState, create_optimizer, init_params
+from empdg_jax.training import steps
+from empdg_jax.training.train_state import (
+  TrainState,
+  create_optimizer,
+  init_params,
+)
 
 VOCAB = 60
 ROWS = 8  # As many as the most devices.
@@ -50,6 +55,7 @@ MODEL = Generator(
     generation_loss_weight=2.0,
   ),
   VOCAB,
+  32,
 )
 # An epsilon that does not blow up the last digits of small gradients.
 TRAIN = TrainConfig(warmup_steps=10, adam_eps=1e-3)

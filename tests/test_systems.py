@@ -12,15 +12,16 @@ import pytest
 from example import example_of, run_example
 
 from empdg_jax import config as config_lib
-from empdg_jax import main, train_log
+from empdg_jax import main
 from empdg_jax.config import Config
 from empdg_jax.data import text
+from empdg_jax.inference.predictions import read_predictions
 from empdg_jax.models import registry
-from empdg_jax.predictions import read_predictions
-from empdg_jax.train_state import learning_rate
+from empdg_jax.training import train_log
+from empdg_jax.training.train_state import learning_rate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SYSTEMS = tuple(registry.MODELS)
+SYSTEMS = tuple(registry.SYSTEMS)
 SMALL = (
   "--config.data.source=sample",
   "--config.data.shapes=((48,24,24),)",

@@ -13,14 +13,16 @@ import jax
 import numpy as np
 import pytest
 
-from empdg_jax import checkpoint, evaluate, train, train_log
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError, SaveError
+from empdg_jax.inference import evaluate
+from empdg_jax.training import checkpoint, loop, run_folder, train_log
 
 # A stand-in for `empdg train` whose process the tests can kill.
 _PROGRAM = """
 import os, pathlib, signal, sys
-from empdg_jax import checkpoint, config as config_lib, train, train_log
+from empdg_jax import config as config_lib
+from empdg_jax.training import checkpoint, loop, train_log
 config = config_lib.from_json(pathlib.Path(sys.argv[1]).read_text(), "config")
 kill_at, number = int(sys.argv[3]), int(sys.argv[4])
 write = train_log.MetricWriter.write
@@ -40,7 +42,7 @@ def signalled_again(self):
 
 train_log.MetricWriter.write = write_and_die
 try:
-  train.train(config, pathlib.Path(sys.argv[2]))
+  loop.train(config, pathlib.Path(sys.argv[2]))
 except KeyboardInterrupt:
   sys.exit(130)
 """
@@ -69,7 +71,7 @@ def trained(
   """A run that was never disturbed, and its configuration."""
   config = _short(copy.deepcopy(sample_config))
   workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-  assert train.train(config, workdir)
+  assert loop.train(config, workdir)
   return config, workdir
 
 
@@ -89,7 +91,7 @@ def _run(
 
 def test_run_folder(trained: tuple[Config, pathlib.Path]) -> None:
   config, workdir = trained
-  assert checkpoint.read_config(workdir) == config
+  assert run_folder.read_config(workdir) == config
   assert sorted(_losses(workdir)) == list(range(1, 25))
   names = {
     json.loads(line)["name"]
@@ -128,7 +130,7 @@ def test_kill_and_resume_gives_the_same_losses(
   workdir = tmp_path / "run"
   killed = _run(config, workdir, kill_at, signal.SIGKILL)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
-  assert train.train(config, workdir)
+  assert loop.train(config, workdir)
   expected, losses = _losses(undisturbed), _losses(workdir)
   assert losses.keys() == expected.keys()
   np.testing.assert_allclose(
@@ -148,7 +150,7 @@ def test_no_update_is_missing_in_the_log(
   workdir = tmp_path / "run"
   killed = _run(config, workdir, 8, signal.SIGKILL)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
-  assert train.train(config, workdir)
+  assert loop.train(config, workdir)
   losses = _losses(workdir)
   steps = [0, 3, 5, 6, 8, 9, 10, 12, 15, 16, 18, 20, 21, 24]
   assert sorted(losses) == steps[1:]
@@ -200,7 +202,7 @@ def test_nothing_compiles_after_each_shapes_first_batch(
   config.train.mle_eval_every = config.train.checkpoint_every = 30
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train_log, "MetricWriter", Writer)
-    train.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
   # Both shapes and the first validation come within the first half.
   warm = {count for step, count in steps if step == 30}
   assert compiled
@@ -222,7 +224,7 @@ def test_early_stop_keeps_the_best(
   monkeypatch.setattr(evaluate, "validate", validate)
   config = _short(config)
   config.train.mle_steps, config.train.mle_eval_every = 100, 2
-  assert train.train(config, tmp_path / "run")
+  assert loop.train(config, tmp_path / "run")
   checkpoints = checkpoint.Checkpoints(tmp_path / "run")
   assert checkpoints.step(checkpoint.BEST) == 4
   assert checkpoints.step(checkpoint.LATEST) == 10  # 3 without a better one.
@@ -235,10 +237,10 @@ def test_refuses_another_configuration(
   before = (workdir / "config.json").read_bytes()
   other = copy.deepcopy(config)
   other.train.profile_steps = "1:2"  # A resumed run may differ in this.
-  checkpoint.check_same_config(workdir, other)
+  run_folder.check_same_config(workdir, other)
   other.train.seed = 7
   with pytest.raises(InputError, match=r"config\.train\.seed=0, not 7"):
-    train.train(other, workdir)
+    loop.train(other, workdir)
   assert (workdir / "config.json").read_bytes() == before
 
 
@@ -252,7 +254,7 @@ def test_refuses_checkpoints_of_other_shapes(
   subprocess.run(["cp", "-r", workdir, copied], check=True)
   (copied / "config.json").write_text(config_lib.to_json(other))
   with pytest.raises(InputError, match="needs"):
-    train.train(other, copied)
+    loop.train(other, copied)
 
 
 def test_refuses_checkpoints_of_an_unknown_run(
@@ -260,7 +262,7 @@ def test_refuses_checkpoints_of_an_unknown_run(
 ) -> None:
   (tmp_path / "checkpoints").mkdir()
   with pytest.raises(InputError, match=r"no config\.json"):
-    train.train(config, tmp_path)
+    loop.train(config, tmp_path)
 
 
 def test_refuses_unwritable_workdir(
@@ -268,7 +270,7 @@ def test_refuses_unwritable_workdir(
 ) -> None:
   (tmp_path / "file").write_text("")
   with pytest.raises(InputError, match="cannot write"):
-    train.train(config, tmp_path / "file" / "run")
+    loop.train(config, tmp_path / "file" / "run")
 
 
 def test_a_full_disk_ends_training_with_one_line(
@@ -281,7 +283,7 @@ def test_a_full_disk_ends_training_with_one_line(
 
   monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", fail)
   with pytest.raises(SaveError, match="No space left") as error:
-    train.train(_short(config), tmp_path / "run")
+    loop.train(_short(config), tmp_path / "run")
   assert "\n" not in str(error.value)
 
 
@@ -293,15 +295,15 @@ def test_a_disk_that_cannot_be_read_is_no_bad_input(
 
   monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", fail)
   with pytest.raises(SaveError, match=r"latest/24: cannot read .*Input/output"):
-    train.train(*trained)
+    loop.train(*trained)
 
 
 def test_refuses_a_batch_that_does_not_divide(
   config: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  monkeypatch.setattr(train.jax, "device_count", lambda: 3)
+  monkeypatch.setattr(loop.jax, "device_count", lambda: 3)
   with pytest.raises(
     InputError, match=r"config\.train\.batch_size=8 .* nearest .* is 9"
   ):
-    train.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from test_train import _run
 
-from empdg_jax import checkpoint, steps, train
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
+from empdg_jax.training import checkpoint, loop, steps
 
 # Updates: 4 of phase 1, 4 of phase 2, 3 rounds of 1 + 2 in phase 3.
 _UPDATES = 4 + 4 + 3 * 3
@@ -52,7 +52,7 @@ def finished(
   """A run of all phases that was never disturbed."""
   config = _three_phases(sample_config)
   workdir = tmp_path_factory.mktemp("phases") / "run"
-  assert train.train(config, workdir)
+  assert loop.train(config, workdir)
   return config, workdir
 
 
@@ -73,12 +73,12 @@ def test_phases_follow_each_other(
     "discriminator": {5, 6, 7, 8},
     "adversarial": {11, 14, 17},
   }
-  of_critics = {
+  of_discriminators = {
     f"discriminator/{name}"
     for name in ("loss", "wasserstein", "gradient_penalty", "gradient_norm")
   }
-  assert names["discriminator"] >= of_critics
-  assert names["adversarial"] >= of_critics | {
+  assert names["discriminator"] >= of_discriminators
+  assert names["adversarial"] >= of_discriminators | {
     "train/loss",
     "train/learning_rate",
     "generator/signal",
@@ -108,7 +108,7 @@ def test_kill_and_resume_in_every_phase(
   workdir = tmp_path / "run"
   killed = _run(config, workdir, kill_at, signal.SIGKILL)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
-  assert train.train(config, workdir)
+  assert loop.train(config, workdir)
   expected, values = _values(undisturbed), _values(workdir)
   assert values.keys() == expected.keys()
   np.testing.assert_allclose(
@@ -125,10 +125,10 @@ def test_another_runs_generator_begins_phase_2(
   config, workdir = finished
   alone = copy.deepcopy(config)
   alone.model.name = "empdg_wo_d"
-  assert train.train(alone, tmp_path / "mle")
+  assert loop.train(alone, tmp_path / "mle")
   config = copy.deepcopy(config)
   config.train.mle_checkpoint = str(tmp_path / "mle")
-  assert train.train(config, tmp_path / "run")
+  assert loop.train(config, tmp_path / "run")
   values, expected = _values(tmp_path / "run"), _values(workdir)
   assert {step for step, _ in values} == {1, 2, 3, 4, 7, 10, 13}
   # The same generator; the batches are the run's own first ones.
@@ -147,7 +147,7 @@ def test_refuses_an_mle_checkpoint_that_does_not_fit(
     section, field = change.split(".")
     setattr(getattr(other, section), field, value)
     with pytest.raises(InputError, match=message):
-      train.train(other, tmp_path / "run")
+      loop.train(other, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
   refused(r"config\.model\.emb_dim=16, this one 18", "model.emb_dim", 18)
@@ -206,7 +206,7 @@ def test_a_loss_that_is_not_finite_stops_and_saves(
 
   monkeypatch.setattr(steps, "compile_discriminator_step", breaking)
   with pytest.raises(InputError) as error:
-    train.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
 
   assert "step 6: not finite: discriminator gradient_penalty" in str(
     error.value

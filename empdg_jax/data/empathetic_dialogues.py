@@ -10,7 +10,7 @@ import os
 import pathlib
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,20 +18,12 @@ import tensorflow_datasets as tfds
 
 from empdg_jax.config import InputError
 from empdg_jax.data import sample_corpus
+from empdg_jax.data.corpora import EMOTIONS, SPLITS
 
 OFFICIAL_URL = (
   "https://dl.fbaipublicfiles.com/parlai/empatheticdialogues/"
   "empatheticdialogues.tar.gz"
 )
-SPLITS = ("train", "valid", "test")
-EMOTIONS = (
-  "afraid", "angry", "annoyed", "anticipating", "anxious", "apprehensive",
-  "ashamed", "caring", "confident", "content", "devastated", "disappointed",
-  "disgusted", "embarrassed", "excited", "faithful", "furious", "grateful",
-  "guilty", "hopeful", "impressed", "jealous", "joyful", "lonely", "nostalgic",
-  "prepared", "proud", "sad", "sentimental", "surprised", "terrified",
-  "trusting",
-)  # fmt: skip
 _HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance"
 
 
@@ -41,7 +33,7 @@ class Conversation:
 
   Attributes:
     id: The dataset's `conv_id`.
-    emotion: The label the speaker was given, an index into `EMOTIONS`.
+    emotion: The number of the label that the speaker was given.
     situation: What the speaker wrote of the situation beforehand.
     utterances: The turns; the speaker begins.
     speakers: Who wrote each turn.
@@ -54,7 +46,9 @@ class Conversation:
   speakers: tuple[int, ...]
 
 
-def read_csv(data: bytes, name: str) -> Iterator[Conversation]:
+def read_csv(
+  data: bytes, name: str, emotions: Sequence[str] = EMOTIONS
+) -> Iterator[Conversation]:
   """Parses one split in the official format.
 
   A field is never quoted and a stray `"` is text, so lines are split at commas
@@ -63,6 +57,7 @@ def read_csv(data: bytes, name: str) -> Iterator[Conversation]:
   Args:
     data: The file's content.
     name: What to call the file in messages.
+    emotions: The labels that may occur.
 
   Yields:
     The conversations in the file's order.
@@ -75,19 +70,19 @@ def read_csv(data: bytes, name: str) -> Iterator[Conversation]:
   if not header.startswith(_HEADER.encode()):
     raise InputError(f"{name}:1: expected the header '{_HEADER},selfeval,tags'")
   for number, line in enumerate(lines, start=2):
-    row = _parse_row(line.removesuffix(b"\r"), f"{name}:{number}")
+    row = _parse_row(line.removesuffix(b"\r"), f"{name}:{number}", emotions)
     if rows and rows[0][0] != row[0]:
-      yield _conversation(rows)
+      yield _conversation(rows, emotions)
       rows = []
     rows.append(row)
   if not rows:
     raise InputError(
       f"{name}: the split is empty; expected rows below the header"
     )
-  yield _conversation(rows)
+  yield _conversation(rows, emotions)
 
 
-def _parse_row(line: bytes, where: str) -> list[str]:
+def _parse_row(line: bytes, where: str, emotions: Sequence[str]) -> list[str]:
   try:
     fields = line.decode("utf-8").split(",")
   except UnicodeDecodeError as error:
@@ -95,10 +90,10 @@ def _parse_row(line: bytes, where: str) -> list[str]:
   if len(fields) not in (8, 9):  # The official files' optional candidates: 9.
     raise InputError(f"{where}: {len(fields)} fields; expected 8")
   fields = [field.replace("_comma_", ",") for field in fields]
-  if fields[2] not in EMOTIONS:
+  if fields[2] not in emotions:
     raise InputError(
       f"{where}: unknown emotion label {fields[2]!r}; expected one of "
-      + ", ".join(EMOTIONS)
+      + ", ".join(emotions)
     )
   if not fields[4].isdecimal() or len(fields[4]) > 9:  # An int32.
     raise InputError(f"{where}: speaker_idx {fields[4]!r} is no small number")
@@ -107,11 +102,13 @@ def _parse_row(line: bytes, where: str) -> list[str]:
   return fields
 
 
-def _conversation(rows: list[list[str]]) -> Conversation:
+def _conversation(
+  rows: list[list[str]], emotions: Sequence[str]
+) -> Conversation:
   identifier, _, emotion, situation = rows[0][:4]
   return Conversation(
     id=identifier,
-    emotion=EMOTIONS.index(emotion),
+    emotion=emotions.index(emotion),
     situation=situation,
     utterances=tuple(row[5] for row in rows),
     speakers=tuple(int(row[4]) for row in rows),
@@ -154,12 +151,19 @@ class EmpatheticDialogues(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version("1.0.0")
   pkg_dir_path = pathlib.Path(__file__).parent  # Where checksums.tsv lies.
 
-  def __init__(self, *, source: str, data_dir: str | os.PathLike[str]) -> None:
+  def __init__(
+    self,
+    *,
+    source: str,
+    data_dir: str | os.PathLike[str],
+    emotions: Sequence[str] = EMOTIONS,
+  ) -> None:
     """Creates the builder.
 
     Args:
       source: `"official"`, `"sample"`, or a path to an archive or a folder.
       data_dir: Where prepared datasets are kept.
+      emotions: The labels that conversations may have.
 
     Raises:
       InputError: The path cannot be read or lacks a split.
@@ -169,11 +173,14 @@ class EmpatheticDialogues(tfds.core.GeneratorBasedBuilder):
       self._files = read_source(pathlib.Path(source))
     elif source == "sample":
       self._files = sample_corpus.csv_files()
-    self._source = source
+    self._source, self._emotions = source, tuple(emotions)
     name = "official"
     if self._files is not None:
       digest = hashlib.sha256(b"".join(self._files[s] for s in SPLITS))
       kind = "sample" if source == "sample" else "local"
+      if self._emotions != EMOTIONS:
+        # Prepared records hold numbers, which mean other labels here.
+        digest.update("\n".join(self._emotions).encode())
       name = f"{kind}-{digest.hexdigest()[:16]}"
     super().__init__(
       data_dir=data_dir,
@@ -184,11 +191,14 @@ class EmpatheticDialogues(tfds.core.GeneratorBasedBuilder):
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
       builder=self,
-      description="Dialogues about emotional situations, 32 emotion labels.",
+      description=(
+        "Dialogues about emotional situations, "
+        f"{len(self._emotions)} emotion labels."
+      ),
       features=tfds.features.FeaturesDict(
         {
           "id": tfds.features.Text(),
-          "emotion": tfds.features.ClassLabel(names=list(EMOTIONS)),
+          "emotion": tfds.features.ClassLabel(names=list(self._emotions)),
           "situation": tfds.features.Text(),
           "utterances": tfds.features.Sequence(tfds.features.Text()),
           "speakers": tfds.features.Sequence(
@@ -215,5 +225,5 @@ class EmpatheticDialogues(tfds.core.GeneratorBasedBuilder):
     self, data: bytes, split: str
   ) -> Iterator[tuple[int, dict[str, Any]]]:
     name = f"{self._source}: {split}.csv"
-    for key, conversation in enumerate(read_csv(data, name)):
+    for key, conversation in enumerate(read_csv(data, name, self._emotions)):
       yield key, dataclasses.asdict(conversation)

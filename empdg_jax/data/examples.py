@@ -6,6 +6,7 @@ from typing import Protocol
 
 from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data import text
+from empdg_jax.data.corpora import Corpus
 
 
 class Conversation(Protocol):
@@ -78,26 +79,31 @@ class RawDialogue:
   utterances: list[str]
 
 
-def join_dialogues(conversations: Sequence[Conversation]) -> list[RawDialogue]:
+def join_dialogues(
+  conversations: Sequence[Conversation], corpus: Corpus
+) -> list[RawDialogue]:
   """Turns a split's conversations into dialogues.
 
-  The published sizes depend on how the field's preprocessing read the files,
-  so the same is done here: the last two conversations of a split are dropped,
-  then each conversation's trailing speaker turn; neighbours with the same
-  situation are joined and take the last one's emotion; `"` is deleted.
+  Every conversation loses a trailing speaker turn, which nobody answers, and
+  its `"` characters. The published sizes of EmpatheticDialogues depend on how
+  the field's preprocessing read the files, so its corpus asks for the same: the
+  last two conversations of a split are dropped, and neighbours with the same
+  situation are joined and take the last one's emotion.
 
   Args:
     conversations: All conversations of the split, in the order of the file.
+    corpus: Says what else the published example sets drop and join.
 
   Returns:
     The dialogues, in that order.
   """
   dialogues: list[RawDialogue] = []
-  for conversation in conversations[:-2]:
+  kept = len(conversations) - corpus.dropped_conversations
+  for conversation in conversations[: max(0, kept)]:
     paired = len(conversation.utterances) // 2 * 2
     turns = [u.replace('"', "") for u in conversation.utterances[:paired]]
-    if dialogues and dialogues[-1].situation == conversation.situation:
-      last = dialogues[-1]
+    last = dialogues[-1] if dialogues and corpus.joins_situations else None
+    if last is not None and last.situation == conversation.situation:
       last.id, last.emotion = conversation.id, conversation.emotion
       last.utterances += turns
     else:

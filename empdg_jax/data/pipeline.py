@@ -28,7 +28,7 @@ class Shape(NamedTuple):
   feedback: int = 1
 
 
-class Encoded(NamedTuple):
+class EncodedExample(NamedTuple):
   """One example as ids.
 
   Attributes:
@@ -93,7 +93,7 @@ def encode(
   vocabulary: Vocabulary,
   longest: Shape,
   feedback: Sequence[str] = (),
-) -> Encoded:
+) -> EncodedExample:
   """Turns one example into ids, cut to the longest lengths.
 
   Args:
@@ -120,7 +120,7 @@ def encode(
   kept_target = target[: longest.target - 1]
   kept_feedback = feedback[: longest.feedback]
   words = tuple(token for token, _, _ in kept)
-  return Encoded(
+  return EncodedExample(
     context=[vocab.CLS, *vocabulary.encode(words)],
     state=[vocab.CLS, *(state for _, state, _ in kept)],
     emotion_context=[vocab.LAB, *vocabulary.encode(emotion_words)],
@@ -139,7 +139,7 @@ def encode(
 
 
 def collate(
-  encoded: Sequence[Encoded],
+  encoded: Sequence[EncodedExample],
   index: np.ndarray,
   shape: Shape,
   batch_size: int,
@@ -186,7 +186,10 @@ class BatchPlan:
   """Which examples make which global batch: a function of (seed, epoch)."""
 
   def __init__(
-    self, encoded: Sequence[Encoded], shapes: Sequence[Shape], batch_size: int
+    self,
+    encoded: Sequence[EncodedExample],
+    shapes: Sequence[Shape],
+    batch_size: int,
   ) -> None:
     """Assigns every example to the cheapest shape that holds it.
 
@@ -260,7 +263,7 @@ class _TrainBatches:
 
   def __init__(
     self,
-    encoded: Sequence[Encoded],
+    encoded: Sequence[EncodedExample],
     plan: BatchPlan,
     seed: int,
     batch_size: int,
@@ -291,7 +294,7 @@ def host_rows(batch_size: int, host: int, num_hosts: int) -> slice:
 
 
 def train_batches(
-  encoded: Sequence[Encoded],
+  encoded: Sequence[EncodedExample],
   shapes: Sequence[Shape],
   *,
   batch_size: int,
@@ -335,7 +338,7 @@ def coarse_shapes(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
 
 
 def eval_batches(
-  encoded: Sequence[Encoded],
+  encoded: Sequence[EncodedExample],
   shapes: Sequence[Shape],
   *,
   batch_size: int,

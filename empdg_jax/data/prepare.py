@@ -15,11 +15,18 @@ import tensorflow_datasets as tfds
 
 from empdg_jax import storage
 from empdg_jax.config import DataConfig, InputError
-from empdg_jax.data import empathetic_dialogues, examples, text, vocab
+from empdg_jax.data import (
+  corpora,
+  empathetic_dialogues,
+  examples,
+  text,
+  vocab,
+)
 from empdg_jax.data import lexicon as lexicon_lib
+from empdg_jax.data.corpora import Corpus
 from empdg_jax.data.examples import Dialogue, Example, Utterance
 from empdg_jax.data.lexicon import Lexicon
-from empdg_jax.data.pipeline import Encoded, Shape, encode, padded_shapes
+from empdg_jax.data.pipeline import EncodedExample, Shape, encode, padded_shapes
 from empdg_jax.data.vocab import Vocabulary
 
 # Part of the key under which tokenised dialogues are kept: raise it when the
@@ -34,6 +41,7 @@ class Dataset:
   Attributes:
     vocabulary: Tokens and their ids.
     lexicon: The emotion lexicon.
+    corpus: The dataset's labels, splits, licence and rules.
     examples: The examples of each split.
     conversations: How many conversations each split has.
     utterances: How many turns they have.
@@ -42,6 +50,7 @@ class Dataset:
 
   vocabulary: Vocabulary
   lexicon: Lexicon
+  corpus: Corpus
   examples: dict[str, list[Example]]
   conversations: dict[str, int]
   utterances: dict[str, int]
@@ -55,7 +64,7 @@ class Dataset:
         digest.update(repr(example).encode())
     return digest.hexdigest()
 
-  def encoded(self, split: str) -> list[Encoded]:
+  def encoded(self, split: str) -> list[EncodedExample]:
     """Returns a split's examples as ids."""
     return [
       encode(
@@ -87,6 +96,7 @@ def load_dataset(
   config: DataConfig,
   vocabulary: Vocabulary | None = None,
   lexicon: Lexicon | None = None,
+  emotions: tuple[str, ...] | None = None,
 ) -> Dataset:
   """Builds the dataset, or reads what an earlier call has built.
 
@@ -94,6 +104,7 @@ def load_dataset(
     config: What to read and how.
     vocabulary: A run's vocabulary, to use instead of building one.
     lexicon: An export's lexicon, to use instead of reading one.
+    emotions: A run's emotion labels, to use instead of reading them.
 
   Returns:
     The dataset.
@@ -108,12 +119,13 @@ def load_dataset(
     raise InputError(
       f"config.data.data_dir: cannot write {str(data_dir)!r} ({error})"
     ) from error
+  corpus = corpora.find_corpus(config, emotions)
   if lexicon is None:
     lexicon = lexicon_lib.load_lexicon(config.lexicon)
   if config.source != "official":  # Only a download takes long.
     tfds.disable_progress_bar()
   try:
-    builder = _open_builder(config.source, data_dir)
+    builder = _open_builder(config.source, data_dir, corpus)
     try:
       with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints as it goes.
         builder.download_and_prepare(
@@ -122,10 +134,9 @@ def load_dataset(
           )
         )
     except FileExistsError:  # Another process was faster.
-      builder = _open_builder(config.source, data_dir)
+      builder = _open_builder(config.source, data_dir, corpus)
     raw = {
-      split: _read_conversations(builder, split)
-      for split in empathetic_dialogues.SPLITS
+      split: _read_conversations(builder, split) for split in corpus.splits
     }
   except InputError:
     raise
@@ -134,7 +145,9 @@ def load_dataset(
       f"config.data.source: {config.source!r} could not be prepared in "
       f"{data_dir} ({error})"
     ) from error
-  dialogues = _annotate(raw, builder.builder_config.name, data_dir, lexicon)
+  dialogues = _annotate(
+    raw, builder.builder_config.name, data_dir, lexicon, corpus
+  )
   split_examples = {
     split: examples.build_examples(dialogues[split], config.example_set)
     for split in raw
@@ -143,7 +156,9 @@ def load_dataset(
     if not members:
       raise InputError(
         f"{config.source}: {split} has no example; a split needs a dialogue "
-        "of at least four turns besides its last two conversations"
+        "of at least four turns"
+        + " besides its last two conversations"
+        * corpus.joins_situations
       )
   if vocabulary is None:
     scope = ("train",) if config.vocab_scope == "train" else raw
@@ -155,6 +170,7 @@ def load_dataset(
   return Dataset(
     vocabulary=vocabulary,
     lexicon=lexicon,
+    corpus=corpus,
     examples=split_examples,
     conversations={split: len(members) for split, members in raw.items()},
     utterances={
@@ -166,10 +182,10 @@ def load_dataset(
 
 
 def _open_builder(
-  source: str, data_dir: pathlib.Path
+  source: str, data_dir: pathlib.Path, corpus: Corpus
 ) -> empathetic_dialogues.EmpatheticDialogues:
   return empathetic_dialogues.EmpatheticDialogues(
-    source=source, data_dir=data_dir
+    source=source, data_dir=data_dir, emotions=corpus.emotions
   )
 
 
@@ -193,6 +209,7 @@ def _annotate(
   name: str,
   data_dir: pathlib.Path,
   lexicon: Lexicon,
+  corpus: Corpus,
 ) -> dict[str, list[Dialogue]]:
   """Tokenises the dialogues and marks emotional words, once for each lexicon.
 
@@ -213,7 +230,7 @@ def _annotate(
       raise InputError(
         f"{path}: damaged ({error}); delete it and it is made again"
       ) from error
-  joined = {s: examples.join_dialogues(c) for s, c in raw.items()}
+  joined = {s: examples.join_dialogues(c, corpus) for s, c in raw.items()}
   tokenizer = text.Tokenizer()
   dialogues: dict[str, list[Dialogue]] = {}
   for split, members in joined.items():

@@ -1,7 +1,7 @@
-"""How critics and a generator meet: responses, readings, the critics' terms.
+"""The adversarial game: sampled responses, discriminator inputs and losses.
 
-A generator's signal (paper §4.2) is a gradient that flows from the critics'
-scores through embedded responses into its parameters.
+A generator's signal (paper §4.2) is a gradient that flows from the
+discriminators' scores through embedded responses into its parameters.
 """
 
 import dataclasses
@@ -15,8 +15,13 @@ import numpy as np
 from empdg_jax import decoding, losses
 from empdg_jax.config import TrainConfig
 from empdg_jax.data import vocab
-from empdg_jax.models.discriminators import Critic, Reading, Utterances, pick
-from empdg_jax.models.encoder_decoder import Encoded, EncoderDecoder, Inputs
+from empdg_jax.models.discriminators import (
+  Discriminator,
+  DiscriminatorInputs,
+  Utterances,
+  pick,
+)
+from empdg_jax.models.encoder_decoder import EncoderDecoder, Encoding, Inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,20 +29,21 @@ class Adversary:
   """What phases 2 and 3 add to a system.
 
   Attributes:
-    critic: The module of every critic; parameters are by the critics' names.
-    is_emotional: Which words the emotional critic reads, `[V]` booleans.
+    discriminator: The module of every discriminator; parameters are keyed by
+      the discriminators' names.
+    is_emotional: Which words the emotional discriminator reads, `[V]` booleans.
     max_emotional_words: The most that it reads of an utterance.
     config: Penalty, signal and sampling.
   """
 
-  critic: Critic
+  discriminator: Discriminator
   is_emotional: np.ndarray
   max_emotional_words: int
   config: TrainConfig
 
 
-class Response(NamedTuple):
-  """A batch of responses as the critics are given them.
+class EmbeddedResponse(NamedTuple):
+  """A batch of responses as the discriminators are given them.
 
   Attributes:
     tokens: `[batch, length]`, PAD behind the end.
@@ -66,11 +72,11 @@ class _Taps(NamedTuple):
 
 def _sample(
   params: Any,
-  encoded: Encoded,
+  encoded: Encoding,
   keys: jax.Array,
   model: EncoderDecoder,
   adversary: Adversary,
-) -> Response:
+) -> EmbeddedResponse:
   """Draws a response to each dialogue; see `straight_through_sample`.
 
   The backward pass of a scan would add to the gradient of the vocabulary's
@@ -81,7 +87,7 @@ def _sample(
   steps = adversary.config.sample_steps
   batch, dim = encoded.first_input.shape
 
-  def draw(params: Any, encoded: Encoded, taps: _Taps) -> Any:
+  def draw(params: Any, encoded: Encoding, taps: _Taps) -> Any:
     """Returns the embedded response, and its tokens and hidden states."""
     constants = {k: v for k, v in params.items() if k in _OF_VOCABULARY}
     variables = {"params": params | jax.lax.stop_gradient(constants)}
@@ -122,17 +128,17 @@ def _sample(
   )
 
   @jax.custom_vjp
-  def sample(params: Any, encoded: Encoded) -> Response:
+  def sample(params: Any, encoded: Encoding) -> EmbeddedResponse:
     embedded, (tokens, _) = draw(params, encoded, zeros)
-    return Response(tokens, embedded)
+    return EmbeddedResponse(tokens, embedded)
 
-  def forward(params: Any, encoded: Encoded) -> Any:
+  def forward(params: Any, encoded: Encoding) -> Any:
     embedded, pull, (tokens, hidden) = jax.vjp(
       draw, params, encoded, zeros, has_aux=True
     )
-    return Response(tokens, embedded), (params, pull, tokens, hidden)
+    return EmbeddedResponse(tokens, embedded), (params, pull, tokens, hidden)
 
-  def backward(residuals: Any, gradient: Response) -> Any:
+  def backward(residuals: Any, gradient: EmbeddedResponse) -> Any:
     params, pull, tokens, hidden = residuals
     of_params, of_encoded, of_taps = pull(gradient.embedded)
 
@@ -159,10 +165,11 @@ def respond(
   keys: jax.Array,
   model: EncoderDecoder,
   adversary: Adversary,
-) -> tuple[Response, Encoded]:
+) -> tuple[EmbeddedResponse, Encoding]:
   """Lets the generator respond; gradients reach `params` as configured.
 
-  The critics read words by the generator's embeddings, which no signal moves.
+  The discriminators read words through the generator's embedding table, which
+  the signal never changes.
 
   Args:
     params: The generator's parameters.
@@ -183,31 +190,33 @@ def respond(
     probs = losses.mixture(outputs.logits, outputs.pointer)
     tokens = jnp.where(target == vocab.PAD, vocab.PAD, decoding.argmax(probs))
     embedded: Any = model.apply(frozen, probs, method="expected_embedding")
-    return Response(tokens, embedded), outputs.encoded
+    return EmbeddedResponse(tokens, embedded), outputs.encoded
   if signal == "constant":
     params = jax.lax.stop_gradient(params)
   encoded: Any = model.apply({"params": params}, inputs, None, method="encode")
   return _sample(params, encoded, keys, model, adversary), encoded
 
 
-def given(params: Any, tokens: jax.Array, model: EncoderDecoder) -> Response:
-  """Returns gold responses or feedback as the critics are given them."""
+def embed_words(
+  params: Any, tokens: jax.Array, model: EncoderDecoder
+) -> EmbeddedResponse:
+  """Returns gold responses or feedback as the discriminators are given them."""
   frozen = {"params": jax.lax.stop_gradient(params)}
   embedded: Any = model.apply(frozen, tokens, method="embed")
-  return Response(tokens, embedded)
+  return EmbeddedResponse(tokens, embedded)
 
 
-def readings(
+def discriminator_inputs(
   names: Iterable[str],
-  encoded: Encoded,
-  responses: tuple[Response, ...],
-  feedback: Response,
+  encoded: Encoding,
+  responses: tuple[EmbeddedResponse, ...],
+  feedback: EmbeddedResponse,
   adversary: Adversary,
-) -> dict[str, Reading]:
-  """Returns what each critic reads.
+) -> dict[str, DiscriminatorInputs]:
+  """Returns what each discriminator reads.
 
   Args:
-    names: Of the critics, `"semantic"` or `"emotional"`.
+    names: Of the discriminators, `"semantic"` or `"emotional"`.
     encoded: The dialogues.
     responses: One or several to each dialogue.
     feedback: The user's next turns.
@@ -217,7 +226,7 @@ def readings(
     A reading by name.
   """
 
-  def read(name: str, response: Response) -> Utterances:
+  def read(name: str, response: EmbeddedResponse) -> Utterances:
     mask = response.tokens != vocab.PAD
     embedded = jnp.where(mask[..., None], response.embedded, 0.0)
     words = Utterances(embedded, mask)
@@ -227,7 +236,7 @@ def readings(
     return words
 
   return {
-    name: Reading(
+    name: DiscriminatorInputs(
       tuple(read(name, response) for response in responses),
       read(name, feedback),
       getattr(encoded, name),
@@ -236,17 +245,17 @@ def readings(
   }
 
 
-def critic_losses(
-  critic: Critic,
+def discriminator_losses(
+  discriminator: Discriminator,
   params: Any,
-  reading: Reading,
+  reading: DiscriminatorInputs,
   alpha: jax.Array,
   penalty_weight: float,
 ) -> dict[str, jax.Array]:
   """Scores a generated and a gold response to each dialogue (eqs. 17-19).
 
   Args:
-    critic: The critic.
+    discriminator: The discriminator.
     params: Its parameters.
     reading: The dialogues, with the generated and the gold responses.
     alpha: Between 0, gold, and 1, generated: where the slope is measured,
@@ -258,11 +267,11 @@ def critic_losses(
     `gradient_norm`, `[B]` each.
   """
   variables = {"params": params}
-  represented: Any = critic.apply(variables, reading, method="represent")
+  represented: Any = discriminator.apply(variables, reading, method="represent")
   (generated, gold), interaction = represented
 
   def score(response: Utterances) -> Any:
-    return critic.apply(variables, response, interaction, method="score")
+    return discriminator.apply(variables, response, interaction, method="score")
 
   mask = generated.mask | gold.mask
   penalty, norm = losses.gradient_penalty(

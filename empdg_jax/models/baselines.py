@@ -11,9 +11,8 @@ from empdg_jax.data import vocab
 from empdg_jax.models import encoders, layers
 from empdg_jax.models.decoder import DecoderLayer, LayerCache
 from empdg_jax.models.encoder_decoder import (
-  NUM_EMOTIONS,
-  Encoded,
   EncoderDecoder,
+  Encoding,
   Inputs,
 )
 
@@ -36,12 +35,12 @@ class Transformer(EncoderDecoder):
 
   def read(
     self, inputs: Inputs, embedded: list[jax.Array], keys: jax.Array | None
-  ) -> Encoded:
+  ) -> Encoding:
     """Encodes the dialogue's words; see `EncoderDecoder.read`."""
     words, states, start = embedded
     mask = inputs.context != vocab.PAD
     semantic = self.encoder(words + states, mask, keys)
-    return Encoded(
+    return Encoding(
       semantic[:, 0],
       None,
       None,
@@ -62,7 +61,7 @@ class EmoPrepend(EncoderDecoder):
     """Creates the encoder and the emotion's projections."""
     super().setup()
     self.encoder = encoders.Encoder(self.config)
-    self.emotion = nn.Dense(NUM_EMOTIONS, use_bias=False)
+    self.emotion = nn.Dense(self.num_emotions, use_bias=False)
     self.emotion_embedding = nn.Dense(self.config.emb_dim)
 
   def source_ids(self, inputs: Inputs) -> tuple[jax.Array, ...]:
@@ -71,13 +70,13 @@ class EmoPrepend(EncoderDecoder):
 
   def read(
     self, inputs: Inputs, embedded: list[jax.Array], keys: jax.Array | None
-  ) -> Encoded:
+  ) -> Encoding:
     """Encodes the dialogue's words; see `EncoderDecoder.read`."""
     words, states = embedded
     mask = inputs.context != vocab.PAD
     semantic = self.encoder(words + states, mask, keys)
     emotion_logits = self.emotion(semantic[:, 0])
-    return Encoded(
+    return Encoding(
       semantic[:, 0],
       None,
       emotion_logits,
@@ -93,10 +92,11 @@ class ListenersMemory(NamedTuple):
   Attributes:
     shared: The shared listener's keys and values of the context,
       `[batch, heads, memory_length, depth]`.
-    listeners: The listeners', `[batch, 32, heads, memory_length, depth]`.
+    listeners: The listeners' keys and values, the same with an axis of
+      listeners behind the batch's.
     meta: Each meta layer's.
     mask: True at real tokens, `[batch, memory_length]`.
-    weights: Of the listeners, sums to 1, `[batch, 32]`.
+    weights: Of the listeners, sums to 1, `[batch, listeners]`.
   """
 
   shared: tuple[jax.Array, jax.Array]
@@ -111,7 +111,7 @@ class ListenersCache(NamedTuple):
 
   Attributes:
     shared: The shared listener's.
-    listeners: The listeners', an axis of 32 behind the batch's.
+    listeners: The listeners', an axis of them behind the batch's.
     meta: Each meta layer's.
   """
 
@@ -120,25 +120,30 @@ class ListenersCache(NamedTuple):
   meta: tuple[LayerCache, ...]
 
 
-# A decoder layer for each emotion: parameters have a leading axis of listeners;
-# what belongs to examples has it behind the batch's axis.
-_Listeners = nn.vmap(
-  DecoderLayer,
-  methods={
-    method: {
-      "variable_axes": {"params": 0},
-      "split_rngs": {"params": True},
-      "axis_size": NUM_EMOTIONS,
-      "in_axes": in_axes,
-      "out_axes": 1,
-    }
-    for method, in_axes in (
-      ("__call__", (None, 1, None, 0)),
-      ("keys_values", None),
-      ("step", (None, 1, None, 1, None)),
-    )
-  },
-)
+def _listeners(config: ModelConfig, num_emotions: int) -> nn.Module:
+  """Returns a decoder layer for each emotion.
+
+  Parameters have a leading axis of listeners; arrays of examples have it behind
+  the batch's axis.
+  """
+  lifted = nn.vmap(
+    DecoderLayer,
+    methods={
+      method: {
+        "variable_axes": {"params": 0},
+        "split_rngs": {"params": True},
+        "axis_size": num_emotions,
+        "in_axes": in_axes,
+        "out_axes": 1,
+      }
+      for method, in_axes in (
+        ("__call__", (None, 1, None, 0)),
+        ("keys_values", None),
+        ("step", (None, 1, None, 1, None)),
+      )
+    },
+  )
+  return lifted(config)
 
 
 class ListenersDecoder(nn.Module):
@@ -150,12 +155,13 @@ class ListenersDecoder(nn.Module):
   """
 
   config: ModelConfig
+  num_emotions: int
 
   def setup(self) -> None:
     """Creates the listeners and the meta listener."""
     c = self.config
     self.shared = DecoderLayer(c)
-    self.listeners = _Listeners(c)
+    self.listeners = _listeners(c, self.num_emotions)
     self.meta = [DecoderLayer(c) for _ in range(c.num_layers)]
     self.dropout = layers.Dropout(c.dropout_rate)
     if c.norm_order == "pre":
@@ -172,7 +178,7 @@ class ListenersDecoder(nn.Module):
     Args:
       memory: `[batch, memory_length, d]`.
       mask: True at real tokens, `[batch, memory_length]`.
-      weights: Of the listeners, `[batch, 32]`.
+      weights: Of the listeners, `[batch, listeners]`.
 
     Returns:
       What `__call__` and `step` need.
@@ -192,7 +198,9 @@ class ListenersDecoder(nn.Module):
     x += layers.sinusoidal_positions(x.shape[1], x.shape[2])
     x = self.dropout(x, keys)
     # Each listener drops features of its own.
-    of_listeners = keys if keys is None else _fold_in_listeners(keys)
+    of_listeners = (
+      keys if keys is None else _fold_in_listeners(keys, self.num_emotions)
+    )
     shared, _ = self.shared(x, memory.shared, memory.mask, keys)
     heard, _ = self.listeners(x, memory.listeners, memory.mask, of_listeners)
     x = shared + jnp.einsum("bl,bl...->b...", memory.weights, heard)
@@ -207,7 +215,7 @@ class ListenersDecoder(nn.Module):
     empty = self.shared.init_cache(batch, max_steps)
     return ListenersCache(
       empty,
-      jax.tree.map(lambda x: jnp.stack([x] * NUM_EMOTIONS, axis=1), empty),
+      jax.tree.map(lambda x: jnp.stack([x] * self.num_emotions, axis=1), empty),
       (empty,) * self.config.num_layers,
     )
 
@@ -242,10 +250,10 @@ class ListenersDecoder(nn.Module):
     return self._last_norm(x), attention[-1], new_cache
 
 
-def _fold_in_listeners(keys: jax.Array) -> jax.Array:
-  """Returns a key for each listener and example, `[batch] -> [32, batch]`."""
+def _fold_in_listeners(keys: jax.Array, listeners: int) -> jax.Array:
+  """Returns a key for each listener and example, `[listeners, batch]`."""
   fold_in = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
-  return fold_in(keys, jnp.arange(NUM_EMOTIONS))
+  return fold_in(keys, jnp.arange(listeners))
 
 
 class MoEL(Transformer):
@@ -258,15 +266,15 @@ class MoEL(Transformer):
   def setup(self) -> None:
     """Creates the listeners' keys."""
     super().setup()
-    self.emotion = nn.Dense(NUM_EMOTIONS, use_bias=False)
+    self.emotion = nn.Dense(self.num_emotions, use_bias=False)
 
   def create_decoder(self) -> ListenersDecoder:
     """Returns the listeners."""
-    return ListenersDecoder(self.config)
+    return ListenersDecoder(self.config, self.num_emotions)
 
   def read(
     self, inputs: Inputs, embedded: list[jax.Array], keys: jax.Array | None
-  ) -> Encoded:
+  ) -> Encoding:
     """Encodes the dialogue's words; see `EncoderDecoder.read`."""
     words, states, start = embedded
     mask = inputs.context != vocab.PAD
@@ -274,9 +282,9 @@ class MoEL(Transformer):
     emotion_logits = self.emotion(semantic[:, 0])
     weights = listener_weights(emotion_logits, self.config.listener_top_k)
     if inputs.listener is not None:
-      gold = jax.nn.one_hot(inputs.listener, NUM_EMOTIONS)
+      gold = jax.nn.one_hot(inputs.listener, self.num_emotions)
       weights = jnp.where(inputs.listener[:, None] < 0, weights, gold)
-    return Encoded(
+    return Encoding(
       semantic[:, 0],
       None,
       emotion_logits,
@@ -287,7 +295,7 @@ class MoEL(Transformer):
 
 
 def listener_weights(logits: jax.Array, top_k: int) -> jax.Array:
-  """Returns the softmax over the `top_k` largest of `[batch, 32]` logits.
+  """Returns the softmax over the `top_k` largest of `[batch, emotions]` logits.
 
   Args:
     logits: Of the emotions.

@@ -1,7 +1,7 @@
-"""The interactive discriminators (paper §4.2, eqs. 16-17): one critic, twice.
+"""The interactive discriminators (paper §4.2, eqs. 16-17): one module, twice.
 
-Responses reach a critic as embedded words, so that a gradient can reach the
-generator through them. Nothing behind an utterance's end reaches a score.
+Responses reach a discriminator as embedded words, so that a gradient can reach
+the generator through them. Nothing behind an utterance's end reaches a score.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 class Utterances(NamedTuple):
-  """A batch of utterances; as words, or as a critic's hidden states.
+  """A batch of utterances; as words, or as a discriminator's hidden states.
 
   Attributes:
     features: `[batch, length, d]`, zeros behind an utterance's end.
@@ -59,8 +59,8 @@ def pad_to_longest(batches: tuple[Utterances, ...]) -> list[Utterances]:
   return [jax.tree.map(pad, words) for words in batches]
 
 
-class Reading(NamedTuple):
-  """What one critic reads of a batch of dialogues.
+class DiscriminatorInputs(NamedTuple):
+  """What one discriminator reads of a batch of dialogues.
 
   Attributes:
     responses: The responses to score, one or several to each dialogue.
@@ -105,7 +105,7 @@ class LSTM(nn.Module):
     return Utterances(jnp.where(words.mask[..., None], hidden, 0.0), words.mask)
 
 
-class Critic(nn.Module):
+class Discriminator(nn.Module):
   """Scores responses in their dialogue: the higher, the more like gold ones.
 
   Attributes:
@@ -124,7 +124,9 @@ class Critic(nn.Module):
     self.convolutions = [nn.Dense(filters) for _ in self.kernel_widths]
     self.output = nn.Dense(1)
 
-  def represent(self, reading: Reading) -> tuple[list[Utterances], jax.Array]:
+  def represent(
+    self, reading: DiscriminatorInputs
+  ) -> tuple[list[Utterances], jax.Array]:
     """Encodes a dialogue's utterances with one set of weights.
 
     Args:
@@ -175,7 +177,7 @@ class Critic(nn.Module):
     f = jnp.concatenate(pooled, axis=-1)  # -> [batch, d]
     return self.output(nn.relu(f + interaction))[:, 0]
 
-  def __call__(self, reading: Reading) -> list[jax.Array]:
+  def __call__(self, reading: DiscriminatorInputs) -> list[jax.Array]:
     """Returns the scores of each response to each dialogue, `[batch]`."""
     encoded, interaction = self.represent(reading)
     return [self.score(response, interaction) for response in encoded]

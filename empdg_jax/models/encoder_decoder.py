@@ -16,7 +16,6 @@ from empdg_jax.data import vocab
 from empdg_jax.losses import Pointer, log_mixture
 from empdg_jax.models import decoder, layers
 
-NUM_EMOTIONS = 32
 # A response never holds these; it may hold UNK, which copies a source word.
 _NEVER_GENERATED = (
   vocab.PAD,
@@ -45,14 +44,15 @@ class Inputs(NamedTuple):
   listener: jax.Array | None = None
 
 
-class Encoded(NamedTuple):
+class Encoding(NamedTuple):
   """What a system makes of a dialogue; `d` features.
 
   Attributes:
     semantic: `x~0`, the dialogue context's vector, `[batch, d]`.
     emotional: `w~0`, the emotional context's vector, `[batch, d]`, of EmpDG's
       generator alone.
-    emotion_logits: `ep` of eq. 7, `[batch, 32]`; None if it perceives none.
+    emotion_logits: `ep` of eq. 7, `[batch, emotions]`; None for a system that
+      perceives no emotion.
     first_input: The decoder's first input, `[batch, d]`.
     memory: What the decoder attends to, projected; the decoder's own type.
     source: Ids of the tokens that it attends to, `[batch, length]`.
@@ -77,7 +77,7 @@ class Outputs(NamedTuple):
     pointer: Where the decoder copies from, if the model has a pointer.
   """
 
-  encoded: Encoded
+  encoded: Encoding
   logits: jax.Array
   attention: jax.Array
   pointer: Pointer | None
@@ -105,10 +105,12 @@ class EncoderDecoder(nn.Module):
   Attributes:
     config: Its sizes and options.
     vocab_size: V.
+    num_emotions: How many emotions the dataset labels.
   """
 
   config: ModelConfig
   vocab_size: int
+  num_emotions: int
 
   def setup(self) -> None:
     """Creates what is of the vocabulary's size, the gate and the decoder."""
@@ -141,7 +143,7 @@ class EncoderDecoder(nn.Module):
 
   def read(
     self, inputs: Inputs, embedded: list[jax.Array], keys: jax.Array | None
-  ) -> Encoded:
+  ) -> Encoding:
     """Encodes what `source_ids` gave.
 
     Args:
@@ -187,7 +189,7 @@ class EncoderDecoder(nn.Module):
       embedded = layers.straight_through(weights, tokens, self.embedding)
     return embedded * self.config.emb_dim**0.5
 
-  def encode(self, inputs: Inputs, keys: jax.Array | None) -> Encoded:
+  def encode(self, inputs: Inputs, keys: jax.Array | None) -> Encoding:
     """Reads the dialogue (eqs. 1-8).
 
     Args:
@@ -243,7 +245,7 @@ class EncoderDecoder(nn.Module):
     )
 
   def decode_step(
-    self, encoded: Encoded, tokens: jax.Array, cache: Cache, index: jax.Array
+    self, encoded: Encoding, tokens: jax.Array, cache: Cache, index: jax.Array
   ) -> tuple[jax.Array, Cache]:
     """Predicts the token at position `index`.
 
@@ -263,7 +265,7 @@ class EncoderDecoder(nn.Module):
 
   def decode_embedded(
     self,
-    encoded: Encoded,
+    encoded: Encoding,
     x: jax.Array,
     cache: Cache,
     index: jax.Array,

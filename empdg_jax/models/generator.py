@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from empdg_jax.data import vocab
 from empdg_jax.models import encoders
 from empdg_jax.models.encoder_decoder import (
-  NUM_EMOTIONS,
-  Encoded,
   EncoderDecoder,
+  Encoding,
   Inputs,
 )
 
@@ -22,7 +21,7 @@ class Generator(EncoderDecoder):
     super().setup()
     self.semantic_encoder = encoders.Encoder(self.config)
     self.emotion_encoder = encoders.Encoder(self.config)
-    self.emotion = nn.Dense(NUM_EMOTIONS, use_bias=False)
+    self.emotion = nn.Dense(self.num_emotions, use_bias=False)
     self.emotion_embedding = nn.Dense(self.config.emb_dim)
 
   def source_ids(self, inputs: Inputs) -> tuple[jax.Array, ...]:
@@ -32,7 +31,7 @@ class Generator(EncoderDecoder):
 
   def read(
     self, inputs: Inputs, embedded: list[jax.Array], keys: jax.Array | None
-  ) -> Encoded:
+  ) -> Encoding:
     """Encodes both contexts (eqs. 1-8); see `EncoderDecoder.read`."""
     words, states, emotion_words, emotion_state = embedded
     mask = inputs.context != vocab.PAD
@@ -49,7 +48,7 @@ class Generator(EncoderDecoder):
       jnp.concatenate([mask, emotion_mask], axis=1),
     )
     source = jnp.concatenate([inputs.context, inputs.emotion_context], axis=1)
-    return Encoded(
+    return Encoding(
       semantic[:, 0],
       emotional[:, 0],
       emotion_logits,

@@ -1,5 +1,6 @@
-"""The systems by name."""
+"""The registry of systems: one record for each, read by everything else."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -7,59 +8,130 @@ import numpy as np
 from empdg_jax.config import Config, InputError, ModelConfig
 from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.baselines import EmoPrepend, MoEL, Transformer
-from empdg_jax.models.discriminators import Critic
+from empdg_jax.models.discriminators import Discriminator
 from empdg_jax.models.encoder_decoder import EncoderDecoder
 from empdg_jax.models.generator import Generator
 
+TABLE_1 = "Table 1. Systems"
+TABLE_2 = "Table 2. Ablations"
 
-class System(NamedTuple):
-  """What a system is made of.
+
+class SystemSpec(NamedTuple):
+  """Everything that the project knows about a system.
 
   Attributes:
     generator: The module that responds.
-    critics: The critics it is trained against, if any, in this order.
+    title: The system's name in tables.
+    description: One line for the model card, with the source.
+    tables: Titles of the tables that the system appears in.
+    paper: Metrics that the paper reports, by their names in `metrics.json`.
+    discriminators: What it is trained against, `"semantic"` and `"emotional"`
+      in this order; a system without any has no phase 2 or 3.
   """
 
   generator: type[EncoderDecoder]
-  critics: tuple[str, ...] = ()
+  title: str
+  description: str
+  tables: tuple[str, ...] = (TABLE_1,)
+  paper: Mapping[str, float] = {}
+  discriminators: tuple[str, ...] = ()
 
 
-MODELS: dict[str, System] = {
-  "transformer": System(Transformer),
-  "emoprepend": System(EmoPrepend),
-  "moel": System(MoEL),
-  "empdg_wo_g": System(EmoPrepend, ("semantic",)),
-  "empdg_wo_d": System(Generator),
-  "empdg": System(Generator, ("semantic", "emotional")),
+def _paper(
+  accuracy: float | None,
+  perplexity: float,
+  distinct_1: float,
+  distinct_2: float,
+) -> dict[str, float]:
+  """Names the figures of a row of the paper's Tables 1 and 2."""
+  row = {
+    "perplexity_per_example": perplexity,
+    "distinct_1": distinct_1,
+    "distinct_2": distinct_2,
+  }
+  return row if accuracy is None else {"emotion_accuracy": accuracy, **row}
+
+
+# By `config.model.name`; tables list systems in this order.
+SYSTEMS: dict[str, SystemSpec] = {
+  "transformer": SystemSpec(
+    Transformer,
+    "Transformer",
+    "a Transformer (Vaswani et al., 2017)",
+    paper=_paper(None, 33.91, 1.17, 4.70),
+  ),
+  "emoprepend": SystemSpec(
+    EmoPrepend,
+    "EmoPrepend-1",
+    "EmoPrepend-1 (Rashkin et al., 2019)",
+    paper=_paper(0.3328, 33.35, 1.06, 4.29),
+  ),
+  "moel": SystemSpec(
+    MoEL,
+    "MoEL",
+    "the mixture of empathetic listeners (Lin et al., 2019)",
+    paper=_paper(0.3200, 33.58, 1.38, 4.66),
+  ),
+  "empdg": SystemSpec(
+    Generator,
+    "EmpDG",
+    "EmpDG with both interactive discriminators (Li et al., 2020)",
+    tables=(TABLE_1, TABLE_2),
+    paper=_paper(0.3431, 34.18, 1.81, 6.94),
+    discriminators=("semantic", "emotional"),
+  ),
+  "empdg_wo_g": SystemSpec(
+    EmoPrepend,
+    "EmpDG w/o G",
+    "EmoPrepend-1 with a semantic discriminator (Li et al., 2020)",
+    tables=(TABLE_2,),
+    paper=_paper(0.3281, 33.94, 1.27, 5.21),
+    discriminators=("semantic",),
+  ),
+  "empdg_wo_d": SystemSpec(
+    Generator,
+    "EmpDG w/o D",
+    "EmpDG's generator without discriminators (Li et al., 2020)",
+    tables=(TABLE_2,),
+    paper=_paper(0.3347, 32.66, 1.00, 3.89),
+  ),
 }
 
 
-def _system(config: ModelConfig) -> System:
-  if config.name not in MODELS:
-    raise InputError(
-      f"config.model.name={config.name!r}: expected one of "
-      + ", ".join(sorted(MODELS))
-    )
-  return MODELS[config.name]
-
-
-def create_model(config: ModelConfig, vocab_size: int) -> EncoderDecoder:
-  """Returns the generator of the system that `config.name` names.
+def find_system(config: ModelConfig) -> SystemSpec:
+  """Returns the record of the system that `config.name` names.
 
   Raises:
-    InputError: There is none of that name.
+    InputError: No system has that name.
   """
-  return _system(config).generator(config, vocab_size)
+  if config.name not in SYSTEMS:
+    raise InputError(
+      f"config.model.name={config.name!r}: expected one of "
+      + ", ".join(sorted(SYSTEMS))
+    )
+  return SYSTEMS[config.name]
 
 
-def critic_names(config: ModelConfig) -> tuple[str, ...]:
-  """Returns the names of the system's critics; none is without phases 2, 3."""
-  return _system(config).critics
+def create_model(
+  config: ModelConfig, vocab_size: int, num_emotions: int
+) -> EncoderDecoder:
+  """Returns the generator of the system that `config.name` names.
 
+  Args:
+    config: Names the system and gives its sizes and options.
+    vocab_size: V.
+    num_emotions: How many emotions the dataset labels.
 
-def same_generator(one: ModelConfig, other: ModelConfig) -> bool:
-  """Returns whether two systems have the same module as their generator."""
-  return _system(one).generator is _system(other).generator
+  Raises:
+    InputError: No system has that name, or it cannot have so many listeners.
+  """
+  spec = find_system(config)
+  if config.listener_top_k > num_emotions:
+    raise InputError(
+      f"config.model.listener_top_k={config.listener_top_k}: expected at most "
+      f"{num_emotions}, the number of emotions"
+    )
+  return spec.generator(config, vocab_size, num_emotions)
 
 
 def create_adversary(config: Config, is_emotional: np.ndarray) -> Adversary:
@@ -67,10 +139,10 @@ def create_adversary(config: Config, is_emotional: np.ndarray) -> Adversary:
 
   Args:
     config: The run's configuration.
-    is_emotional: Which words the emotional critic reads, `[V]` booleans.
+    is_emotional: Which words the emotional discriminator reads, `[V]` booleans.
 
   Raises:
-    InputError: d cannot be shared out among the convolutions.
+    InputError: The convolutions cannot share d filters equally.
   """
   model = config.model
   if model.emb_dim % len(model.kernel_widths):
@@ -79,7 +151,7 @@ def create_adversary(config: Config, is_emotional: np.ndarray) -> Adversary:
       f"divide config.model.emb_dim={model.emb_dim}"
     )
   return Adversary(
-    Critic(model.emb_dim, model.kernel_widths),
+    Discriminator(model.emb_dim, model.kernel_widths),
     is_emotional,
     model.max_emotional_words,
     config.train,

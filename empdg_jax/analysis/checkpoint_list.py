@@ -10,8 +10,8 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from empdg_jax import checkpoint
-from empdg_jax.metric_writer import read_metrics
+from empdg_jax.training import checkpoint, run_folder
+from empdg_jax.training.metric_writer import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def list_checkpoints(workdir: pathlib.Path) -> list[Listed]:
   Raises:
     InputError: The folder holds no run.
   """
-  checkpoint.read_config(workdir)
+  run_folder.read_config(workdir)
   checkpoints = checkpoint.Checkpoints(workdir)
   validations = _validations(workdir)
   listed = [

@@ -12,21 +12,21 @@ import jax
 import numpy as np
 import rich.console
 
-from empdg_jax import (
+from empdg_jax import config as config_lib
+from empdg_jax import parallel, storage
+from empdg_jax.config import Config, InputError
+from empdg_jax.data import pipeline, prepare, vectors
+from empdg_jax.models import registry
+from empdg_jax.training import (
   checkpoint,
-  parallel,
-  storage,
+  run_folder,
   terminal,
   train_log,
   train_state,
 )
-from empdg_jax import config as config_lib
-from empdg_jax.config import Config, InputError
-from empdg_jax.data import pipeline, prepare, vectors
-from empdg_jax.models import registry
-from empdg_jax.players import Players, Sums
-from empdg_jax.profiling import InputWait
-from empdg_jax.train_log import TrainLog
+from empdg_jax.training.learner import Learner, Sums
+from empdg_jax.training.profiling import InputWait
+from empdg_jax.training.train_log import TrainLog
 
 MLE, DISCRIMINATOR, ADVERSARIAL = "mle", "discriminator", "adversarial"
 
@@ -38,7 +38,8 @@ class Progress:
   Attributes:
     phase: The phase's name in `metrics.jsonl`.
     done: Its steps, or rounds, that are done.
-    updates: The whole run's, of generator and critics: the step of its logs.
+    updates: Of generator and discriminators in the whole run: the step of its
+      logs.
     best: The best validation so far in this phase.
     worse: Validations in a row without a better one.
     data: The state of the iterator over training batches.
@@ -60,7 +61,7 @@ class _Phase:
     name: In `metrics.jsonl`.
     title: For people.
     total: Its steps, or rounds, at most.
-    updates: Of generator and critics, in each of them.
+    updates: Of generator and discriminators, in each of them.
     run: Takes one of them and returns the sums of its updates.
     eval_every: Steps, or rounds, between validations; 0 for none.
     patience: Validations without a better one before it stops.
@@ -128,23 +129,25 @@ class _Trainer:
     parallel.check_shared(workdir, "workdir")
     # 2. the states of a new run, which also give the shapes, and over them
     # another run's generator, if one is given;
-    self._players = Players(config, dataset, embeddings)
+    self._learner = Learner(config, dataset, embeddings)
     self._log.say(
-      f"{config.model.name}: {self._players.parameters:,} parameters, on "
+      f"{config.model.name}: {self._learner.parameters:,} parameters, on "
       f"{parallel.describe_devices()}"
     )
     if other_run:
-      self._players.take_over(other_run)
+      self._learner.take_over(other_run)
       self._progress.phase = DISCRIMINATOR
     # 3. the run folder, and over the states its latest checkpoint, if any;
     with parallel.refusing_together():
       if parallel.is_main_process():
-        checkpoint.write_run(workdir, config, dataset.vocabulary)
+        run_folder.write_run(
+          workdir, config, dataset.vocabulary, dataset.corpus.emotions
+        )
     self._checkpoints = checkpoint.Checkpoints(
       workdir, create=True, keep=config.train.keep_checkpoints
     )
     if self._checkpoints.step(checkpoint.LATEST) is not None:
-      self._players.restore(self._checkpoints)
+      self._learner.restore(self._checkpoints)
       self._progress = Progress(
         **self._checkpoints.restore_progress(checkpoint.LATEST)
       )
@@ -165,18 +168,22 @@ class _Trainer:
         num_hosts=jax.process_count(),
       )
     )
-    self._players.start()
+    self._learner.start()
 
   def _load_dataset(self) -> prepare.Dataset:
     """Checks what is given before the data, and loads them."""
     config = self._config
     parallel.check_batches(config, jax.device_count())
-    if config.train.mle_checkpoint and not registry.critic_names(config.model):
+    if (
+      config.train.mle_checkpoint
+      and not registry.find_system(config.model).discriminators
+    ):
       raise InputError(
         f"config.train.mle_checkpoint: {config.model.name} has no phase after "
-        "maximum likelihood to begin with; use a system with critics, or ''"
+        "maximum likelihood to begin with; use a system with discriminators, "
+        "or ''"
       )
-    checkpoint.check_same_config(self._workdir, config)
+    run_folder.check_same_config(self._workdir, config)
     return prepare.load_dataset(config.data)
 
   def _other_run(self, dataset: prepare.Dataset) -> pathlib.Path | None:
@@ -185,7 +192,9 @@ class _Trainer:
     if not folder:
       return None
     path = storage.run_path(folder, "config.train.mle_checkpoint")
-    checkpoint.check_same_generator(path, self._config, dataset.vocabulary)
+    run_folder.check_same_generator(
+      path, self._config, dataset.vocabulary, dataset.corpus.emotions
+    )
     return path
 
   def _open_batches(self) -> Any:
@@ -238,11 +247,11 @@ class _Trainer:
         patience=train.mle_patience,
       )
     ]
-    if self._players.has_critics:
+    if self._learner.has_discriminators:
       phases += [
         _Phase(
           DISCRIMINATOR,
-          "Training the critics",
+          "Training the discriminators",
           total=train.discriminator_steps,
           updates=1,
           run=self._discriminator_step,
@@ -261,19 +270,19 @@ class _Trainer:
     return phases
 
   def _next_batch(self) -> pipeline.Batch:
-    return self._input.next(self._batches, self._players.running)
+    return self._input.next(self._batches, self._learner.running)
 
   def _mle_step(self) -> list[Sums]:
-    return [self._players.mle_step(self._next_batch())]
+    return [self._learner.mle_step(self._next_batch())]
 
   def _discriminator_step(self) -> list[Sums]:
-    return [self._players.discriminator_step(self._next_batch())]
+    return [self._learner.discriminator_step(self._next_batch())]
 
   def _adversarial_round(self) -> list[Sums]:
-    """Takes `d_steps` of the critics, then `g_steps` of the generator."""
-    train, players = self._config.train, self._players
-    steps = [players.discriminator_step] * train.d_steps
-    steps += [players.adversarial_generator_step] * train.g_steps
+    """Takes `d_steps` discriminator steps, then `g_steps` generator steps."""
+    train, learner = self._config.train, self._learner
+    steps = [learner.discriminator_step] * train.d_steps
+    steps += [learner.adversarial_generator_step] * train.g_steps
     return [step(self._next_batch()) for step in steps]
 
   def run(self) -> bool:
@@ -317,7 +326,7 @@ class _Trainer:
     """Goes from a finished phase to the next one, with its best generator."""
     if self._progress.phase == MLE:
       self._checkpoints.wait()
-      self._players.restore_best(self._checkpoints)
+      self._learner.restore_best(self._checkpoints)
     self._progress.phase, self._progress.done = phase.name, 0
     self._progress.best, self._progress.worse = None, 0
     self._progress.data = self._batches.get_state()
@@ -347,7 +356,7 @@ class _Trainer:
           pending += phase.run()
         progress.done += 1
         progress.updates += phase.updates
-        self._log.after(progress.updates, self._players.running)
+        self._log.after(progress.updates, self._learner.running)
         last = progress.done == phase.total
 
         def due(every: int, before: int = before, last: bool = last) -> bool:
@@ -405,7 +414,7 @@ class _Trainer:
     values["train/examples_per_second"] = values.pop("examples") / seconds
     values["train/input_wait"] = min(1.0, self._input.take() / seconds)
     if "train/loss" in values:
-      rate = self._learning_rate(self._players.generator_steps - 1)
+      rate = self._learning_rate(self._learner.generator_steps - 1)
       values["train/learning_rate"] = np.asarray(rate).item()
     self._log.write(self._progress.updates, phase.name, values)
     return values
@@ -427,7 +436,7 @@ class _Trainer:
 
   def _validate(self, phase: _Phase) -> None:
     progress = self._progress
-    values = self._players.validate(self._valid_batches)
+    values = self._learner.validate(self._valid_batches)
     self._log.write(
       progress.updates,
       phase.name,
@@ -453,7 +462,7 @@ class _Trainer:
   def _save(self, kind: str) -> None:
     self._log.save()
     self._progress.data = self._batches.get_state()
-    self._players.save(
+    self._learner.save(
       self._checkpoints,
       kind,
       self._progress.updates,

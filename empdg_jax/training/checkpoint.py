@@ -1,7 +1,6 @@
-"""The run folder: configuration, vocabulary, checkpoints (Orbax)."""
+"""Checkpoints of a run (Orbax), written in the background."""
 
 import contextlib
-import dataclasses
 import pathlib
 from typing import Any, NamedTuple
 
@@ -9,108 +8,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from empdg_jax import bundle, storage
-from empdg_jax import config as config_lib
-from empdg_jax.config import Config, InputError, SaveError
-from empdg_jax.data import vocab
-from empdg_jax.data.vocab import Vocabulary
-from empdg_jax.models import registry
-from empdg_jax.train_state import TrainState
+from empdg_jax import storage
+from empdg_jax.config import InputError, SaveError
+from empdg_jax.training.train_state import TrainState
 
 LATEST, BEST = "latest", "best"
-# What a resumed run may change.
-_NOT_OF_THE_RUN = ("train.profile_steps", "train.keep_checkpoints")
-# What a generator's parameters mean, besides their shapes.
-_GENERATOR_FIELDS = (
-  "emb_dim",
-  "num_layers",
-  "num_heads",
-  "key_value_depth",
-  "filter_size",
-  "norm_order",
-  "feed_forward",
-  "pointer_generator",
-  "tie_embeddings",
-)
-
-
-def write_run(
-  workdir: pathlib.Path, config: Config, vocabulary: Vocabulary
-) -> None:
-  """Starts a run folder, or checks that the one there is of the same run.
-
-  Args:
-    workdir: The folder.
-    config: The run's configuration.
-    vocabulary: Its vocabulary.
-
-  Raises:
-    InputError: The folder cannot be written, or holds another run.
-  """
-  check_same_config(workdir, config)
-  what = f"--workdir={workdir}: cannot write"
-  with storage.errors(what, InputError):
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / "vocab.txt").exists():
-      with storage.atomic_path(workdir / "vocab.txt") as path:
-        vocabulary.save(path)
-    elif vocab.load_vocabulary(workdir / "vocab.txt") != vocabulary:
-      raise InputError(
-        f"{workdir}/vocab.txt differs from the data's vocabulary: the data "
-        "have changed; use another --workdir"
-      )
-    # Last, since it marks the folder as a run's.
-    with storage.atomic_path(workdir / "config.json") as path:
-      path.write_text(config_lib.to_json(config), encoding="utf-8")
-
-
-def check_same_config(workdir: pathlib.Path, config: Config) -> None:
-  """Raises InputError if `workdir` holds a run of another configuration."""
-  if not (workdir / "config.json").exists():
-    if (workdir / "checkpoints").exists():
-      raise InputError(
-        f"--workdir={workdir} holds checkpoints but no config.json to tell of "
-        "which run; use another --workdir"
-      )
-    return
-  theirs = config_lib.flatten(read_config(workdir))
-  ours = config_lib.flatten(config)
-  different = [
-    name
-    for name in ours
-    if ours[name] != theirs[name] and name not in _NOT_OF_THE_RUN
-  ]
-  if different:
-    name = different[0]
-    raise InputError(
-      f"--workdir={workdir} holds a run with config.{name}={theirs[name]!r}, "
-      f"not {ours[name]!r}"
-      + (f" ({len(different)} fields differ)" if len(different) > 1 else "")
-      + "; use another --workdir, or that run's configuration"
-    )
-
-
-def read_config(workdir: pathlib.Path) -> Config:
-  """Reads a run folder's configuration.
-
-  Raises:
-    InputError: There is none, or it is malformed.
-  """
-  if bundle.is_bundle(workdir):
-    raise InputError(
-      f"--workdir={workdir} is an export, not a run folder; to use it, give it "
-      f"as --bundle={workdir}"
-    )
-  path = workdir / "config.json"
-  try:
-    text = path.read_text(encoding="utf-8")
-  except OSError as error:
-    reason = error.strerror or error
-    raise InputError(
-      f"--workdir={workdir} is no run folder ({reason}: config.json); 'empdg "
-      "train' makes one"
-    ) from error
-  return config_lib.from_json(text, str(path))
+# Names that items had in checkpoints of earlier versions.
+_FORMER_NAMES = {
+  "discriminators": "critics",
+  "discriminator_optimizer": "critics_optimizer",
+}
 
 
 class Selected(NamedTuple):
@@ -160,7 +67,7 @@ class Checkpoints:
     kind: str,
     step: int,
     generator: TrainState,
-    critics: TrainState | None,
+    discriminators: TrainState | None,
     progress: dict[str, Any],
   ) -> None:
     """Begins to write a checkpoint; the arrays may be changed afterwards.
@@ -169,16 +76,16 @@ class Checkpoints:
       kind: `LATEST` or `BEST`.
       step: The run's updates so far.
       generator: NumPy arrays, as `parallel.unreplicate` gives them.
-      critics: The same of the critics, if the system has any.
+      discriminators: The same of the discriminators, if the system has any.
       progress: A JSON value: where data and training stand.
 
     Raises:
       SaveError: This one or the one before could not be written.
     """
     trees = {"params": generator.params, "optimizer": _optimizer(generator)}
-    if critics is not None:
-      trees["critics"] = critics.params
-      trees["critics_optimizer"] = _optimizer(critics)
+    if discriminators is not None:
+      trees["discriminators"] = discriminators.params
+      trees["discriminator_optimizer"] = _optimizer(discriminators)
     with self._writing():
       self._managers[kind].save(
         step,
@@ -278,16 +185,16 @@ class Checkpoints:
       params=params, **self._restore(kind, "optimizer", _optimizer(like))
     )
 
-  def restore_critics(
+  def restore_discriminators(
     self, kind: str, like: TrainState | None
   ) -> TrainState | None:
-    """Reads the critics that `save` was given; see `restore_params`."""
+    """Reads the discriminators that `save` was given; see `restore_params`."""
     if like is None:
       return None
-    params = self._restore(kind, "critics", like.params)
+    params = self._restore(kind, "discriminators", like.params)
     return TrainState(
       params=params,
-      **self._restore(kind, "critics_optimizer", _optimizer(like)),
+      **self._restore(kind, "discriminator_optimizer", _optimizer(like)),
     )
 
   def restore_progress(
@@ -325,6 +232,9 @@ class Checkpoints:
       SaveError: The disk or the bucket fails.
     """
     where = self.folder(Selected(kind, step))
+    former = _FORMER_NAMES.get(item)
+    if former and (where / former).exists():
+      item = former
     with storage.errors(f"{where}: cannot read", SaveError):
       try:
         return self._managers[kind].restore(
@@ -352,60 +262,6 @@ def _arrays(tree: Any) -> Any:
     ),
     tree,
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """What a run folder holds besides its checkpoints."""
-
-  workdir: pathlib.Path
-  config: Config
-  vocabulary: Vocabulary
-
-
-def open_run(workdir: pathlib.Path) -> Run:
-  """Reads a run folder's configuration and vocabulary.
-
-  Raises:
-    InputError: It is no run folder, or a file in it is malformed.
-  """
-  config = read_config(workdir)
-  return Run(workdir, config, vocab.load_vocabulary(workdir / "vocab.txt"))
-
-
-def check_same_generator(
-  workdir: pathlib.Path, config: Config, vocabulary: Vocabulary
-) -> None:
-  """Checks whether another run's generator can be this one's.
-
-  Args:
-    workdir: The other run's folder.
-    config: This run's configuration.
-    vocabulary: Its vocabulary.
-
-  Raises:
-    InputError: There is no such run, or its vocabulary or generator are not
-      this run's.
-  """
-  where = f"config.train.mle_checkpoint={str(workdir)!r}"
-  run = open_run(workdir)
-  if run.vocabulary != vocabulary:
-    raise InputError(
-      f"{where}: its vocabulary of {len(run.vocabulary):,} tokens is not this "
-      f"run's of {len(vocabulary):,}; both need the same config.data"
-    )
-  if not registry.same_generator(run.config.model, config.model):
-    raise InputError(
-      f"{where}: that run has config.model.name={run.config.model.name!r}, "
-      f"whose generator is not that of {config.model.name!r}"
-    )
-  for name in _GENERATOR_FIELDS:
-    theirs, ours = getattr(run.config.model, name), getattr(config.model, name)
-    if theirs != ours:
-      raise InputError(
-        f"{where}: that run has config.model.{name}={theirs!r}, this one "
-        f"{ours!r}"
-      )
 
 
 def restore_generator(workdir: pathlib.Path, like: TrainState) -> TrainState:

@@ -10,13 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from empdg_jax.compare import COLUMNS, Comparison, Figure, Row, Test
+from empdg_jax.analysis.compare import COLUMNS, Comparison, Figure, Row, Test
+from empdg_jax.models import registry
 
 FORMATS = ("terminal", "markdown", "csv", "json", "latex")
-_TABLES = {
-  "Table 1. Systems": ("transformer", "emoprepend", "moel", "empdg"),
-  "Table 2. Ablations": ("empdg", "empdg_wo_g", "empdg_wo_d"),
-}
 _TERMINAL_COLUMNS = 4  # Of figures in a table.
 _TESTS = "Paired tests: difference (p after Holm's correction)"
 
@@ -42,8 +39,10 @@ def _cell(figure: Figure | None, decimals: int) -> str:
 def _members(rows: Sequence[Row]) -> dict[str, list[Row]]:
   """Returns each table's systems, without what another table shows as well."""
   present = {
-    title: [row for row in rows if row.name in names]
-    for title, names in _TABLES.items()
+    title: [row for row in rows if title in registry.SYSTEMS[row.name].tables]
+    for title in dict.fromkeys(
+      title for spec in registry.SYSTEMS.values() for title in spec.tables
+    )
   }
   members: dict[str, list[Row]] = {}
   for title, own in present.items():

@@ -20,7 +20,7 @@ from empdg_jax.models import adversary as adversary_lib
 from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.encoder_decoder import EncoderDecoder, Inputs
 from empdg_jax.parallel import compile_step, psum
-from empdg_jax.train_state import TrainState
+from empdg_jax.training.train_state import TrainState
 
 Metrics = dict[str, jax.Array]
 
@@ -193,20 +193,20 @@ def discriminator_step(
   adversary: Adversary,
   optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, Metrics]:
-  """Takes one step of the critics (eqs. 18-19); the generator is frozen.
+  """Takes one step of the discriminators (eqs. 18-19); the generator is frozen.
 
   Args:
-    state: The critics' state; its memory is reused when donated.
+    state: The discriminators' state; its memory is reused when donated.
     generator_params: The generator's parameters.
     batch: This device's examples; those without feedback do not count.
     key: The run's root key.
     model: The system's generator.
-    adversary: Its critics.
-    optimizer: The critics' optimiser.
+    adversary: Its discriminators.
+    optimizer: The discriminators' optimiser.
 
   Returns:
     The next state, without the gradient of a loss that is not finite, and sums
-    over the global batch; all but the loss are averages over the critics.
+    over the global batch; all but the loss are averages over discriminators.
   """
   # Apart from the generator's keys, whose steps are counted from 0 as well.
   key = jax.random.fold_in(key, zlib.crc32(b"discriminators"))
@@ -215,11 +215,14 @@ def discriminator_step(
   response, encoded = adversary_lib.respond(
     generator_params, _inputs(batch), batch.target, keys, model, adversary
   )
-  readings = adversary_lib.readings(
+  readings = adversary_lib.discriminator_inputs(
     state.params,
     encoded,
-    (response, adversary_lib.given(generator_params, batch.target, model)),
-    adversary_lib.given(generator_params, batch.feedback, model),
+    (
+      response,
+      adversary_lib.embed_words(generator_params, batch.target, model),
+    ),
+    adversary_lib.embed_words(generator_params, batch.feedback, model),
     adversary,
   )
   judged, count = _judged(batch)
@@ -227,14 +230,14 @@ def discriminator_step(
   def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
     values: Metrics = {"examples": jnp.ones_like(judged)}
     for name, reading in readings.items():
-      of_critic = adversary_lib.critic_losses(
-        adversary.critic,
+      terms = adversary_lib.discriminator_losses(
+        adversary.discriminator,
         params[name],
         reading,
         jax.vmap(jax.random.uniform)(_fold_in(keys, name.encode())),
         adversary.config.gradient_penalty_weight,
       )
-      for term, value in of_critic.items():
+      for term, value in terms.items():
         share = 1.0 if term == "loss" else 1.0 / len(readings)
         values[term] = values.get(term, 0.0) + share * value
     return jnp.sum(values["loss"] * judged) / count, values
@@ -248,7 +251,7 @@ def discriminator_step(
 
 def adversarial_generator_step(
   state: TrainState,
-  critic_params: Any,
+  discriminator_params: Any,
   batch: Batch,
   key: jax.Array,
   *,
@@ -262,11 +265,11 @@ def adversarial_generator_step(
 
   Args:
     state: The generator's state; its memory is reused when donated.
-    critic_params: The critics' parameters.
-    batch: This device's examples; the critics skip those without feedback.
+    discriminator_params: The discriminators' parameters.
+    batch: This device's examples; discriminators skip those without feedback.
     key: The run's root key.
     model: The generator.
-    adversary: The critics.
+    adversary: The discriminators.
     optimizer: The generator's optimiser.
 
   Returns:
@@ -282,15 +285,17 @@ def adversarial_generator_step(
     response, encoded = adversary_lib.respond(
       params, _inputs(batch), batch.target, keys, model, adversary
     )
-    readings = adversary_lib.readings(
-      critic_params,
+    readings = adversary_lib.discriminator_inputs(
+      discriminator_params,
       encoded,
       (response,),
-      adversary_lib.given(params, batch.feedback, model),
+      adversary_lib.embed_words(params, batch.feedback, model),
       adversary,
     )
     scores: Any = sum(
-      adversary.critic.apply({"params": critic_params[name]}, reading)[0]
+      adversary.discriminator.apply(
+        {"params": discriminator_params[name]}, reading
+      )[0]
       for name, reading in readings.items()
     )
     return jnp.sum(scores * judged) / count, scores

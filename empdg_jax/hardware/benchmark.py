@@ -19,20 +19,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from empdg_jax import evaluate, parallel, steps, storage
+from empdg_jax import parallel, storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, prepare
-from empdg_jax.data.pipeline import Batch, Encoded, Shape
+from empdg_jax.data.pipeline import Batch, EncodedExample, Shape
 from empdg_jax.data.prepare import Dataset
-from empdg_jax.models import registry
-from empdg_jax.train_state import (
-  TrainState,
-  count_parameters,
-  create_critics_optimizer,
-  create_critics_state,
-  create_optimizer,
-  create_train_state,
-)
+from empdg_jax.inference.system import System
+from empdg_jax.training.run_folder import Run
+from empdg_jax.training.train_state import count_parameters
+from empdg_jax.training.trainable import Trainable, assemble
 
 _MATRIX = 2048  # Rows and columns of the matrix product.
 _STREAM = 2**25  # Elements of the streamed arrays: 128 MB each, beyond caches.
@@ -104,7 +99,7 @@ def mle_step_floor(
 
 
 def _batches_by_shape(
-  encoded: Sequence[Encoded], config: Config, shapes: Sequence[Shape]
+  encoded: Sequence[EncodedExample], config: Config, shapes: Sequence[Shape]
 ) -> list[tuple[int, Shape, Batch]]:
   """Returns for each shape its batches in an epoch and one of them."""
   plan = pipeline.BatchPlan(encoded, shapes, config.train.batch_size)
@@ -121,55 +116,50 @@ def _batches_by_shape(
   ]
 
 
+def _assemble(dataset: Dataset, config: Config) -> Trainable:
+  """Builds the system that a configuration names for a dataset."""
+  return assemble(
+    config,
+    len(dataset.vocabulary),
+    len(dataset.corpus.emotions),
+    prepare.emotional_table(dataset.vocabulary, dataset.lexicon),
+  )
+
+
 def _adversarial_steps(
-  dataset: Dataset,
-  config: Config,
-  names: tuple[str, ...],
-  model: Any,
-  optimizer: Any,
-  params: Any,
-  batch: Any,
-  key: Any,
+  dataset: Dataset, config: Config, params: Any, batch: Any, key: Any
 ) -> dict[str, Callable[[], Any]]:
-  """Returns the steps of phases 2 and 3 on one batch, by signal."""
-  emotional = prepare.emotional_table(dataset.vocabulary, dataset.lexicon)
-  chosen = registry.create_adversary(config, emotional)
-  critics_optimizer = create_critics_optimizer(config.train)
-  taken: dict[str, Callable[[], Any]] = {}
+  """Returns calls of phases 2 and 3 on one batch, by player and signal."""
+  calls: dict[str, Callable[[], Any]] = {}
   for signal in ("straight_through", "expected"):
-    adversary = dataclasses.replace(
-      chosen,
-      config=dataclasses.replace(config.train, generator_signal=signal),
+    train = dataclasses.replace(config.train, generator_signal=signal)
+    trainable = _assemble(dataset, dataclasses.replace(config, train=train))
+    generator, discriminators = trainable.create_states(config.train.seed)
+    # Every step donates its state, so that each signal needs its own.
+    states = parallel.replicate(
+      {
+        "generator": generator.replace(params=params),
+        "discriminator": discriminators,
+      }
     )
-    critics = parallel.replicate(
-      create_critics_state(adversary.critic, names, critics_optimizer, 0)
-    )
-    generator = parallel.replicate(
-      TrainState(jnp.int32(0), params, optimizer.init(params))
-    )
-    judge = steps.compile_discriminator_step(
-      model, adversary, critics_optimizer
-    )
-    generate = steps.compile_adversarial_generator_step(
-      model, adversary, optimizer
-    )
-    states = {"critics": critics, "generator": generator}
+    steps_by_player = trainable.compile_steps()
 
-    def of_critics(states: Any = states, judge: Any = judge) -> Any:
-      states["critics"], sums = judge(
-        states["critics"], states["generator"].params, batch, key
+    def call(
+      player: str, other: str, step: Any, states: dict[str, Any] = states
+    ) -> Any:
+      states[player], sums = step(
+        states[player], states[other].params, batch, key
       )
       return sums
 
-    def of_generator(states: Any = states, generate: Any = generate) -> Any:
-      states["generator"], sums = generate(
-        states["generator"], states["critics"].params, batch, key
+    for player, other, step in (
+      ("discriminator", "generator", steps_by_player.discriminator),
+      ("generator", "discriminator", steps_by_player.adversarial),
+    ):
+      calls[f"{player}, {signal}"] = functools.partial(
+        call, player, other, step
       )
-      return sums
-
-    taken[f"discriminator, {signal}"] = of_critics
-    taken[f"generator, {signal}"] = of_generator
-  return taken
+  return calls
 
 
 def _peak_memory() -> int:
@@ -195,14 +185,13 @@ def benchmark(
   Returns:
     A JSON value; times are medians in seconds.
   """
-  model = registry.create_model(config.model, len(dataset.vocabulary))
-  optimizer = create_optimizer(config.train, config.model.emb_dim)
-  state = create_train_state(model, optimizer, config.train.seed)
-  params = parallel.unreplicate(parallel.replicate(state.params))
-  parameters = count_parameters(model)
-  state = parallel.replicate(state)
+  trainable = _assemble(dataset, config)
+  parameters = count_parameters(trainable.generator)
+  initial, _ = trainable.create_states(config.train.seed)
+  params = parallel.unreplicate(parallel.replicate(initial.params))
+  state = parallel.replicate(initial)
   key = parallel.replicate(jax.random.key(config.train.seed))
-  p_mle_step = steps.compile_mle_step(model, optimizer)
+  p_mle_step = trainable.compile_steps().mle
   by_shape = _batches_by_shape(dataset.encoded("train"), config, dataset.shapes)
 
   def step(batch: Batch) -> Any:
@@ -222,18 +211,16 @@ def benchmark(
   )
   memory = _peak_memory()
   adversarial = {}
-  if names := registry.critic_names(config.model):
-    steps_taken = _adversarial_steps(
-      dataset, config, names, model, optimizer, params, batches[0], key
-    )
+  if trainable.adversary is not None:
+    calls = _adversarial_steps(dataset, config, params, batches[0], key)
     mle_seconds, *seconds = _median_seconds(
-      [functools.partial(step, batches[0]), *steps_taken.values()],
+      [functools.partial(step, batches[0]), *calls.values()],
       rounds,
       console,
     )
     adversarial = {
       name: {"step_seconds": s, "times_mle_step": s / mle_seconds}
-      for name, s in zip(steps_taken, seconds, strict=True)
+      for name, s in zip(calls, seconds, strict=True)
     }
   peak = 2 * _MATRIX**3 / product_seconds
   bandwidth = 3 * 4 * _STREAM / stream_seconds
@@ -261,7 +248,10 @@ def benchmark(
     )
   del state
 
-  system = evaluate.System(config, dataset.vocabulary, params)
+  system = System(
+    Run(pathlib.Path(), config, dataset.vocabulary, dataset.corpus.emotions),
+    params,
+  )
   valid = dataset.encoded("valid")
   batch_size = config.eval.batch_size
   console.print("Compiling the decoding step", style="dim")

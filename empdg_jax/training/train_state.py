@@ -12,7 +12,11 @@ import numpy as np
 import optax
 
 from empdg_jax.config import TrainConfig
-from empdg_jax.models.discriminators import Critic, Reading, Utterances
+from empdg_jax.models.discriminators import (
+  Discriminator,
+  DiscriminatorInputs,
+  Utterances,
+)
 from empdg_jax.models.encoder_decoder import Inputs
 
 
@@ -67,10 +71,10 @@ def create_optimizer(
   )
 
 
-def create_critics_optimizer(
+def create_discriminator_optimizer(
   config: TrainConfig,
 ) -> optax.GradientTransformation:
-  """Returns Adam with the critics' constant learning rate."""
+  """Returns Adam with the discriminators' constant learning rate."""
   return optax.adam(config.discriminator_learning_rate)
 
 
@@ -86,28 +90,32 @@ def count_parameters(model: nn.Module) -> int:
   return sum(x.size for x in jax.tree.leaves(params))
 
 
-def create_critics_state(
-  critic: Critic,
+def create_discriminator_state(
+  discriminator: Discriminator,
   names: Sequence[str],
   optimizer: optax.GradientTransformation,
   seed: int,
 ) -> TrainState:
-  """Draws the critics' parameters, by name, and starts their optimiser.
+  """Draws the discriminators' parameters, by name, and starts their optimiser.
 
   Args:
-    critic: The module of every critic.
-    names: The critics.
+    discriminator: The module of every discriminator.
+    names: The discriminators.
     optimizer: Of all of them.
     seed: Of the parameters.
 
   Returns:
     The state before the first update.
   """
-  word = Utterances(jnp.zeros((1, 1, critic.dim)), jnp.ones((1, 1), bool))
-  reading = Reading((word,), word, jnp.zeros((1, critic.dim)))
+  word = Utterances(
+    jnp.zeros((1, 1, discriminator.dim)), jnp.ones((1, 1), bool)
+  )
+  reading = DiscriminatorInputs(
+    (word,), word, jnp.zeros((1, discriminator.dim))
+  )
   keys = jax.random.split(jax.random.key(seed), len(names))
   params = {
-    name: jax.jit(critic.init)(key, reading)["params"]
+    name: jax.jit(discriminator.init)(key, reading)["params"]
     for name, key in zip(names, keys, strict=True)
   }
   return TrainState(

@@ -18,13 +18,13 @@ from flax import traverse_util
 
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
-from empdg_jax.data import vocab
-from empdg_jax.data.empathetic_dialogues import EMOTIONS
+from empdg_jax.data import corpora, vocab
 from empdg_jax.data.lexicon import HashedWords
-from empdg_jax.data.vocab import Vocabulary
+from empdg_jax.training import run_folder
+from empdg_jax.training.run_folder import Run
 
 FORMAT_VERSION = 1
-ABOUT = "export.json"
+ABOUT, SUMS = run_folder.EXPORT_FILES
 CONFIG = "config.json"
 VOCABULARY = "vocab.txt"
 EMOTION_NAMES = "emotions.txt"
@@ -36,7 +36,6 @@ EMOTIONAL = "lexicon.npy"
 LEXICON_HASHES = "lexicon_hashes.npy"
 CARD = "README.md"
 METRICS = "eval/metrics.json"
-SUMS = "SHA256SUMS"
 # The names that safetensors has for the types of parameters.
 _TYPES: dict[str, Any] = {"F32": np.float32, "BF16": jnp.bfloat16}
 REQUIRED = (
@@ -46,32 +45,25 @@ REQUIRED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Bundle:
+class Export:
   """What an export holds.
 
   Attributes:
-    config: Of the run that it comes from.
-    vocabulary: That run's.
+    run: The run that it comes from.
     lexicon: The words of the run's lexicon.
     params: The generator's parameters as NumPy float32, nested as the model's.
     step: The run's updates before the checkpoint; None for an average.
   """
 
-  config: Config
-  vocabulary: Vocabulary
+  run: Run
   lexicon: HashedWords
   params: Any
   step: int | None
 
 
-def is_bundle(folder: pathlib.Path) -> bool:
-  """Returns whether a folder is an export, whole or not."""
-  return (folder / SUMS).exists() or (folder / ABOUT).exists()
-
-
-def require_bundle(folder: pathlib.Path) -> None:
+def require_export(folder: pathlib.Path) -> None:
   """Raises InputError unless a folder is an export, whole or not."""
-  if not is_bundle(folder):
+  if not run_folder.is_export(folder):
     raise InputError(
       f"--bundle={folder} is no export: it holds no {SUMS}; 'empdg export' "
       "makes one"
@@ -115,7 +107,7 @@ class _Checked:
       InputError: The folder is no export, or one of a newer format; or naming
         the file that is missing or damaged.
     """
-    require_bundle(folder)
+    require_export(folder)
     self._folder = folder
     self._files: dict[str, bytes] = {}
     self.digests: dict[str, str] = {}
@@ -173,24 +165,31 @@ class _Checked:
     text = self.read(CONFIG).decode()
     return config_lib.from_json(text, f"{self._folder}/{CONFIG}")
 
-  def vocabulary(self) -> Vocabulary:
-    """Returns the vocabulary of the export's run."""
+  def run(self) -> Run:
+    """Returns what the export tells of its run."""
     where = f"{self._folder}/{VOCABULARY}"
-    return vocab.parse_vocabulary(self.read(VOCABULARY), where)
+    vocabulary = vocab.parse_vocabulary(self.read(VOCABULARY), where)
+    config = self.config()
+    emotions = tuple(self.read(EMOTION_NAMES).decode().split())
+    if emotions != corpora.find_corpus(config.data, emotions).emotions:
+      raise InputError(
+        f"--bundle={self._folder}: {EMOTION_NAMES} names other emotions than "
+        "this package's"
+      )
+    return Run(self._folder, config, vocabulary, emotions)
 
 
 def read_config(folder: pathlib.Path) -> Config:
-  """Reads the configuration of an export's run; see `open_bundle`."""
+  """Reads the configuration of an export's run; see `read_export`."""
   return _Checked(folder).config()
 
 
-def read_run(folder: pathlib.Path) -> tuple[Config, Vocabulary]:
-  """Reads what an export tells of its run; see `open_bundle`."""
-  checked = _Checked(folder)
-  return checked.config(), checked.vocabulary()
+def read_run(folder: pathlib.Path) -> Run:
+  """Reads what an export tells of its run; see `read_export`."""
+  return _Checked(folder).run()
 
 
-def open_bundle(folder: pathlib.Path) -> Bundle:
+def read_export(folder: pathlib.Path) -> Export:
   """Reads an export, checked against its SHA256SUMS.
 
   Args:
@@ -204,14 +203,8 @@ def open_bundle(folder: pathlib.Path) -> Bundle:
   """
   checked = _Checked(folder)
   files = checked.read_all()
-  if files[EMOTION_NAMES].decode().split() != list(EMOTIONS):
-    raise InputError(
-      f"--bundle={folder}: {EMOTION_NAMES} names other emotions than this "
-      "package's"
-    )
-  return Bundle(
-    checked.config(),
-    checked.vocabulary(),
+  return Export(
+    checked.run(),
     HashedWords(array_of(files[LEXICON_HASHES])),
     nested(
       {

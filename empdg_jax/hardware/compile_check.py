@@ -15,13 +15,14 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.progress import track
 
-from empdg_jax import parallel, steps, tpu, train_state
-from empdg_jax.compile_report import Fit, Report, Slice, read_report
+from empdg_jax import parallel
 from empdg_jax.config import Config, InputError
-from empdg_jax.data import pipeline
+from empdg_jax.data import corpora, pipeline
 from empdg_jax.data.pipeline import Batch, Shape
-from empdg_jax.models import registry
-from empdg_jax.train_state import TrainState
+from empdg_jax.hardware import chips
+from empdg_jax.hardware.compile_report import Fit, Report, Slice, read_report
+from empdg_jax.training import steps
+from empdg_jax.training.trainable import assemble
 
 _WITHOUT_UPDATE = ("eval", "predict")
 # Else the compiler asks the cloud which machine this is, and wants to be the
@@ -44,10 +45,10 @@ def describe_topology(name: str) -> Slice:
     InputError: There is no such slice, or the TPU compiler is not installed.
   """
   version, _, layout = name.partition(":")
-  chip = tpu.CHIPS.get(version)
+  chip = chips.CHIPS.get(version)
   if chip is None or layout not in chip.layouts:
     raise InputError(
-      f"--topology={name}: expected one of " + "; ".join(tpu.known_slices())
+      f"--topology={name}: expected one of " + "; ".join(chips.known_slices())
     )
   if importlib.util.find_spec("libtpu") is None:
     raise InputError(
@@ -98,41 +99,31 @@ def _lowerings(
   Yields:
     Names and functions.
   """
-  model = registry.create_model(config.model, vocab_size)
-  optimizer = train_state.create_optimizer(config.train, config.model.emb_dim)
-  state = jax.eval_shape(
-    lambda: train_state.create_train_state(model, optimizer, 0)
+  emotions = corpora.find_corpus(config.data).emotions
+  trainable = assemble(
+    config, vocab_size, len(emotions), np.zeros(vocab_size, bool)
   )
+  model = trainable.generator
+  state, discriminators = jax.eval_shape(lambda: trainable.create_states(0))
+  train_steps = trainable.compile_steps(devices)
   key = jax.eval_shape(lambda: jax.random.key(0))
   longest = pipeline.padded_shapes(config.data)[-1]
   batch = _batch(longest, len(devices), train_rows)
   eval_batch = _batch(longest, len(devices), eval_rows)
 
-  yield (
-    "mle",
-    lambda: steps.compile_mle_step(model, optimizer, devices).lower(
-      state, batch, key
-    ),
-  )
-  if names := registry.critic_names(config.model):
-    adversary = registry.create_adversary(config, np.zeros(vocab_size, bool))
-    critics_optimizer = train_state.create_critics_optimizer(config.train)
-    critics: TrainState = jax.eval_shape(
-      lambda: train_state.create_critics_state(
-        adversary.critic, names, critics_optimizer, 0
-      )
-    )
+  yield "mle", lambda: train_steps.mle.lower(state, batch, key)
+  if discriminators is not None:
     yield (
       "discriminator",
-      lambda: steps.compile_discriminator_step(
-        model, adversary, critics_optimizer, devices
-      ).lower(critics, state.params, batch, key),
+      lambda: train_steps.discriminator.lower(
+        discriminators, state.params, batch, key
+      ),
     )
     yield (
       "adversarial generator",
-      lambda: steps.compile_adversarial_generator_step(
-        model, adversary, optimizer, devices
-      ).lower(state, critics.params, batch, key),
+      lambda: train_steps.adversarial.lower(
+        state, discriminators.params, batch, key
+      ),
     )
   yield (
     "eval",

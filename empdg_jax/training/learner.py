@@ -1,4 +1,4 @@
-"""The generator and its critics in training: their states and their steps."""
+"""The generator and its discriminators in training: states and steps."""
 
 import pathlib
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from empdg_jax import checkpoint, evaluate, parallel, steps, train_state
-from empdg_jax.checkpoint import Checkpoints
+from empdg_jax import parallel
 from empdg_jax.config import Config
 from empdg_jax.data import prepare
 from empdg_jax.data.pipeline import Batch
-from empdg_jax.models import registry
+from empdg_jax.training import checkpoint, steps, train_state, validation
+from empdg_jax.training.checkpoint import Checkpoints
+from empdg_jax.training.trainable import assemble
 
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 
@@ -19,13 +20,13 @@ GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 Sums = tuple[str, Any]
 
 
-class Players:
-  """A system's generator, and its critics if it has any.
+class Learner:
+  """A system's generator, and its discriminators if it has any.
 
   Attributes:
     parameters: How many the generator has.
     generator_steps: Its updates so far.
-    has_critics: Whether the system has critics.
+    has_discriminators: Whether the system has discriminators.
     running: An array of the latest update, None before the first.
   """
 
@@ -42,33 +43,24 @@ class Players:
       dataset: Its data.
       embeddings: The word embeddings to begin with, `[V, d]`, or None.
     """
-    self._config = config
+    self._seed = config.train.seed
     self.generator_steps = 0
-    model = registry.create_model(config.model, len(dataset.vocabulary))
-    self.parameters = train_state.count_parameters(model)
-    optimizer = train_state.create_optimizer(config.train, config.model.emb_dim)
-    self._p_mle_step = steps.compile_mle_step(model, optimizer)
-    self._p_eval_step = steps.compile_eval_step(model)
-    self._generator = train_state.create_train_state(
-      model, optimizer, config.train.seed, embeddings
-    )
-    self._critics: Any = None
     self.running: Any = None
-    names = registry.critic_names(config.model)
-    self.has_critics = bool(names)
-    if names:
-      emotional = prepare.emotional_table(dataset.vocabulary, dataset.lexicon)
-      adversary = registry.create_adversary(config, emotional)
-      critics_optimizer = train_state.create_critics_optimizer(config.train)
-      self._p_discriminator_step = steps.compile_discriminator_step(
-        model, adversary, critics_optimizer
-      )
-      self._p_adversarial_generator_step = (
-        steps.compile_adversarial_generator_step(model, adversary, optimizer)
-      )
-      self._critics = train_state.create_critics_state(
-        adversary.critic, names, critics_optimizer, config.train.seed
-      )
+    trainable = assemble(
+      config,
+      len(dataset.vocabulary),
+      len(dataset.corpus.emotions),
+      prepare.emotional_table(dataset.vocabulary, dataset.lexicon),
+    )
+    self.parameters = train_state.count_parameters(trainable.generator)
+    self.has_discriminators = trainable.adversary is not None
+    self._generator: Any
+    self._discriminators: Any
+    self._generator, self._discriminators = trainable.create_states(
+      self._seed, embeddings
+    )
+    self._p_steps = trainable.compile_steps()
+    self._p_eval_step = steps.compile_eval_step(trainable.generator)
 
   def take_over(self, workdir: pathlib.Path) -> None:
     """Takes another run's best generator; see `checkpoint.restore_generator`.
@@ -82,14 +74,16 @@ class Players:
     """Takes the states of the latest checkpoint."""
     latest = checkpoint.LATEST
     self._generator = checkpoints.restore_generator(latest, self._generator)
-    self._critics = checkpoints.restore_critics(latest, self._critics)
+    self._discriminators = checkpoints.restore_discriminators(
+      latest, self._discriminators
+    )
 
   def start(self) -> None:
     """Puts the states on the devices, after which steps can be taken."""
     self.generator_steps = int(self._generator.step)
     self._generator = parallel.replicate(self._generator)
-    self._critics = parallel.replicate(self._critics)
-    self._key = parallel.replicate(jax.random.key(self._config.train.seed))
+    self._discriminators = parallel.replicate(self._discriminators)
+    self._key = parallel.replicate(jax.random.key(self._seed))
 
   def restore_best(self, checkpoints: Checkpoints) -> None:
     """Goes back to the best generator, on the devices."""
@@ -111,29 +105,35 @@ class Players:
       kind,
       step,
       parallel.unreplicate(self._generator),
-      parallel.unreplicate(self._critics),
+      parallel.unreplicate(self._discriminators),
       progress,
     )
 
   def mle_step(self, batch: Batch) -> Sums:
     """Takes one step of maximum likelihood on this host's rows."""
-    self._generator, sums = self._p_mle_step(
+    self._generator, sums = self._p_steps.mle(
       self._generator, parallel.shard(batch), self._key
     )
     self.generator_steps += 1
     return self._taken(GENERATOR, sums)
 
   def discriminator_step(self, batch: Batch) -> Sums:
-    """Takes one step of the critics."""
-    self._critics, sums = self._p_discriminator_step(
-      self._critics, self._generator.params, parallel.shard(batch), self._key
+    """Takes one step of the discriminators."""
+    self._discriminators, sums = self._p_steps.discriminator(
+      self._discriminators,
+      self._generator.params,
+      parallel.shard(batch),
+      self._key,
     )
     return self._taken(DISCRIMINATOR, sums)
 
   def adversarial_generator_step(self, batch: Batch) -> Sums:
-    """Takes one step of the generator that hears its critics."""
-    self._generator, sums = self._p_adversarial_generator_step(
-      self._generator, self._critics.params, parallel.shard(batch), self._key
+    """Takes one step of the generator that hears its discriminators."""
+    self._generator, sums = self._p_steps.adversarial(
+      self._generator,
+      self._discriminators.params,
+      parallel.shard(batch),
+      self._key,
     )
     self.generator_steps += 1
     return self._taken(GENERATOR, sums)
@@ -143,5 +143,7 @@ class Players:
     return kind, sums
 
   def validate(self, batches: list[Batch]) -> dict[str, float]:
-    """Scores this host's rows of a split; see `evaluate.validate`."""
-    return evaluate.validate(self._p_eval_step, self._generator.params, batches)
+    """Scores this host's rows of a split; see `validation.validate`."""
+    return validation.validate(
+      self._p_eval_step, self._generator.params, batches
+    )

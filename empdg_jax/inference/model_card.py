@@ -7,17 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from empdg_jax.checkpoint import Run
-from empdg_jax.data.empathetic_dialogues import EMOTIONS
-
-_SYSTEMS = {
-  "transformer": "a Transformer (Vaswani et al., 2017)",
-  "emoprepend": "EmoPrepend-1 (Rashkin et al., 2019)",
-  "moel": "the mixture of empathetic listeners (Lin et al., 2019)",
-  "empdg_wo_g": "EmoPrepend-1 with a semantic critic (Li et al., 2020)",
-  "empdg_wo_d": "EmpDG's generator without critics (Li et al., 2020)",
-  "empdg": "EmpDG with both interactive critics (Li et al., 2020)",
-}
+from empdg_jax.data import corpora
+from empdg_jax.models import registry
+from empdg_jax.training.run_folder import Run
 
 
 def checkpoint_text(about: dict[str, Any]) -> str:
@@ -67,19 +59,11 @@ def write_card(
     metrics: Each split's metrics of these parameters.
   """
   data = run.config.data
+  corpus = corpora.find_corpus(data, run.emotions)
+  licences = [corpus.licence]
   citations = ["Li et al. (2020) for EmpDG"]
-  if data.source == "sample":
-    source = "EmpDG-JAX's embedded corpus"
-    licences = ["The corpus was written for EmpDG-JAX and has its licence."]
-  else:
-    source = "EmpatheticDialogues (Rashkin et al., 2019)"
-    licences = [
-      "EmpatheticDialogues is CC BY-NC 4.0: what was trained on it is not for "
-      "commercial use."
-    ]
-    citations.append("Rashkin et al. (2019) for the data")
-  if data.source not in ("sample", "official"):
-    source += ", or other data in its format"
+  if corpus.citation:
+    citations.append(corpus.citation)
   if data.lexicon == "nrclex":
     lexicon = "the NRC Emotion Lexicon, as the package `nrclex` ships it"
     licences.append(
@@ -97,21 +81,21 @@ def write_card(
     )
   licences.append("EmpDG-JAX is Apache-2.0.")
   vectors = "pre-trained" if data.vectors else "none"
-  template = importlib.resources.files("empdg_jax") / "model_card.md"
+  template = importlib.resources.files("empdg_jax.inference") / "model_card.md"
   size = sum(array.size for array in named.values())
   return string.Template(template.read_text(encoding="utf-8")).substitute(
     title=f"{about['system']}, an empathetic dialogue system",
     version=about["empdg_jax"],
     system=about["system"],
-    system_description=_SYSTEMS[about["system"]],
+    system_description=registry.find_system(run.config.model).description,
     parameters=f"{size:,}",
     dtype=about["dtype"],
     checkpoint=checkpoint_text(about),
-    data=f"{source}, example set `{data.example_set}`, train split",
+    data=f"{corpus.title}, example set `{data.example_set}`, train split",
     words=f"{len(run.vocabulary):,}, of the splits `{data.vocab_scope}`",
     vectors=vectors,
     lexicon=lexicon,
-    emotions=f"{len(EMOTIONS)}, in `emotions.txt`",
+    emotions=f"{len(run.emotions)}, in `emotions.txt`",
     metrics=_metrics_text(metrics),
     platforms=", ".join(about["platforms"]),
     jax=about["jax"],

@@ -10,10 +10,9 @@ from rich.console import Console
 from empdg_jax.config import InputError
 from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data import pipeline, text
-from empdg_jax.data.empathetic_dialogues import EMOTIONS
 from empdg_jax.data.examples import Utterance, annotate
-from empdg_jax.data.pipeline import Encoded
-from empdg_jax.evaluate import Response, System
+from empdg_jax.data.pipeline import EncodedExample
+from empdg_jax.inference.system import Response, System
 
 # A context longer than this is taken for a mistake; shorter ones keep the
 # latest tokens that fit the model's longest shape.
@@ -37,7 +36,7 @@ class Responder:
     )
     self._tokenizer = text.Tokenizer()
 
-  def encode(self, utterances: Sequence[str]) -> Encoded:
+  def encode(self, utterances: Sequence[str]) -> EncodedExample:
     """Turns a dialogue's turns into ids, with an empty target.
 
     Args:
@@ -90,7 +89,7 @@ class Responder:
     """Returns the replies to several dialogues, in their order."""
     return self.answer([self.encode(context) for context in contexts])
 
-  def answer(self, encoded: Sequence[Encoded]) -> list[Response]:
+  def answer(self, encoded: Sequence[EncodedExample]) -> list[Response]:
     """Returns a reply to each of what `encode` gave, in their order."""
     if not encoded:
       return []
@@ -136,7 +135,7 @@ def generate(
     `"context_tokens_cut"` too where the context was too long), or `{"error"}`
     for a line that cannot be answered.
   """
-  group: list[tuple[list[str], Encoded] | InputError] = []
+  group: list[tuple[list[str], EncodedExample] | InputError] = []
   for number, line in enumerate(lines, start=1):
     if not line.strip():
       continue
@@ -153,7 +152,8 @@ def generate(
 
 
 def _answer(
-  responder: Responder, group: list[tuple[list[str], Encoded] | InputError]
+  responder: Responder,
+  group: list[tuple[list[str], EncodedExample] | InputError],
 ) -> Iterator[dict[str, Any]]:
   good = [item[1] for item in group if not isinstance(item, InputError)]
   replies = iter(responder.answer(good) if good else [])
@@ -203,8 +203,9 @@ def chat(responder: Responder, console: Console, lines: TextIO) -> None:
     turns += [said, reply.text]
     if reply.emotions is not None:
       likeliest = reply.emotions.argsort()[::-1][:3]
+      labels = responder.system.emotions
       felt = ", ".join(
-        f"{EMOTIONS[e]} {reply.emotions[e]:.0%}" for e in likeliest
+        f"{labels[e]} {reply.emotions[e]:.0%}" for e in likeliest
       )
       console.print(f"[dim]perceived: {felt}[/dim]", highlight=False)
     console.print(f"empdg> {reply.text}", markup=False, highlight=False)

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from empdg_jax.tpu import Chip
+from empdg_jax.hardware.chips import Chip
 
 FORMATS = ("terminal", "json")
 

@@ -10,11 +10,12 @@ import jax
 import rich.console
 
 from empdg_jax import config as config_lib
-from empdg_jax import evaluate, parallel
+from empdg_jax import parallel
 from empdg_jax.config import SaveError, TrainConfig
-from empdg_jax.metric_writer import MetricWriter
-from empdg_jax.players import DISCRIMINATOR, GENERATOR, Sums
-from empdg_jax.profiling import Trace
+from empdg_jax.training import validation
+from empdg_jax.training.learner import DISCRIMINATOR, GENERATOR, Sums
+from empdg_jax.training.metric_writer import MetricWriter
+from empdg_jax.training.profiling import Trace
 
 _SHOWN = {
   "perplexity": "train/perplexity",
@@ -128,14 +129,14 @@ def average(taken: Sequence[Sums]) -> dict[str, float]:
     examples the updates took.
   """
   sums = {
-    kind: evaluate.sum_metrics(s for k, s in taken if k == kind)
+    kind: validation.sum_metrics(s for k, s in taken if k == kind)
     for kind in {kind for kind, _ in taken}
   }
   values = {"examples": 0.0}
   if GENERATOR in sums:
     of_generator = sums[GENERATOR]
     examples = of_generator["examples"]
-    averages = evaluate.average_metrics(of_generator)
+    averages = validation.average_metrics(of_generator)
     for name in ("loss", "perplexity", "emotion_accuracy"):
       if name in averages:
         values[f"train/{name}"] = averages[name]
@@ -147,9 +148,9 @@ def average(taken: Sequence[Sums]) -> dict[str, float]:
       )
     values["examples"] += examples
   if DISCRIMINATOR in sums:
-    of_critics = sums[DISCRIMINATOR]
-    judged = of_critics.pop("examples")
-    for name, total in of_critics.items():
+    of_discriminators = sums[DISCRIMINATOR]
+    judged = of_discriminators.pop("examples")
+    for name, total in of_discriminators.items():
       values[f"discriminator/{name}"] = total / max(judged, 1.0)
     values["examples"] += judged
   return values
@@ -168,7 +169,7 @@ def not_finite(taken: Sequence[Sums]) -> tuple[int, str] | None:
   for number, (kind, sums) in enumerate(taken):
     terms = [
       name
-      for name, value in evaluate.sum_metrics([sums]).items()
+      for name, value in validation.sum_metrics([sums]).items()
       if not math.isfinite(value)
     ]
     if terms:

@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from empdg_jax import parallel, storage
 from empdg_jax.config import InputError
 from empdg_jax.data import vocab
-from empdg_jax.data.empathetic_dialogues import EMOTIONS
+from empdg_jax.inference.respond import Responder
 from empdg_jax.models import registry
 from empdg_jax.models.encoder_decoder import Inputs
-from empdg_jax.respond import Responder
 
 _EMOTIONS_SHOWN = 8
 _EMOTIONAL = "#b2182b"  # The colour of emotional words.
@@ -32,14 +31,14 @@ class Attended(NamedTuple):
     reply: The reply's tokens, EOS last unless the reply was cut off.
     weights: Of the decoder's last layer, the mean of its heads, over both
       contexts; a row for each token of the reply.
-    emotions: The probability of every emotion, `[32]`, or None.
+    emotions: The probability of every emotion by its label, or None.
   """
 
   semantic: tuple[str, ...]
   emotional: tuple[str, ...]
   reply: tuple[str, ...]
   weights: np.ndarray
-  emotions: np.ndarray | None
+  emotions: dict[str, float] | None
 
 
 def attend(responder: Responder, context: Sequence[str]) -> Attended:
@@ -63,7 +62,9 @@ def attend(responder: Responder, context: Sequence[str]) -> Attended:
     reply.append("EOS")
   # A copied word that is not in the vocabulary was fed back as UNK.
   ids = [system.vocabulary.ids.get(token, vocab.UNK) for token in reply]
-  model = registry.create_model(system.config.model, len(system.vocabulary))
+  model = registry.create_model(
+    system.config.model, len(system.vocabulary), len(system.emotions)
+  )
   outputs: Any = model.apply(
     {"params": parallel.unreplicate(system.params)},
     Inputs(
@@ -78,7 +79,12 @@ def attend(responder: Responder, context: Sequence[str]) -> Attended:
   emotional = ("LAB", *encoded.emotion_words)
   if weights.shape[1] == len(semantic):
     emotional = ()
-  return Attended(semantic, emotional, tuple(reply), weights, response.emotions)
+  emotions = None
+  if response.emotions is not None:
+    emotions = dict(
+      zip(system.emotions, response.emotions.tolist(), strict=True)
+    )
+  return Attended(semantic, emotional, tuple(reply), weights, emotions)
 
 
 def draw(attended: Attended, stem: pathlib.Path) -> list[pathlib.Path]:
@@ -142,13 +148,14 @@ def _figure(attended: Attended) -> Figure:
   return figure
 
 
-def _draw_emotions(panel: Axes, emotions: np.ndarray) -> None:
+def _draw_emotions(panel: Axes, emotions: dict[str, float]) -> None:
   """Draws the likeliest emotions as bars, the likeliest on top."""
-  likeliest = emotions.argsort()[::-1][:_EMOTIONS_SHOWN]
-  bars = panel.barh([EMOTIONS[e] for e in likeliest], emotions[likeliest])
+  likeliest = sorted(emotions, key=lambda label: -emotions[label])
+  likeliest = likeliest[:_EMOTIONS_SHOWN]
+  bars = panel.barh(likeliest, [emotions[label] for label in likeliest])
   panel.bar_label(bars, fmt="{:.0%}", padding=2, fontsize="small")
   panel.invert_yaxis()
-  panel.set_xlim(0.0, 1.2 * float(emotions.max()))
+  panel.set_xlim(0.0, 1.2 * max(emotions.values()))
   panel.set_xticks([])
   panel.set_title("perceived emotion", fontsize="medium")
   panel.spines[["top", "right", "bottom"]].set_visible(False)

@@ -6,42 +6,19 @@ import json
 import pathlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from empdg_jax import (
-  bundle,
-  checkpoint,
-  metrics,
-  predictions,
-  significance,
-  train_state,
-)
-from empdg_jax.checkpoint import Run
+from empdg_jax import metrics
+from empdg_jax.analysis import significance
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import text
+from empdg_jax.inference import export_files, predictions
 from empdg_jax.models import registry
+from empdg_jax.training import run_folder, train_state
+from empdg_jax.training.run_folder import Run
 
-
-class _System(NamedTuple):
-  """A system of the paper; its figures are None where it prints none."""
-
-  title: str
-  emotion_accuracy: float | None
-  perplexity_per_example: float
-  distinct_1: float
-  distinct_2: float
-
-
-_PAPER = {
-  "transformer": _System("Transformer", None, 33.91, 1.17, 4.70),
-  "emoprepend": _System("EmoPrepend-1", 0.3328, 33.35, 1.06, 4.29),
-  "moel": _System("MoEL", 0.3200, 33.58, 1.38, 4.66),
-  "empdg": _System("EmpDG", 0.3431, 34.18, 1.81, 6.94),
-  "empdg_wo_g": _System("EmpDG w/o G", 0.3281, 33.94, 1.27, 5.21),
-  "empdg_wo_d": _System("EmpDG w/o D", 0.3347, 32.66, 1.00, 3.89),
-}
 # Metrics, their titles and decimals, in the order of the columns.
 COLUMNS = {
   "emotion_accuracy": ("accuracy", 4),
@@ -154,10 +131,10 @@ def _read(workdir: pathlib.Path, split: str) -> _Evaluation:
   Raises:
     InputError: The folder is no run's, or has no whole evaluation of the split.
   """
-  if bundle.is_bundle(workdir):
-    run, flag = Run(workdir, *bundle.read_run(workdir)), "--bundle"
+  if run_folder.is_export(workdir):
+    run, flag = export_files.read_run(workdir), "--bundle"
   else:
-    run, flag = checkpoint.open_run(workdir), "--workdir"
+    run, flag = run_folder.open_run(workdir), "--workdir"
   folder = workdir / "eval" / split
   again = f"'empdg evaluate {flag}={workdir} --split={split}'"
   try:
@@ -248,7 +225,7 @@ def _titles(groups: Sequence[Sequence[_Evaluation]]) -> list[str]:
   """Returns a title for each system, with its folder where two are alike."""
   names = [group[0].run.config.model.name for group in groups]
   return [
-    _PAPER[name].title
+    registry.SYSTEMS[name].title
     + (f" ({group[0].run.workdir.name})" if names.count(name) > 1 else "")
     for name, group in zip(names, groups, strict=True)
   ]
@@ -274,7 +251,7 @@ def compare(
   """
   evaluations = [_read(workdir, split) for workdir in workdirs]
   _check_comparable(evaluations)
-  order = list(_PAPER)
+  order = list(registry.SYSTEMS)
   groups = sorted(
     _groups(evaluations),
     key=lambda g: order.index(g[0].run.config.model.name),
@@ -323,10 +300,11 @@ def _row(
       low, high = significance.interval(value, replicates[metric])
     else:
       deviation = float(np.std(of_metric, ddof=1))
-    paper = getattr(_PAPER[name], metric, None)
+    paper = registry.SYSTEMS[name].paper.get(metric)
     figures[metric] = Figure(value, low, high, deviation, paper)
   runs = tuple(e.where for e in group)
-  model = registry.create_model(group[0].run.config.model, vocab_size)
+  run = group[0].run
+  model = registry.create_model(run.config.model, vocab_size, len(run.emotions))
   parameters = train_state.count_parameters(model)
   return Row(name, title, runs, parameters, figures), replicates
 
@@ -389,6 +367,3 @@ def _cases(
       }
     )
   return cases
-
-
-# Output.

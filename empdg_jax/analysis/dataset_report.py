@@ -8,14 +8,16 @@ from rich.table import Table
 
 from empdg_jax.config import Config
 from empdg_jax.data import vectors
-from empdg_jax.data.empathetic_dialogues import EMOTIONS, SPLITS
-from empdg_jax.data.pipeline import BatchPlan, Encoded, Shape
+from empdg_jax.data.pipeline import BatchPlan, EncodedExample, Shape
 from empdg_jax.data.prepare import Dataset
 from empdg_jax.data.vocab import SPECIAL_TOKENS, UNK
 
 
 def padding_waste(
-  encoded: list[Encoded], shapes: tuple[Shape, ...], batch_size: int, seed: int
+  encoded: list[EncodedExample],
+  shapes: tuple[Shape, ...],
+  batch_size: int,
+  seed: int,
 ) -> dict[Shape, tuple[int, float, float]]:
   """Measures one training epoch's padding.
 
@@ -51,8 +53,11 @@ def padding_waste(
   }
 
 
-def _split_table(dataset: Dataset, encoded: dict[str, list[Encoded]]) -> Table:
-  table = Table("", *SPLITS, title="Dataset")
+def _split_table(
+  dataset: Dataset, encoded: dict[str, list[EncodedExample]]
+) -> Table:
+  splits = dataset.corpus.splits
+  table = Table("", *splits, title="Dataset")
   for column in table.columns[1:]:
     column.justify = "right"
 
@@ -69,18 +74,18 @@ def _split_table(dataset: Dataset, encoded: dict[str, list[Encoded]]) -> Table:
   def cut(split: str, part: int) -> int:
     return sum(e.cut[part] for e in encoded[split])
 
-  row("conversations", [f"{dataset.conversations[s]:,}" for s in SPLITS])
-  row("utterances", [f"{dataset.utterances[s]:,}" for s in SPLITS])
-  row("examples", [f"{len(dataset.examples[s]):,}" for s in SPLITS])
+  row("conversations", [f"{dataset.conversations[s]:,}" for s in splits])
+  row("utterances", [f"{dataset.utterances[s]:,}" for s in splits])
+  row("examples", [f"{len(dataset.examples[s]):,}" for s in splits])
   for name, part in (
     ("context tokens, mean", "context"),
     ("emotional words, mean", "emotion_context"),
     ("target tokens, mean", "target"),
   ):
-    row(name, [f"{mean(s, part) - 1:.1f}" for s in SPLITS])
-  row("unknown tokens (UNK)", [f"{unknown(s):.2%}" for s in SPLITS])
+    row(name, [f"{mean(s, part) - 1:.1f}" for s in splits])
+  row("unknown tokens (UNK)", [f"{unknown(s):.2%}" for s in splits])
   for part, name in enumerate(("context", "emotional", "target", "feedback")):
-    row(f"{name} tokens cut", [f"{cut(s, part):,}" for s in SPLITS])
+    row(f"{name} tokens cut", [f"{cut(s, part):,}" for s in splits])
   return table
 
 
@@ -92,16 +97,17 @@ def print_report(dataset: Dataset, config: Config, console: Console) -> None:
     config: What it was prepared with.
     console: Where to print.
   """
-  encoded = {split: dataset.encoded(split) for split in SPLITS}
+  splits, emotions = dataset.corpus.splits, dataset.corpus.emotions
+  encoded = {split: dataset.encoded(split) for split in splits}
   console.print(_split_table(dataset, encoded))
 
   counts = Counter(e.emotion for e in encoded["train"])
   shares = [
-    f"{EMOTIONS[e]} {n / len(encoded['train']):.1%}"
+    f"{emotions[e]} {n / len(encoded['train']):.1%}"
     for e, n in counts.most_common()
   ]
   console.print(
-    f"Emotions in train, {len(shares)} of {len(EMOTIONS)}: from {shares[0]} to "
+    f"Emotions in train, {len(shares)} of {len(emotions)}: from {shares[0]} to "
     f"{shares[-1]}"
   )
   words = len(dataset.vocabulary) - len(SPECIAL_TOKENS)

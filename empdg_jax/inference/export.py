@@ -16,17 +16,21 @@ import safetensors.numpy
 from jax import export as jax_export
 from rich.console import Console
 
-from empdg_jax import bundle, checkpoint, evaluate, model_card, steps, storage
 from empdg_jax import config as config_lib
-from empdg_jax.checkpoint import Checkpoints, Run
+from empdg_jax import storage
 from empdg_jax.config import Config, EvalConfig, InputError
+from empdg_jax.data import corpora, pipeline, prepare
 from empdg_jax.data import lexicon as lexicon_lib
-from empdg_jax.data import pipeline, prepare
-from empdg_jax.data.empathetic_dialogues import EMOTIONS, SPLITS
+from empdg_jax.data.corpora import SPLITS
 from empdg_jax.data.pipeline import Batch
+from empdg_jax.inference import evaluate, export_files, model_card
+from empdg_jax.inference.respond import Responder
+from empdg_jax.inference.system import load_system, params_like
 from empdg_jax.models import registry
 from empdg_jax.models.encoder_decoder import EncoderDecoder
-from empdg_jax.respond import Responder
+from empdg_jax.training import checkpoint, run_folder, steps
+from empdg_jax.training.checkpoint import Checkpoints
+from empdg_jax.training.run_folder import Run
 
 DTYPES = ("float32", "bfloat16")
 _PLATFORMS = ("cpu", "cuda", "tpu")
@@ -46,8 +50,8 @@ def load(folder: str | os.PathLike[str]) -> Responder:
     InputError: A file is missing, damaged or of a newer format.
   """
   path = storage.run_path(os.fspath(folder), "bundle")
-  bundle.require_bundle(path)
-  return Responder(evaluate.load_system(path))
+  export_files.require_export(path)
+  return Responder(load_system(path))
 
 
 def respond_step(
@@ -71,12 +75,12 @@ def respond_step(
 
   Returns:
     `tokens` and `copied_from`, `[batch, max_decode_steps]` int32, and, if the
-    system perceives emotions, `emotion_probs` `[batch, 32]`; see
+    system perceives emotions, `emotion_probs` `[batch, emotions]`; see
     `steps.Prediction`.
   """
   params = {name: array.astype(jnp.float32) for name, array in params.items()}
   prediction = steps.predict_step(
-    bundle.nested(params),
+    export_files.nested(params),
     Batch(
       context=context,
       state=state,
@@ -95,13 +99,17 @@ def respond_step(
 
 
 def lower_respond_step(
-  config: Config, vocab_size: int, params: dict[str, np.ndarray]
+  config: Config,
+  vocab_size: int,
+  num_emotions: int,
+  params: dict[str, np.ndarray],
 ) -> bytes:
   """Lowers `respond_step` for all platforms and any batch size.
 
   Args:
     config: Of the run; contexts have its longest lengths.
     vocab_size: V.
+    num_emotions: How many emotions the run's dataset labels.
     params: The parameters, of which only shapes and types matter.
 
   Returns:
@@ -113,7 +121,7 @@ def lower_respond_step(
   emotional = jax.ShapeDtypeStruct((batch, longest.emotion), jnp.int32)
   step = functools.partial(
     respond_step,
-    model=registry.create_model(config.model, vocab_size),
+    model=registry.create_model(config.model, vocab_size, num_emotions),
     config=dataclasses.replace(config.eval, beam_size=1),
   )
   shapes = {
@@ -154,7 +162,7 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise InputError(f"--out={out}: cannot write ({error})") from error
-  run = checkpoint.open_run(workdir)
+  run = run_folder.open_run(workdir)
   lexicon = lexicon_lib.load_lexicon(run.config.data.lexicon)
   checkpoints = Checkpoints(workdir)
   if average:
@@ -163,12 +171,12 @@ def export(
     selected = checkpoints.select(which)
     taken = [selected.step]
     params = checkpoints.restore_params(
-      selected.kind, evaluate.params_like(run), selected.step
+      selected.kind, params_like(run), selected.step
     )
   checkpoints.close()
   named = {
     name: array.astype(jnp.dtype(dtype))
-    for name, array in bundle.named(params).items()
+    for name, array in export_files.named(params).items()
   }
   # Those of the very parameters that are written, or none.
   metrics = {}
@@ -176,7 +184,7 @@ def export(
     metrics = _metrics_of(workdir, evaluate.origin(run.config, taken[0]))
   longest = pipeline.padded_shapes(run.config.data)[-1]
   about = {
-    "format_version": bundle.FORMAT_VERSION,
+    "format_version": export_files.FORMAT_VERSION,
     "system": run.config.model.name,
     "step": None if average else taken[0],
     "averaged_steps": taken if average else [],
@@ -190,24 +198,30 @@ def export(
   }
   console.print("Lowering the reply for " + ", ".join(_PLATFORMS), style="dim")
   files = {
-    bundle.ABOUT: (json.dumps(about, indent=2) + "\n").encode(),
-    bundle.CONFIG: config_lib.to_json(run.config).encode(),
-    bundle.VOCABULARY: run.vocabulary.to_text().encode(),
-    bundle.EMOTION_NAMES: ("\n".join(EMOTIONS) + "\n").encode(),
-    bundle.EMOTIONAL: bundle.bytes_of(
+    export_files.ABOUT: (json.dumps(about, indent=2) + "\n").encode(),
+    export_files.CONFIG: config_lib.to_json(run.config).encode(),
+    export_files.VOCABULARY: run.vocabulary.to_text().encode(),
+    export_files.EMOTION_NAMES: corpora.to_text(run.emotions).encode(),
+    export_files.EMOTIONAL: export_files.bytes_of(
       prepare.emotional_table(run.vocabulary, lexicon)
     ),
-    bundle.LEXICON_HASHES: bundle.bytes_of(lexicon_lib.hashes_of(lexicon)),
-    bundle.PARAMS: safetensors.numpy.save(
-      named, metadata={"format_version": str(bundle.FORMAT_VERSION)}
+    export_files.LEXICON_HASHES: export_files.bytes_of(
+      lexicon_lib.hashes_of(lexicon)
     ),
-    bundle.RESPOND: lower_respond_step(run.config, len(run.vocabulary), named),
-    bundle.CARD: model_card.write_card(
+    export_files.PARAMS: safetensors.numpy.save(
+      named, metadata={"format_version": str(export_files.FORMAT_VERSION)}
+    ),
+    export_files.RESPOND: lower_respond_step(
+      run.config, len(run.vocabulary), len(run.emotions), named
+    ),
+    export_files.CARD: model_card.write_card(
       run, lexicon, about, named, metrics
     ).encode(),
   }
   if metrics:
-    files[bundle.METRICS] = (json.dumps(metrics, indent=2) + "\n").encode()
+    files[export_files.METRICS] = (
+      json.dumps(metrics, indent=2) + "\n"
+    ).encode()
   else:
     console.print(
       "No evaluation of these parameters goes with it; to make one of the "
@@ -215,7 +229,7 @@ def export(
       soft_wrap=True,
       highlight=False,
     )
-  files[bundle.SUMS] = bundle.sums_text(files).encode()
+  files[export_files.SUMS] = export_files.sums_text(files).encode()
   _write(out, files)
   size = sum(map(len, files.values())) / 2**20
   console.print(
@@ -245,7 +259,7 @@ def _average(
       + ", ".join(sorted(phases))
       + "; 'empdg checkpoints' lists them"
     )
-  like = evaluate.params_like(run)
+  like = params_like(run)
   total = None
   for one in taken:  # One at a time in memory, summed in float64.
     params = checkpoints.restore_params(one.kind, like, one.step)

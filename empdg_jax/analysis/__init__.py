@@ -1,0 +1,1 @@
+"""Comparisons, significance tests, attention and reports."""

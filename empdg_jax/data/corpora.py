@@ -1,0 +1,123 @@
+"""Facts of a dataset besides its text: labels, splits, licence and rules."""
+
+import dataclasses
+import pathlib
+
+from empdg_jax.config import DataConfig, InputError
+
+# The files of the official CSV format, one for each split.
+SPLITS = ("train", "valid", "test")
+EMOTIONS = (
+  "afraid", "angry", "annoyed", "anticipating", "anxious", "apprehensive",
+  "ashamed", "caring", "confident", "content", "devastated", "disappointed",
+  "disgusted", "embarrassed", "excited", "faithful", "furious", "grateful",
+  "guilty", "hopeful", "impressed", "jealous", "joyful", "lonely", "nostalgic",
+  "prepared", "proud", "sad", "sentimental", "surprised", "terrified",
+  "trusting",
+)  # fmt: skip
+EMPATHETIC_DIALOGUES = "empathetic_dialogues"
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """Facts of a dataset that its files do not state.
+
+  Attributes:
+    title: The dataset's name and source, for the model card.
+    licence: A sentence on its terms, for the model card.
+    citation: The work to cite, empty if there is none.
+    emotions: The emotion labels, in the order of their numbers.
+    splits: The names of the splits.
+    dropped_conversations: How many conversations at the end of each split the
+      published example sets leave out.
+    joins_situations: Whether neighbouring conversations about one situation
+      form a single dialogue, as in the published example sets.
+  """
+
+  title: str
+  licence: str
+  citation: str
+  emotions: tuple[str, ...]
+  splits: tuple[str, ...] = SPLITS
+  dropped_conversations: int = 0
+  joins_situations: bool = False
+
+
+_EMPATHETIC_DIALOGUES = Corpus(
+  title="EmpatheticDialogues (Rashkin et al., 2019)",
+  licence=(
+    "EmpatheticDialogues is CC BY-NC 4.0: models trained on it are not for "
+    "commercial use."
+  ),
+  citation="Rashkin et al. (2019) for the data",
+  emotions=EMOTIONS,
+  dropped_conversations=2,
+  joins_situations=True,
+)
+
+
+def find_corpus(
+  config: DataConfig, emotions: tuple[str, ...] | None = None
+) -> Corpus:
+  """Returns the facts of the dataset that a configuration names.
+
+  Args:
+    config: `emotions` decides: the 32 labels of EmpatheticDialogues mark data
+      of that kind, a file of labels any other dataset.
+    emotions: The labels that an export or a run folder keeps, in place of the
+      file's.
+
+  Raises:
+    InputError: The file of labels cannot be read or is malformed.
+  """
+  if config.emotions != EMPATHETIC_DIALOGUES:
+    return Corpus(
+      title=f"a dataset with {len(emotions or read_labels(config.emotions))} "
+      "emotion labels in the format of EmpatheticDialogues",
+      licence="The licence of the training data applies to the parameters.",
+      citation="",
+      emotions=emotions or read_labels(config.emotions),
+    )
+  if config.source == "sample":
+    return dataclasses.replace(
+      _EMPATHETIC_DIALOGUES,
+      title="EmpDG-JAX's embedded corpus",
+      licence="The corpus was written for EmpDG-JAX and has its licence.",
+      citation="",
+    )
+  if config.source != "official":
+    return dataclasses.replace(
+      _EMPATHETIC_DIALOGUES,
+      title=_EMPATHETIC_DIALOGUES.title + ", or other data in its format",
+    )
+  return _EMPATHETIC_DIALOGUES
+
+
+def read_labels(path: str) -> tuple[str, ...]:
+  """Reads a file of emotion labels, one a line.
+
+  Raises:
+    InputError: The file cannot be read, or does not hold two or more different
+      labels without white space or commas.
+  """
+  where = f"config.data.emotions={path!r}"
+  try:
+    labels = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(
+      f"{where}: cannot read ({error}); give {EMPATHETIC_DIALOGUES!r} or a "
+      "file with one label a line"
+    ) from error
+  for number, label in enumerate(labels, start=1):
+    if not label or label.split() != [label] or "," in label:
+      raise InputError(f"{where}: line {number}: {label!r} is no label")
+  if len(set(labels)) < len(labels):
+    raise InputError(f"{where}: a label occurs twice")
+  if len(labels) < 2:
+    raise InputError(f"{where}: expected at least 2 labels, one a line")
+  return tuple(labels)
+
+
+def to_text(emotions: tuple[str, ...]) -> str:
+  """Returns the content of `emotions.txt`, which `read_labels` reads."""
+  return "".join(f"{label}\n" for label in emotions)

@@ -1,0 +1,1 @@
+"""Benchmarks, ahead-of-time compilation and chips."""

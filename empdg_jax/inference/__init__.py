@@ -1,0 +1,1 @@
+"""Trained systems: loading, scoring, responding and exporting."""

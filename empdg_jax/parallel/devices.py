@@ -1,0 +1,163 @@
+"""Data parallelism over devices: the one file that names `pmap`.
+
+Compiled steps take the state as it is, the same on all devices, and a batch
+with a leading axis over this host's devices, called `"batch"` inside.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from empdg_jax.config import Config, InputError
+
+AXIS = "batch"
+
+
+def compile_step(
+  step: Callable[..., Any],
+  *,
+  in_axes: tuple[int | None, ...],
+  out_axes: int | None | tuple[int | None, ...],
+  donate_state: bool = False,
+  devices: Sequence[jax.Device] | None = None,
+) -> Any:
+  """Compiles a step for all devices.
+
+  What is replicated has the axis None: it keeps its own shape, so that XLA can
+  update a donated state in place. (With a leading axis of devices its CPU
+  backend copies every array.) What is sharded has the axis 0, over this host's
+  devices.
+
+  Args:
+    step: The function of one device, which may use `psum`.
+    in_axes: None or 0 for each argument.
+    out_axes: None or 0 for each result.
+    donate_state: Whether the first argument's memory may be reused for the
+      result.
+    devices: Those to compile for; None takes all that there are.
+
+  Returns:
+    The compiled step.
+  """
+  return jax.pmap(
+    step,
+    axis_name=AXIS,
+    in_axes=in_axes,
+    out_axes=out_axes,
+    donate_argnums=(0,) if donate_state else (),
+    devices=devices,
+  )
+
+
+def psum(tree: Any) -> Any:
+  """Sums over all devices; inside a compiled step.
+
+  On one device nothing is to be done, and nothing is compiled: XLA's CPU
+  backend would copy every gradient.
+  """
+  return tree if jax.lax.axis_size(AXIS) == 1 else jax.lax.psum(tree, AXIS)
+
+
+def replicate(tree: Any) -> Any:
+  """Copies every array to every local device."""
+  mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
+  sharding = NamedSharding(mesh, PartitionSpec())
+  # Never the given memory itself, which a step might be given to reuse.
+  return jax.device_put(tree, sharding, may_alias=False)
+
+
+def unreplicate(tree: Any) -> Any:
+  """Returns replicated arrays as NumPy."""
+  return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data), tree)
+
+
+def shard(batch: Any) -> Any:
+  """Splits rows: `[rows, ...] -> [local devices, rows / devices, ...]`."""
+  devices = jax.local_device_count()
+  return jax.tree.map(
+    lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), batch
+  )
+
+
+def unshard(tree: Any) -> Any:
+  """Joins the devices' rows as NumPy: `[devices, n, ...] -> [rows, ...]`."""
+  return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), tree)
+
+
+def gather(rows: Any) -> Any:
+  """Joins all hosts' rows of NumPy arrays, in the hosts' order, on each."""
+  if jax.process_count() == 1:
+    return rows
+  return multihost_utils.process_allgather(rows, tiled=True)
+
+
+def step_flops(compiled: Any) -> float:
+  """Returns XLA's count of one device's floating-point operations."""
+  analysis = compiled.cost_analysis()
+  analysis = analysis[0] if isinstance(analysis, list) else analysis
+  return float(analysis["flops"])
+
+
+def rows_per_device(batch_size: int, devices: int, name: str) -> int:
+  """Returns how many examples of a global batch each device takes.
+
+  Args:
+    batch_size: Of the global batch.
+    devices: How many there are, on all hosts.
+    name: The field that holds the batch size, for the message.
+
+  Raises:
+    InputError: It does not divide; the message names the nearest that does.
+
+  >>> rows_per_device(32, 8, "config.train.batch_size")
+  4
+  """
+  rows, rest = divmod(batch_size, devices)
+  if rest:
+    nearest = max(1, round(batch_size / devices)) * devices
+    raise InputError(
+      f"{name}={batch_size} does not divide among {devices} devices; the "
+      f"nearest that does is {nearest}"
+    )
+  return rows
+
+
+def check_batches(config: Config, devices: int) -> tuple[int, int]:
+  """Returns how many examples a device takes in training and evaluation.
+
+  Raises:
+    InputError: A batch does not divide; see `rows_per_device`.
+  """
+  train, evaluation = (
+    rows_per_device(
+      getattr(config, name).batch_size, devices, f"config.{name}.batch_size"
+    )
+    for name in ("train", "eval")
+  )
+  return train, evaluation
+
+
+def check_devices() -> None:
+  """Raises InputError unless there are devices of the platform asked for."""
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:  # JAX asserts some plugins.
+    asked = jax.config.values["jax_platforms"] or "any platform"
+    raise InputError(
+      f"no device of {asked} ({str(error) or 'not installed'}); "
+      "JAX_PLATFORMS=cpu takes the processor"
+    ) from error
+
+
+def describe_devices() -> str:
+  """Returns what there is to compute on, in words."""
+  devices, hosts = jax.device_count(), jax.process_count()
+  kind = jax.devices()[0].device_kind
+  return (
+    f"{devices} device{'s' * (devices > 1)} ({kind})"
+    + f" of {hosts} hosts" * (hosts > 1)
+  )

@@ -1,0 +1,1 @@
+"""Three-phase training: steps, states, checkpoints and logs."""
