@@ -37,7 +37,7 @@ _FLAGS: dict[str, tuple[Any, Any, str]] = {
   "run_fields": (_RunConfig, _RunConfig(), ""),
   "workdir": (str, "", "Run folder, on a disk or in a bucket (gs://...)."),
   "bundle": (str, "", "Export to use instead of a run folder."),
-  "checkpoint": (str | None, None, "best, latest or a step; the best by default."),
+  "checkpoint": (str | None, None, "best (the default), latest or a step."),
   "split": (str, "test", "train, valid or test."),
   "input": (str, "-", "Contexts, one JSON object a line; - is standard input."),
   "predictions": (str, "", "A predictions.jsonl."),
@@ -85,13 +85,15 @@ _RULES = tyro.constructors.ConstructorRegistry()
 @_RULES.primitive_rule
 def _leniently(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
   """Keeps text that is no such value, for `config.expected` to refuse."""
-  arguments = typing.get_args(info.type)
-  metavar = {
+  metavars: dict[Any, str] = {
     **{int: "INT", float: "FLOAT", str: "TEXT", bool: "{true,false}"},
     **{int | None: "INT", str | None: "TEXT", tuple: "(INT,...)"},
-    Literal: "{" + ",".join(map(str, arguments)) + "}",
-  }.get(info.type_origin if info.type_origin in (tuple, Literal) else info.type)
-  return metavar and PrimitiveConstructorSpec(
+    Literal: "{" + ",".join(map(str, typing.get_args(info.type))) + "}",
+  }
+  metavar = metavars.get(info.type) or metavars.get(info.type_origin)
+  if not metavar:
+    return None
+  return PrimitiveConstructorSpec(
     nargs=1,
     metavar=metavar,
     instance_from_str=lambda texts: config_lib.parse(texts[0], info.type),
@@ -112,7 +114,7 @@ def _function(name: str) -> Callable[[Any], int]:
   return getattr(commands, name.replace("-", "_"))
 
 
-def _options(name: str) -> type:
+def _options(name: str) -> Callable[..., Any]:
   """Returns a dataclass whose fields are the flags of a command."""
   fields = []
   for flag in _COMMANDS[name]:
@@ -137,7 +139,8 @@ def _spelled_out(name: str, argv: Sequence[str]) -> list[str]:
   flags = _COMMANDS[name]
   kinds = {flag: _FLAGS[flag][0] for flag in flags if "fields" not in flag}
   if "fields" in flags or "run_fields" in flags:
-    kinds |= {f"config.{f}": k for f, k in config_lib.field_types().items()}
+    fields = config_lib.field_types()
+    kinds |= {"config": str, **{f"config.{f}": k for f, k in fields.items()}}
   rest, options = list(argv), []
   while rest:
     arg = rest.pop(0)
@@ -149,13 +152,9 @@ def _spelled_out(name: str, argv: Sequence[str]) -> list[str]:
       )
     flag, equals, value = arg[2:].partition("=")
     flag = flag.replace("-", "_")
-    if flag == "config" and "run_fields" in flags:
-      raise InputError(
-        f"--config={value}: a run has its own configuration; change single "
-        "fields, as in --config.eval.beam_size=4"
-      )
     if flag not in kinds:
-      near = difflib.get_close_matches(flag, kinds, n=1)
+      alike = [kind for kind in kinds if ("." in kind) == ("." in flag)]
+      near = difflib.get_close_matches(flag, alike, n=1)
       hint = f"; did you mean --{near[0]}?" if near else ""
       see = f"; see 'empdg {name} --help'"
       if flag.startswith("config."):
@@ -169,6 +168,11 @@ def _spelled_out(name: str, argv: Sequence[str]) -> list[str]:
         raise InputError(f"--{flag} has no value; write --{flag}=VALUE")
       else:
         rest.pop(0)
+    if flag == "config" and "run_fields" in flags:
+      raise InputError(
+        f"--config={value}: a run has its own configuration; change single "
+        "fields, as in --config.eval.beam_size=4"
+      )
     options.append(f"--{flag}={value}")
   return options
 
