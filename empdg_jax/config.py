@@ -87,7 +87,7 @@ class DataConfig(SourceConfig):
 
 @dataclasses.dataclass
 class ModelConfig:
-  """The generator (paper §4.1; sizes of Lin et al., 2019) and the critics."""
+  """The generator (section 4.1; sizes of Lin et al., 2019) and the critics."""
 
   # System to build: a key of `models/registry.py`.
   name: str = "empdg_wo_d"
@@ -96,8 +96,8 @@ class ModelConfig:
   num_heads: int = 2  # Attention heads of each layer.
   key_value_depth: int = 40  # Size of keys and values, over all heads.
   filter_size: int = 50  # Hidden units of the feed-forward layers.
-  # Layer normalisation: "pre" (before each sub-layer), or "post" (eqs. 2-6 and
-  # 10-12 as printed).
+  # Layer normalisation: "pre" (before each sub-layer), or "post" (as printed in
+  # eqs. 2-6 and 10-12).
   norm_order: Literal["pre", "post"] = "pre"
   # Feed-forward layers: "conv" (convolutions of kernel 3), or "dense" (the
   # paper's words).
@@ -128,7 +128,7 @@ class ModelConfig:
 
 @dataclasses.dataclass
 class TrainConfig:
-  """Training in three phases (paper §4.3, §5.4).
+  """Training in three phases (paper, sections 4.3 and 5.4).
 
   Maximum likelihood first; then, for systems with critics, the critics alone;
   then both in turn.

@@ -45,7 +45,10 @@ _FLAGS: dict[str, tuple[Any, Any, str]] = {
   "output": (str, "benchmark.json", "File to write the figures to."),
   "image": (str, "", "File to draw, without its ending."),
   "dtype": (str, "float32", "Type of the parameters: float32 or bfloat16."),
-  "format": (str, "terminal", "terminal, json; compare: markdown, csv, latex."),
+  "format": (
+    str, "terminal", "terminal or json; compare also has markdown, csv and "
+    "latex.",
+  ),
   "topology": (str, "", "TPU slice, such as v5e:4x4."),
   "dir": (list[str], [], "Run folder or export; --dir= may be left out."),
   "context": (list[str], [], "A turn; repeat for each turn, the user's last."),
@@ -235,6 +238,19 @@ def _parse(name: str, argv: Sequence[str]) -> Any:
   return values
 
 
+def _print_overview(*argv: str) -> None:
+  """Prints the help of all commands, or a script that completes them."""
+  with contextlib.suppress(SystemExit):
+    tyro.extras.subcommand_cli_from_dict(
+      {name: _options(name) for name in _COMMANDS},
+      prog="empdg",
+      description="'empdg COMMAND --help' explains a command; --version prints "
+      "the version,\n--completion=SHELL a script for bash, fish or zsh.",
+      args=argv,
+      **_SETTINGS,
+    )
+
+
 def _use_large_pages() -> None:
   """Restarts the process once with an allocator that suits large arrays.
 
@@ -267,29 +283,22 @@ def main(argv: Sequence[str] | None = None) -> int:
   """
   name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
   try:
+    if name in _COMMANDS:
+      return _function(name)(_parse(name, rest))
     if name == "--version":
       print(f"empdg-jax {__version__}")
-    elif name in ("-h", "--help", "help", "--tyro-print-completion"):
-      with contextlib.suppress(SystemExit):
-        tyro.extras.subcommand_cli_from_dict(
-          {command: _options(command) for command in _COMMANDS},
-          prog="empdg",
-          description="'empdg COMMAND --help' explains a command.",
-          args=["--help"] if "h" in name[:3] else [name, *rest],
-          **_SETTINGS,
-        )
-    elif name in _COMMANDS:
-      return _function(name)(_parse(name, rest))
+    elif name in ("-h", "--help", "help"):
+      _print_overview("--help")
+    elif name.startswith("--completion"):
+      shell = name.partition("=")[2] or " ".join(rest)
+      if wanted := config_lib.expected(shell, Literal["bash", "fish", "zsh"]):
+        raise InputError(f"--completion={shell}: expected {wanted}")
+      _print_overview("--tyro-write-completion", shell, "-")
     else:
       near = difflib.get_close_matches(name, _COMMANDS, n=1)
-      raise InputError(
-        f"unknown command {name!r}; "
-        + (
-          f"did you mean {near[0]!r}?"
-          if near
-          else "expected one of " + ", ".join(_COMMANDS)
-        )
-      )
+      hint = f"did you mean {near[0]!r}?" if near else "expected one of "
+      hint += "" if near else ", ".join(_COMMANDS)
+      raise InputError(f"unknown command {name!r}; {hint}")
     return 0
   except InputError as error:
     print(f"empdg: {error}", file=sys.stderr)
@@ -302,8 +311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
-  """Is the `empdg` command."""
-  if {"-h", "--help"} & set(sys.argv):  # `empdg train --help | head` is fine.
+  """Runs the `empdg` command and exits."""
+  if {"-h", "--help"} & set(sys.argv):  # As in `empdg train --help | head`.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
   logging.set_verbosity(logging.FATAL)  # Errors are raised, and told once.
   if len(sys.argv) > 1 and sys.argv[1] in ("train", "evaluate", "benchmark"):

@@ -68,8 +68,10 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *argv: str) -> Any:
     ([FILE, "--config.data.vectors", "-x"], "data.vectors", "-x"),
     ([FILE, "--config.data.vectors=--x y"], "data.vectors", "--x y"),
     ([FILE, "--config.data.vectors=1"], "data.vectors", "1"),
-    ([FILE, "--config.model.kernel_widths=(1,2)"], "model.kernel_widths", (1, 2)),
-    ([FILE, "--config.model.kernel_widths", "1, 2"], "model.kernel_widths", (1, 2)),
+    ([FILE, "--config.model.kernel_widths=(1,2)"], "model.kernel_widths",
+     (1, 2)),
+    ([FILE, "--config.model.kernel_widths", "1, 2"], "model.kernel_widths",
+     (1, 2)),
     ([FILE, "--config.model.kernel_widths=[1]"], "model.kernel_widths", (1,)),
     ([FILE, "--config.model.kernel_widths=3"], "model.kernel_widths", (3,)),
     (
@@ -172,6 +174,8 @@ def test_a_run_has_its_own_configuration(
   ("argv", "says"),
   [
     ("trian", "unknown command 'trian'; did you mean 'train'?"),
+    ("--completion", "--completion=: expected one of bash, fish, zsh"),
+    ("--completion=ksh", "--completion=ksh: expected one of bash, fish, zsh"),
     ("-x", "unknown command '-x'; expected one of prepare, train"),
     (
       "train FILE --config.train.mle_stpes=3",
@@ -199,14 +203,14 @@ def test_a_run_has_its_own_configuration(
     ("compile-check --find_batch=x", "--find_batch=x: expected true or false"),
     ("train --config.train.mle_steps=3", "--config is missing"),
     ("train --workdir=x --config.train.mle_steps=3", "--config is missing"),
-    ("train FILE --workdir=x --process_id=a", "--process_id=a: expected a who"),
-    ("train FILE --workdir=x --process_id=-1", "--process_id=-1: expected at l"),
+    ("train FILE --workdir=x --process_id=a", "process_id=a: expected a who"),
+    ("train FILE --workdir=x --process_id=-1", "process_id=-1: expected at"),
     ("evaluate --samples=1.5", "--samples=1.5: expected a whole number"),
     (
       "prepare FILE --config.train.seed=x",
       "config.train.seed='x': expected a whole number",
     ),
-    ("prepare FILE --config.train.seed -1", "config.train.seed=-1: expected mo"),
+    ("prepare FILE --config.train.seed -1", "train.seed=-1: expected mor"),
     ("prepare FILE --config.train.seed=", "config.train.seed='': expected a w"),
     ("prepare FILE --config.train.adam_b1=x", "expected a number"),
     ("prepare FILE --config.train.adam_b1=nan", "expected a finite number"),
@@ -228,7 +232,7 @@ def test_a_run_has_its_own_configuration(
     ("prepare FILE:1", "quickstart.py:1: TypeError("),
     ("chat --config=x.py --workdir=run", "--config=x.py: a run has its own"),
     ("chat --config x.py", "--config=x.py: a run has its own"),
-    ("chat --workdir=run --config.train.seed=1", "the run has 42; only config."),
+    ("chat --workdir=run --config.train.seed=1", "the run has 42; only con"),
   ],
 )  # fmt: skip
 def test_mistakes(
@@ -258,9 +262,7 @@ def test_help_of_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "empdg COMMAND --help" in said
 
 
-@pytest.mark.parametrize(
-  "argv", ["train -h", f"train {FILE} --help", "train x -h"]
-)
+@pytest.mark.parametrize("argv", ["train -h", f"train {FILE} --help"])
 def test_help_has_every_field(
   capsys: pytest.CaptureFixture[str], argv: str
 ) -> None:
@@ -298,7 +300,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_shell_can_complete(capsys: pytest.CaptureFixture[str]) -> None:
-  assert main.main(["--tyro-print-completion", "bash"]) == 0
+  assert main.main(["--completion", "bash"]) == 0
   said = capsys.readouterr().out
   for text in ("compile-check", "--config.train.mle_steps", "--find_batch"):
     assert text in said
