@@ -6,7 +6,6 @@ import json
 import math
 import pathlib
 import runpy
-import types
 import typing
 from typing import Any, Literal
 
@@ -87,7 +86,7 @@ class DataConfig(SourceConfig):
 
 @dataclasses.dataclass
 class ModelConfig:
-  """The generator (section 4.1; sizes of Lin et al., 2019) and the critics."""
+  """Generator (paper, section 4.1; sizes of Lin et al., 2019) and critics."""
 
   # System to build: a key of `models/registry.py`.
   name: str = "empdg_wo_d"
@@ -255,7 +254,7 @@ def parse(text: str, hint: Any) -> Any:
   """
   kind = typing.get_origin(hint) or hint
   try:
-    if kind is types.UnionType:
+    if type(None) in typing.get_args(hint):
       return parse(text, typing.get_args(hint)[0])
     if kind is tuple:
       value = ast.literal_eval(text)

@@ -67,7 +67,7 @@ _FLAGS: dict[str, tuple[Any, Any, str]] = {
 _CONFIG = ("config", "fields")
 _SYSTEM = ("workdir", "bundle", "checkpoint", "run_fields")
 _HOSTS = ("coordinator_address", "num_processes", "process_id")
-# The flags of each command. Its function in `commands.py` has its help.
+# The flags of each command; the docstring of its function is its help.
 _COMMANDS = {
   "prepare": _CONFIG,
   "train": ("workdir", *_HOSTS, *_CONFIG),
@@ -87,7 +87,7 @@ _RULES = tyro.constructors.ConstructorRegistry()
 
 @_RULES.primitive_rule
 def _leniently(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-  """Keeps text that is no such value, for `config.expected` to refuse."""
+  """Parses without errors, so that `config.expected` words every refusal."""
   metavars: dict[Any, str] = {
     **{int: "INT", float: "FLOAT", str: "TEXT", bool: "{true,false}"},
     **{int | None: "INT", str | None: "TEXT", tuple: "(INT,...)"},
@@ -113,7 +113,7 @@ _SETTINGS: dict[str, Any] = {
 
 
 def _function(name: str) -> Callable[[Any], int]:
-  """Returns what a command does."""
+  """Returns the function that runs a command."""
   return getattr(commands, name.replace("-", "_"))
 
 
@@ -181,7 +181,7 @@ def _spelled_out(name: str, argv: Sequence[str]) -> list[str]:
 
 
 def _base_config(values: Any) -> Config | None:
-  """Returns the configuration of the file or run that is given, if any is."""
+  """Returns the configuration of the given file, run or export, if any."""
   if file := getattr(values, "config", ""):
     return config_lib.from_file(file)
   if folder := getattr(values, "bundle", ""):
@@ -208,7 +208,8 @@ def _parse(name: str, argv: Sequence[str]) -> Any:
   if {"-h", "--help"} & set(argv):
     about = options.__doc__ or ""
     if "run_fields" in flags:
-      about += "\n\nThe configuration is the run's; these fields can change."
+      about += "\n\nThe configuration is the run's own; of it, only the fields "
+      about += "below can change."
     if name == "compile-check":
       about += "\n\nKnown slices:\n  " + "\n  ".join(tpu.known_slices())
     tyro.cli(
@@ -225,8 +226,9 @@ def _parse(name: str, argv: Sequence[str]) -> Any:
   for flag in flags:
     value = getattr(values, flag)
     wanted = config_lib.expected(value, _FLAGS[flag][0])
-    if wanted or (isinstance(value, int) and value < 0):
-      wanted = wanted or "at least 0"
+    if not wanted and isinstance(value, int) and value < 0:
+      wanted = "at least 0"
+    if wanted:
       raise InputError(f"--{flag}={value}: expected {wanted}")
   if "fields" in flags or "run_fields" in flags:
     values.config = _base_config(values)

@@ -210,7 +210,7 @@ def test_a_run_has_its_own_configuration(
       "prepare FILE --config.train.seed=x",
       "config.train.seed='x': expected a whole number",
     ),
-    ("prepare FILE --config.train.seed -1", "train.seed=-1: expected mor"),
+    ("prepare FILE --config.train.seed -1", "train.seed=-1: expected more"),
     ("prepare FILE --config.train.seed=", "config.train.seed='': expected a w"),
     ("prepare FILE --config.train.adam_b1=x", "expected a number"),
     ("prepare FILE --config.train.adam_b1=nan", "expected a finite number"),
