@@ -23,11 +23,8 @@ def _config(values: Any) -> Config:
     raise InputError(
       "--config is missing; give a file such as --config=configs/quickstart.py"
     )
-  config = values.config
-  if not isinstance(config, Config):
-    raise InputError("--config: get_config() must return an empdg_jax Config")
-  config_lib.validate(config)
-  return config
+  config_lib.validate(values.config)
+  return values.config
 
 
 def _workdir(values: Any) -> pathlib.Path:
@@ -54,7 +51,13 @@ def _start_jax() -> None:
 
 
 def prepare(values: Any) -> int:
-  """Builds and checks the data, and reports on them."""
+  r"""Builds and checks the data; prints counts, coverage, cuts and padding.
+
+  Examples:
+    empdg prepare --config=configs/quickstart.py
+    empdg prepare --config=configs/empdg_wo_d.py \
+      --config.data.source=empatheticdialogues.tar.gz
+  """
   config = _config(values)
   from rich.console import Console
 
@@ -96,9 +99,15 @@ def _joined_hosts(values: Any, *, preemptible: bool = False) -> Generator[None]:
 
 
 def train(values: Any) -> int:
-  """Trains a system, or goes on with a run."""
-  workdir = _workdir(values)
+  r"""Trains a system; the same command resumes.
+
+  Examples:
+    empdg train --config=configs/quickstart.py --workdir=runs/quickstart
+    empdg train --config=configs/empdg_wo_d.py --config.train.seed=1 \
+      --workdir=runs/empdg_wo_d-1
+  """
   config = _config(values)
+  workdir = _workdir(values)
   with _joined_hosts(values, preemptible=True):
     _start_jax()
     from empdg_jax.training import loop
@@ -180,7 +189,15 @@ def _check_format(values: Any, formats: Sequence[str]) -> None:
 
 
 def evaluate(values: Any) -> int:
-  """Scores a split and answers it."""
+  r"""Scores and answers a split; writes predictions and metrics.
+
+  Examples:
+    empdg evaluate --workdir=runs/quickstart --split=test
+    empdg evaluate --workdir=runs/quickstart --config.eval.beam_size=4 \
+      --out=runs/quickstart/eval/beams
+    empdg evaluate --bundle=quickstart-export \
+      --config.data.source=empatheticdialogues.tar.gz
+  """
   _check_split(values)
   with _joined_hosts(values):
     system, folder = _load_system(values)
@@ -209,7 +226,11 @@ def evaluate(values: Any) -> int:
 
 
 def metrics(values: Any) -> int:
-  """Recomputes text metrics of a predictions file."""
+  """Recomputes text metrics from a predictions file alone.
+
+  Examples:
+    empdg metrics --predictions=runs/quickstart/eval/test/predictions.jsonl
+  """
   if not values.predictions:
     raise InputError("--predictions is missing; give a predictions.jsonl")
   from empdg_jax import metrics
@@ -225,7 +246,12 @@ def metrics(values: Any) -> int:
 
 
 def generate(values: Any) -> int:
-  """Answers contexts, a JSON value a line."""
+  """Answers contexts: one JSON object a line in, one out.
+
+  Examples:
+    echo '{"context": ["I lost my job today."]}' |
+      empdg generate --workdir=runs/quickstart
+  """
   source = values.input
   try:
     lines = (
@@ -253,7 +279,12 @@ def generate(values: Any) -> int:
 
 
 def chat(values: Any) -> int:
-  """Talks in the terminal."""
+  """Talks with the user and shows the emotion it perceives.
+
+  Examples:
+    empdg chat --workdir=runs/quickstart
+    empdg chat --bundle=quickstart-export
+  """
   system, _ = _load_system(values)
   from rich.console import Console
 
@@ -264,7 +295,12 @@ def chat(values: Any) -> int:
 
 
 def export(values: Any) -> int:
-  """Writes a checkpoint as one folder."""
+  """Writes a checkpoint as one folder that needs neither run nor data.
+
+  Examples:
+    empdg export --workdir=runs/quickstart --out=quickstart-export
+    empdg export --workdir=gs://BUCKET/pod --out=pod-export --average=3
+  """
   workdir = _workdir(values)
   if not values.out:
     raise InputError("--out is missing; give the folder to write")
@@ -295,7 +331,11 @@ def export(values: Any) -> int:
 
 
 def checkpoints(values: Any) -> int:
-  """Lists a run's checkpoints."""
+  """Lists a run's checkpoints: phase, size and metrics.
+
+  Examples:
+    empdg checkpoints --workdir=runs/quickstart
+  """
   workdir = _workdir(values)
   _check_format(values, ("terminal", "json"))
   _start_jax()
@@ -309,7 +349,12 @@ def checkpoints(values: Any) -> int:
 
 
 def compare(values: Any) -> int:
-  """Prints the paper's tables of several runs."""
+  """Prints the paper's Tables 1 and 2 of evaluated run folders, with tests.
+
+  Examples:
+    empdg compare runs/transformer runs/moel runs/empdg --cases=2
+    empdg compare runs/* --split=valid --format=markdown
+  """
   if not values.dir:
     raise InputError(
       "no run folder is given; write empdg compare runs/empdg runs/moel"
@@ -327,7 +372,11 @@ def compare(values: Any) -> int:
 
 
 def attention(values: Any) -> int:
-  """Draws the attention of a reply."""
+  """Draws what each word of a reply attends to, and the perceived emotion.
+
+  Examples:
+    empdg attention --workdir=runs/quickstart --context="I lost my job."
+  """
   if not values.context:
     raise InputError(
       '--context is missing; write what the user says, as in --context="I lost '
@@ -345,7 +394,13 @@ def attention(values: Any) -> int:
 
 
 def compile_check(values: Any) -> int:
-  """Compiles every step for a TPU slice."""
+  r"""Compiles every step for a TPU slice, without one; memory and traffic.
+
+  Examples:
+    empdg compile-check --config=configs/pod.py:8 --topology=v5e:2x4
+    empdg compile-check --config=configs/empdg.py --topology=v5e:4x4 \
+      --find_batch
+  """
   config = _config(values)
   if not values.topology:
     raise InputError("--topology is missing; give a slice such as v5e:4x4")
@@ -384,7 +439,11 @@ def compile_check(values: Any) -> int:
 
 
 def benchmark(values: Any) -> int:
-  """Times this machine."""
+  """Times training steps and decoding on this machine; writes JSON.
+
+  Examples:
+    empdg benchmark --config=configs/empdg_wo_d.py --output=benchmark.json
+  """
   config = _config(values)
   _start_jax()
   from rich.console import Console

@@ -1,10 +1,13 @@
 """The configuration: typed, every field with its unit and source."""
 
+import ast
 import dataclasses
 import json
 import math
+import pathlib
+import runpy
 import typing
-from typing import Any
+from typing import Any, Literal
 
 # Exit statuses. After FAILED the same command may be given again.
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -27,31 +30,39 @@ class SaveError(OSError):
 
 
 @dataclasses.dataclass
-class DataConfig:
-  """What is read and how it becomes batches (DESIGN: data)."""
+class SourceConfig:
+  """Where the data come from; a trained system may be used with other data."""
 
-  # "official" (downloaded), "sample" (the embedded corpus), or the path of an
-  # archive or folder in the official CSV format.
+  # Dataset to read: "official" (downloaded), "sample" (the embedded corpus), or
+  # the path of an archive or folder in the official CSV format.
   source: str = "official"
-  # The emotion labels: "empathetic_dialogues" for the 32 of that dataset, or a
-  # file with one label a line, in the order of their numbers.
-  emotions: str = "empathetic_dialogues"
-  # Where prepared datasets are kept; "" is a folder in the user's cache.
+  # Folder for prepared datasets; "" is a folder in the user's cache.
   data_dir: str = ""
+
+
+@dataclasses.dataclass
+class DataConfig(SourceConfig):
+  """Data and batches."""
+
+  # Emotion labels: "empathetic_dialogues" for the 32 of that dataset, or a file
+  # with one label a line, in the order of their numbers.
+  emotions: str = "empathetic_dialogues"
   # "empdg": 20,724 / 2,972 / 2,713 examples with user feedback (the paper);
   # "all_turns": every listener turn (Lin et al., 2019).
-  example_set: str = "empdg"
-  # "nrclex", or a lexicon file (see `data/lexicon.py`).
+  example_set: Literal["empdg", "all_turns"] = "empdg"
+  # Emotion lexicon: "nrclex", or a lexicon file (see `data/lexicon.py`).
   lexicon: str = "nrclex"
-  # Pre-trained word vectors in GloVe's text format (may be gzipped); "": none.
+  # Pre-trained word vectors in GloVe's text format, optionally gzipped; "" for
+  # none.
   vectors: str = ""
-  # Splits whose words make the vocabulary: "train", or "all" (the published
+  # Splits whose words form the vocabulary: "train", or "all" (the published
   # protocol).
-  vocab_scope: str = "train"
-  # The batches' padded lengths in tokens: a context with its CLS, its
-  # emotional words with their LAB, a target with its EOS. An example goes to
-  # the first that holds it. What the last cannot hold is cut: of contexts the
-  # oldest tokens, of targets the end. The default suits the real data.
+  vocab_scope: Literal["train", "all"] = "train"
+  # Padded lengths of the batches in tokens, as triples: the context with its
+  # CLS, its emotional words with their LAB, the target with its EOS. An example
+  # goes to the first triple that holds it. If even the last is too short,
+  # contexts lose their oldest tokens and targets their end. The default suits
+  # the real data.
   shapes: tuple[tuple[int, int, int], ...] = (
     (16, 10, 8),
     (24, 14, 8),
@@ -71,82 +82,107 @@ class DataConfig:
     (160, 48, 48),
     (160, 48, 100),
   )
-  # The padded length of a user's feedback in tokens; its end is cut.
+  # Padded length of the user's feedback in tokens; longer feedback loses its
+  # end.
   feedback_length: int = 32
 
 
 @dataclasses.dataclass
 class ModelConfig:
-  """The generator (paper §4.1; sizes of Lin et al., 2019)."""
+  """Generator (paper, section 4.1; sizes of Lin et al., 2019), discriminators."""
 
-  name: str = "empdg_wo_d"  # A key of `models/registry.py`.
-  emb_dim: int = 300  # d.
-  num_layers: int = 1  # L, of each encoder and of the decoder.
-  num_heads: int = 2
-  key_value_depth: int = 40  # Of all heads together.
-  filter_size: int = 50  # The feed-forward layers' hidden units.
-  norm_order: str = "pre"  # "pre" | "post" (eqs. 2-6, 10-12 as printed).
-  feed_forward: str = "conv"  # "conv" (kernel 3) | "dense" (the paper's words).
-  pointer_generator: bool = True  # Copy from both contexts; False: eq. 13.
-  tie_embeddings: bool = False  # Output projection = embedding, transposed.
-  dropout_rate: float = 0.1  # Of embeddings and of sub-layers' outputs.
-  emotion_loss_weight: float = 1.0  # gamma 1 of eq. 15.
-  generation_loss_weight: float = 1.0  # gamma 2 of eq. 15.
+  # System to build: a key of `models/registry.py`.
+  name: str = "empdg_wo_d"
+  emb_dim: int = 300  # Size of embeddings and hidden states (d).
+  num_layers: int = 1  # Layers of each encoder and of the decoder (L).
+  num_heads: int = 2  # Attention heads of each layer.
+  key_value_depth: int = 40  # Size of keys and values, over all heads.
+  filter_size: int = 50  # Hidden units of the feed-forward layers.
+  # Layer normalisation: "pre" (before each sub-layer), or "post" (as printed in
+  # eqs. 2-6 and 10-12).
+  norm_order: Literal["pre", "post"] = "pre"
+  # Feed-forward layers: "conv" (convolutions of kernel 3), or "dense" (the
+  # paper's words).
+  feed_forward: Literal["conv", "dense"] = "conv"
+  # Copy words from both contexts; false is eq. 13 alone.
+  pointer_generator: bool = True
+  # Use the transposed embedding as the output projection.
+  tie_embeddings: bool = False
+  # Dropout rate of embeddings and of sub-layers' outputs.
+  dropout_rate: float = 0.1
+  # Weight of the emotion loss (gamma 1 of eq. 15).
+  emotion_loss_weight: float = 1.0
+  # Weight of the generation loss (gamma 2 of eq. 15).
+  generation_loss_weight: float = 1.0
   label_smoothing: float = 0.1  # Probability spread over the vocabulary.
-  # Widths of the discriminators' convolutions, in words; each width has an
-  # equal share of the d filters.
+  # Widths of the discriminators' convolutions in words; each gets an equal
+  # share of the filters.
   kernel_widths: tuple[int, ...] = (1, 2, 3)
-  # The emotional discriminator reads at most so many words of an utterance.
+  # Maximum words of an utterance that the emotional discriminator reads.
   max_emotional_words: int = 16
-  listener_top_k: int = 0  # MoEL: how many listeners are heard; 0: all.
-  # MoEL: the share of examples whose gold emotion's listener alone is heard, at
-  # the first step; it falls as exp(-step / listener_teacher_steps).
+  listener_top_k: int = 0  # MoEL: listeners used for each example; 0 for all.
+  # MoEL: share of examples, at the first step, that use only their gold
+  # emotion's listener; it decays as exp(-step / listener_teacher_steps).
   listener_teacher_ratio: float = 1.0
+  # MoEL: time constant of that decay in steps.
   listener_teacher_steps: int = 10_000
 
 
 @dataclasses.dataclass
 class TrainConfig:
-  """Training in three phases (paper §4.3, §5.4).
+  """Training in three phases (paper, sections 4.3 and 5.4).
 
   Maximum likelihood first; then, for systems with discriminators, the
   discriminators alone; then both in turn.
   """
 
-  seed: int = 0
-  batch_size: int = 16  # Examples a step, over all devices.
-  mle_steps: int = 100_000  # At most; early stopping usually ends before.
-  mle_eval_every: int = 2_000  # Steps between validations.
-  mle_patience: int = 3  # Validations without a better one before stopping.
-  learning_rate_factor: float = 1.0  # Of the schedule of Vaswani et al.
-  warmup_steps: int = 8_000
-  adam_b1: float = 0.9
-  adam_b2: float = 0.98
-  adam_eps: float = 1e-9
-  # A run folder whose best generator takes the place of phase 1; "": none.
+  seed: int = 0  # Seed of all random numbers.
+  batch_size: int = 16  # Examples per step, over all devices.
+  # Maximum steps of phase 1; early stopping usually ends it sooner.
+  mle_steps: int = 100_000
+  mle_eval_every: int = 2_000  # Steps between validations in phase 1.
+  # Validations without improvement after which phase 1 stops.
+  mle_patience: int = 3
+  # Factor of the learning-rate schedule of Vaswani et al. (2017).
+  learning_rate_factor: float = 1.0
+  warmup_steps: int = 8_000  # Warm-up steps of that schedule.
+  adam_b1: float = 0.9  # Adam's decay rate of the first moment.
+  adam_b2: float = 0.98  # Adam's decay rate of the second moment.
+  adam_eps: float = 1e-9  # Adam's epsilon.
+  # Run folder whose best generator replaces phase 1; "" for none.
   mle_checkpoint: str = ""
-  discriminator_steps: int = 1_000  # Of phase 2.
-  discriminator_learning_rate: float = 1e-4  # Adam's, constant.
-  gradient_penalty_weight: float = 0.1  # beta of eq. 19.
-  adversarial_rounds: int = 5_000  # Of phase 3, at most.
-  d_steps: int = 1  # Discriminators' steps a round.
-  g_steps: int = 5  # Generator's steps a round.
-  adversarial_eval_every: int = 200  # Rounds between validations.
-  adversarial_patience: int = 3  # Validations without a better one.
-  # What phase 3 keeps the best of: "emotion_accuracy" | "perplexity" |
-  # "perplexity_per_example".
-  selection_metric: str = "emotion_accuracy"
-  # How the discriminators move the generator: "straight_through" (through
-  # sampled responses), "expected" (through expected embeddings under teacher
-  # forcing), "constant" (no gradient: the scores are added as numbers).
-  generator_signal: str = "straight_through"
-  generator_signal_weight: float = 1.0  # Of -Dsem - Demo beside Lg; paper: 1.
-  sample_steps: int = 20  # Tokens of a sampled response, its EOS included.
-  sample_temperature: float = 1.0  # Of their gradients; see `decoding.py`.
+  discriminator_steps: int = 1_000  # Steps of phase 2.
+  # Constant learning rate of the discriminators, which Adam trains as well.
+  discriminator_learning_rate: float = 1e-4
+  # Weight of the gradient penalty (beta of eq. 19).
+  gradient_penalty_weight: float = 0.1
+  adversarial_rounds: int = 5_000  # Maximum rounds of phase 3.
+  d_steps: int = 1  # Discriminators' steps per round.
+  g_steps: int = 5  # Generator's steps per round.
+  adversarial_eval_every: int = 200  # Rounds between validations in phase 3.
+  # Validations without improvement after which phase 3 stops.
+  adversarial_patience: int = 3
+  # Metric by which phase 3 keeps its best checkpoint.
+  selection_metric: Literal[
+    "emotion_accuracy", "perplexity", "perplexity_per_example"
+  ] = "emotion_accuracy"
+  # How the discriminators move the generator:
+  # "straight_through": through responses it samples;
+  # "expected": through expected embeddings of teacher-forced words;
+  # "constant": not at all, their scores are added as numbers.
+  generator_signal: Literal["straight_through", "expected", "constant"] = (
+    "straight_through"
+  )
+  # Weight of -Dsem - Demo beside Lg; 1 in the paper.
+  generator_signal_weight: float = 1.0
+  sample_steps: int = 20  # Maximum tokens of a sampled response, with its EOS.
+  # Temperature of the sampled responses' gradients; see `decoding.py`.
+  sample_temperature: float = 1.0
   log_every: int = 50  # Updates between lines in metrics.jsonl.
   checkpoint_every: int = 500  # Updates between checkpoints to resume from.
-  keep_checkpoints: int = 3  # How many of the latest ones stay.
-  # "A:B" traces what JAX does between updates A and B, for TensorBoard; "": no.
+  keep_checkpoints: int = 3  # Number of latest checkpoints to keep.
+  # "A:B" traces what JAX does between updates A and B, for TensorBoard; "" for
+  # no trace.
   profile_steps: str = ""
 
 
@@ -154,10 +190,11 @@ class TrainConfig:
 class EvalConfig:
   """Evaluation and decoding."""
 
-  batch_size: int = 64  # Examples a step, over all devices.
-  max_decode_steps: int = 30  # Tokens of a response, its EOS included.
-  beam_size: int = 1  # 1 is greedy decoding.
-  length_penalty: float = 0.6  # alpha of Wu et al., 2016, eq. 14; beams only.
+  batch_size: int = 64  # Examples per step, over all devices.
+  max_decode_steps: int = 30  # Maximum tokens of a response, with its EOS.
+  beam_size: int = 1  # Beams; 1 is greedy decoding.
+  # Length penalty of beam search (alpha of eq. 14, Wu et al., 2016).
+  length_penalty: float = 0.6
 
 
 @dataclasses.dataclass
@@ -170,18 +207,6 @@ class Config:
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
 
-_CHOICES = {
-  "data.example_set": ("empdg", "all_turns"),
-  "data.vocab_scope": ("train", "all"),
-  "model.norm_order": ("pre", "post"),
-  "model.feed_forward": ("conv", "dense"),
-  "train.selection_metric": (
-    "emotion_accuracy",
-    "perplexity",
-    "perplexity_per_example",
-  ),
-  "train.generator_signal": ("straight_through", "expected", "constant"),
-}
 _MAY_BE_ZERO = {
   "train.seed",
   "train.discriminator_steps",
@@ -206,26 +231,82 @@ def flatten(config: Config) -> dict[str, Any]:
   }
 
 
+def field_types() -> dict[str, Any]:
+  """Returns the type of every field by its dotted name."""
+  return {
+    f"{section.name}.{name}": hint
+    for section in dataclasses.fields(Config)
+    for name, hint in typing.get_type_hints(section.type).items()
+  }
+
+
+_NAMES = {
+  int: "a whole number",
+  float: "a number",
+  bool: "true or false",
+  str: "text",
+  tuple: "a tuple",
+}
+
+
+def parse(text: str, hint: Any) -> Any:
+  """Returns the value of this type that a text stands for; else the text.
+
+  >>> parse("(1,2)", tuple), parse("true", bool), parse("x", int)
+  ((1, 2), True, 'x')
+  """
+  kind = typing.get_origin(hint) or hint
+  try:
+    if type(None) in typing.get_args(hint):
+      return parse(text, typing.get_args(hint)[0])
+    if kind is tuple:
+      value = ast.literal_eval(text)
+      return tuple(value) if isinstance(value, list | tuple) else (value,)
+    if kind is bool:
+      return {"true": True, "false": False}[text.lower()]
+    return kind(text) if kind in (int, float) else text
+  except (ValueError, SyntaxError, TypeError, KeyError, RecursionError):
+    return text
+
+
+def unparse(value: Any) -> str:
+  """Returns the text that `parse` reads."""
+  if isinstance(value, bool):
+    return str(value).lower()
+  return value if isinstance(value, str) else str(value).replace(" ", "")
+
+
+def expected(value: Any, hint: Any) -> str:
+  """Returns what a value of this type should be, "" if it is one.
+
+  The elements of tuples are not checked.
+
+  >>> expected("x", int)
+  'a whole number'
+  >>> expected("pre", Literal["pre", "post"])
+  ''
+  """
+  arguments = typing.get_args(hint)
+  if type(None) in arguments:
+    return "" if value is None else expected(value, arguments[0])
+  if typing.get_origin(hint) is Literal:
+    fits = any(value == choice for choice in arguments)
+    return "" if fits else "one of " + ", ".join(arguments)
+  kind = typing.get_origin(hint) or hint
+  fits = type(value) is kind or (kind is float and type(value) is int)
+  return "" if fits else _NAMES[kind]
+
+
 def validate(config: Config) -> None:
   """Checks every field.
 
   Raises:
     InputError: Naming the first field that is wrong and what it accepts.
   """
-  hints = {
-    f"{section.name}.{name}": hint
-    for section in dataclasses.fields(config)
-    for name, hint in typing.get_type_hints(section.type).items()
-  }
+  hints = field_types()
   for name, value in flatten(config).items():
-    expected = typing.get_origin(hints[name]) or hints[name]
-    whole = expected is float and type(value) is int
-    if type(value) is not expected and not whole:
-      raise InputError(f"config.{name}={value!r}: expected {expected.__name__}")
-    if name in _CHOICES and value not in _CHOICES[name]:
-      raise InputError(
-        f"config.{name}={value!r}: expected one of " + ", ".join(_CHOICES[name])
-      )
+    if wanted := expected(value, hints[name]):
+      raise InputError(f"config.{name}={value!r}: expected {wanted}")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and not math.isfinite(value):
       raise InputError(f"config.{name}={value!r}: expected a finite number")
@@ -293,6 +374,31 @@ def _with_tuples(value: Any) -> Any:
   if isinstance(value, dict):
     return {name: _with_tuples(v) for name, v in value.items()}
   return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def from_file(given: str) -> Config:
+  """Runs a file of `configs/`.
+
+  Args:
+    given: FILE, or FILE:ARGUMENT with what its `get_config` gets.
+
+  Returns:
+    The configuration, not yet validated.
+
+  Raises:
+    InputError: There is no such file, or it does not return a configuration.
+  """
+  file, colon, argument = given.partition(":")
+  if not pathlib.Path(file).is_file():
+    raise InputError(f"--config={given}: no such file; see configs/")
+  try:
+    get_config = runpy.run_path(file)["get_config"]
+    config = get_config(argument) if colon else get_config()
+  except Exception as error:  # Whatever the file's code raises.
+    raise InputError(f"--config={given}: {error!r}") from error
+  if not isinstance(config, Config):
+    raise InputError(f"--config={given}: get_config() must return a Config")
+  return config
 
 
 def from_json(text: str, where: str) -> Config:

@@ -1,354 +1,257 @@
 """The `empdg` command: the only file with flags; `commands.py` acts on them."""
 
+import contextlib
 import dataclasses
 import difflib
+import inspect
 import os
-import pathlib
 import platform
+import signal
 import sys
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+import typing
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
 
-from absl import flags, logging
-from ml_collections import config_flags
+import tyro
+from absl import logging
+from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from empdg_jax import commands, storage
+from empdg_jax import __version__, commands, storage
 from empdg_jax import config as config_lib
-from empdg_jax.config import Config, InputError
+from empdg_jax.config import Config, EvalConfig, InputError, SourceConfig
 from empdg_jax.hardware import chips
 
-# Flags of commands that several hosts may run together, and of those that use
-# a trained system.
+
+@dataclasses.dataclass
+class _RunConfig:
+  """The fields of a run's configuration that can change after training."""
+
+  data: SourceConfig = dataclasses.field(default_factory=SourceConfig)
+  eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+
+# The type, default and help of each flag, the same in all commands. "fields"
+# and "run_fields" are the flags behind --config.
+_FLAGS: dict[str, tuple[Any, Any, str]] = {
+  "config": (str, "", "File of configs/; FILE:X calls its get_config('X')."),
+  "fields": (Config, Config(), ""),
+  "run_fields": (_RunConfig, _RunConfig(), ""),
+  "workdir": (str, "", "Run folder, on a disk or in a bucket (gs://...)."),
+  "bundle": (str, "", "Export to use instead of a run folder."),
+  "checkpoint": (str | None, None, "best (the default), latest or a step."),
+  "split": (str, "test", "train, valid or test."),
+  "input": (str, "-", "Contexts, one JSON object a line; - is standard input."),
+  "predictions": (str, "", "A predictions.jsonl."),
+  "out": (str, "", "Folder to write; that of an export must not exist."),
+  "output": (str, "benchmark.json", "File to write the figures to."),
+  "image": (str, "", "File to draw, without its ending."),
+  "dtype": (str, "float32", "Type of the parameters: float32 or bfloat16."),
+  "format": (
+    str, "terminal", "terminal or json; compare also has markdown, csv and "
+    "latex.",
+  ),
+  "topology": (str, "", "TPU slice, such as v5e:4x4."),
+  "dir": (list[str], [], "Run folder or export; --dir= may be left out."),
+  "context": (list[str], [], "A turn; repeat for each turn, the user's last."),
+  "samples": (int, 6, "Replies to show, each to a different emotion."),
+  "average": (int, 0, "Latest checkpoints to average; 0 for none."),
+  "cases": (int, 0, "Examples to show with the replies of all systems."),
+  "vocab_size": (int | None, None, "Vocabulary size, if not the data's."),
+  "find_batch": (bool, False, "Find the largest batch that fits a chip."),
+  "coordinator_address": (
+    str, "", "Several hosts: host:port of the first one, or auto on TPU "
+    "slices, on GKE and with Slurm.",
+  ),
+  "num_processes": (int | None, None, "Several hosts: number of processes."),
+  "process_id": (int | None, None, "Several hosts: this process, from 0."),
+}  # fmt: skip
+_CONFIG = ("config", "fields")
+_SYSTEM = ("workdir", "bundle", "checkpoint", "run_fields")
 _HOSTS = ("coordinator_address", "num_processes", "process_id")
-_SYSTEM = ("workdir", "bundle", "checkpoint", "run_config")
-_BOOLEANS = {
-  "find_batch": "find the largest batch a chip that fits, instead",
-  "help": "explain the command",
+# The flags of each command; the docstring of its function is its help.
+_COMMANDS = {
+  "prepare": _CONFIG,
+  "train": ("workdir", *_HOSTS, *_CONFIG),
+  "evaluate": ("split", "out", "samples", *_HOSTS, *_SYSTEM),
+  "metrics": ("predictions", "vocab_size"),
+  "compare": ("dir", "split", "format", "cases"),
+  "generate": ("input", *_SYSTEM),
+  "chat": _SYSTEM,
+  "attention": ("context", "image", *_SYSTEM),
+  "checkpoints": ("workdir", "format"),
+  "export": ("workdir", "out", "checkpoint", "average", "dtype"),
+  "compile-check": ("topology", "vocab_size", "format", "find_batch", *_CONFIG),
+  "benchmark": ("output", *_CONFIG),
+}
+_RULES = tyro.constructors.ConstructorRegistry()
+
+
+@_RULES.primitive_rule
+def _leniently(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+  """Parses without errors, so that `config.expected` words every refusal."""
+  metavars: dict[Any, str] = {
+    **{int: "INT", float: "FLOAT", str: "TEXT", bool: "{true,false}"},
+    **{int | None: "INT", str | None: "TEXT", tuple: "(INT,...)"},
+    Literal: "{" + ",".join(map(str, typing.get_args(info.type))) + "}",
+  }
+  metavar = metavars.get(info.type) or metavars.get(info.type_origin)
+  if not metavar:
+    return None
+  return PrimitiveConstructorSpec(
+    nargs=1,
+    metavar=metavar,
+    instance_from_str=lambda texts: config_lib.parse(texts[0], info.type),
+    is_instance=lambda value: True,
+    str_from_instance=lambda value: [config_lib.unparse(value)],
+  )
+
+
+_SETTINGS: dict[str, Any] = {
+  "use_underscores": True,
+  "config": (tyro.conf.FlagConversionOff, tyro.conf.UseAppendAction),
+  "registry": _RULES,
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Command:
-  """A sub-command.
-
-  Attributes:
-    summary: What it does, in a line.
-    example: Command lines that work.
-    flags: Names of its flags.
-    run: Does it; returns the exit status.
-    more: What else its help says, a title and lines.
-  """
-
-  summary: str
-  example: str
-  flags: tuple[str, ...]
-  run: Callable[[flags.FlagValues], int]
-  more: tuple[str, ...] = ()
+def _function(name: str) -> Callable[[Any], int]:
+  """Returns the function that runs a command."""
+  return getattr(commands, name.replace("-", "_"))
 
 
-def _define(name: str, values: flags.FlagValues, argv: list[str]) -> None:
-  """Defines one flag, alike for every sub-command that has it."""
-  strings = {
-    "workdir": "the run folder, on a disk or in a bucket (gs://...)",
-    "split": "train, valid or test",
-    "input": "contexts, one JSON object a line; '-' is standard input",
-    "predictions": "a predictions.jsonl",
-    "output": "where to write the figures; by default benchmark.json",
-    "bundle": "an export, instead of a run folder",
-    "out": "the folder to write; an export's must not exist",
-    "dtype": "of the parameters: float32 or bfloat16",
-    "checkpoint": "best, latest or a step; by default the best",
-    "format": "terminal or json; compare also has markdown, csv and latex",
-    "topology": "a TPU slice, such as v5e:4x4",
-    "coordinator_address": (
-      "with several hosts: host:port of the first one; 'auto' on TPU slices, "
-      "of GKE too, and with Slurm"
-    ),
-    "image": "where to draw, without the ending; by default in the run folder",
-  }
-  many = {
-    "dir": "a run folder or an export; '--dir=' may be left out",
-    "context": "what a turn says; once for each turn, the user's last",
-  }
-  defaults = {
-    "split": "test",
-    "input": "-",
-    "format": "terminal",
-    "dtype": "float32",
-  }
-  integers = {
-    "samples": (6, "how many replies to show, each to another emotion"),
-    "num_processes": (None, "with several hosts: how many processes there are"),
-    "process_id": (None, "with several hosts: which of them this is, from 0"),
-    "average": (0, "take the mean of so many of the latest checkpoints"),
-    "cases": (0, "how many examples to show with all systems' replies"),
-    "vocab_size": (
-      None,
-      "words in the vocabulary; by default the run's or the data's",
-    ),
-  }
-  if name == "config" and not _resumes(argv):
-    config_flags.DEFINE_config_file(
-      "config", None, "a file of configs/", flag_values=values, sys_argv=argv
+def _options(name: str) -> Callable[..., Any]:
+  """Returns a dataclass whose fields are the flags of a command."""
+  fields = []
+  for flag in _COMMANDS[name]:
+    kind, default, text = _FLAGS[flag]
+    settings = tyro.conf.arg(
+      name="config" if dataclasses.is_dataclass(kind) else None,
+      help=text or None,
+      help_behavior_hint=None if default else "",
     )
-  elif name in ("config", "run_config"):
-    config_flags.DEFINE_config_dataclass(
-      "config", _config_of_folder(argv), flag_values=values, sys_argv=argv
-    )
-  elif name in _BOOLEANS:
-    flags.DEFINE_boolean(name, False, _BOOLEANS[name], flag_values=values)
-  elif name in many:
-    flags.DEFINE_multi_string(name, [], many[name], flag_values=values)
-  elif name in integers:
-    default, help_text = integers[name]
-    flags.DEFINE_integer(
-      name, default, help_text, lower_bound=0, flag_values=values
-    )
-  else:
-    flags.DEFINE_string(
-      name, defaults.get(name), strings[name], flag_values=values
-    )
+    field = dataclasses.field(default_factory=lambda default=default: default)
+    fields.append((flag, Annotated[kind, settings], field))
+  about = {"__doc__": inspect.getdoc(_function(name))}
+  return dataclasses.make_dataclass(name, fields, namespace=about)
 
 
-def _argument(argv: Sequence[str], name: str) -> str | None:
-  """Returns a flag's value, None if it is not given."""
-  for arg in argv:
-    if arg.startswith(f"--{name}="):
-      return arg.partition("=")[2]
-  return None
-
-
-def _resumes(argv: Sequence[str]) -> bool:
-  """Returns whether the configuration is that of a run that is there."""
-  workdir = _argument(argv, "workdir")
-  if _argument(argv, "config") or not workdir:
-    return False
-  return (storage.run_path(workdir, "workdir") / "config.json").exists()
-
-
-def _config_of_folder(argv: Sequence[str]) -> Config:
-  """Returns the configuration of the run or export that is named.
+def _spelled_out(name: str, argv: Sequence[str]) -> list[str]:
+  """Returns every option as --flag=value, its name with underscores.
 
   Raises:
-    InputError: It holds none.
+    InputError: A flag is unknown or has no value, or a value has no flag.
   """
-  if given := _argument(argv, "config"):
-    raise InputError(
-      f"--config={given}: a run has its own configuration; change single "
-      "fields, as in --config.eval.beam_size=4"
-    )
-  if folder := _argument(argv, "bundle"):
+  flags = _COMMANDS[name]
+  kinds = {flag: _FLAGS[flag][0] for flag in flags if "fields" not in flag}
+  if "fields" in flags or "run_fields" in flags:
+    fields = config_lib.field_types()
+    kinds |= {"config": str, **{f"config.{f}": k for f, k in fields.items()}}
+  rest, options = list(argv), []
+  while rest:
+    arg = rest.pop(0)
+    if "dir" in flags and not arg.startswith("-"):
+      arg = f"--dir={arg}"
+    if not arg.startswith("--") or arg == "--":
+      raise InputError(
+        f"unexpected argument {arg!r}; flags are written --name=value"
+      )
+    flag, equals, value = arg[2:].partition("=")
+    flag = flag.replace("-", "_")
+    if flag not in kinds:
+      alike = [kind for kind in kinds if ("." in kind) == ("." in flag)]
+      near = difflib.get_close_matches(flag, alike, n=1)
+      hint = f"; did you mean --{near[0]}?" if near else ""
+      see = f"; see 'empdg {name} --help'"
+      if flag.startswith("config."):
+        raise InputError(f"--{flag}: no such field{hint or see}")
+      raise InputError(f"unknown flag --{flag}{see}{hint}")
+    if not equals:
+      value = rest[0] if rest and not rest[0].startswith("--") else None
+      if kinds[flag] is bool and str(value).lower() not in ("true", "false"):
+        value = "true"
+      elif value is None:
+        raise InputError(f"--{flag} has no value; write --{flag}=VALUE")
+      else:
+        rest.pop(0)
+    if flag == "config" and "run_fields" in flags:
+      raise InputError(
+        f"--config={value}: a run has its own configuration; change single "
+        "fields, as in --config.eval.beam_size=4"
+      )
+    options.append(f"--{flag}={value}")
+  return options
+
+
+def _base_config(values: Any) -> Config | None:
+  """Returns the configuration of the given file, run or export, if any."""
+  if file := getattr(values, "config", ""):
+    return config_lib.from_file(file)
+  if folder := getattr(values, "bundle", ""):
     from empdg_jax.inference import export_files
 
     return export_files.read_config(storage.run_path(folder, "bundle"))
-  if folder := _argument(argv, "workdir"):
-    from empdg_jax.training import run_folder
+  if not (folder := getattr(values, "workdir", "")):
+    return None  # The command says what is missing.
+  workdir = storage.run_path(folder, "workdir")
+  if hasattr(values, "config") and not (workdir / "config.json").exists():
+    return None  # A new run needs a file.
+  from empdg_jax.training import run_folder
 
-    return run_folder.read_config(storage.run_path(folder, "workdir"))
-  return Config()  # The command says what is missing.
-
-
-_COMMANDS = {
-  "prepare": _Command(
-    "build and check the data; print counts, coverage, cuts and padding",
-    "empdg prepare --config=configs/quickstart.py\n"
-    "empdg prepare --config=configs/empdg_wo_d.py "
-    "--config.data.source=empatheticdialogues.tar.gz",
-    ("config",),
-    commands.prepare,
-  ),
-  "train": _Command(
-    "train a system; the same command resumes",
-    "empdg train --config=configs/quickstart.py --workdir=runs/quickstart\n"
-    "empdg train --config=configs/empdg_wo_d.py --config.train.seed=1 "
-    "--workdir=runs/empdg_wo_d-1",
-    ("config", "workdir", *_HOSTS),
-    commands.train,
-  ),
-  "evaluate": _Command(
-    "score and answer a split; write predictions and metrics",
-    "empdg evaluate --workdir=runs/quickstart --split=test\n"
-    "empdg evaluate --workdir=runs/quickstart --config.eval.beam_size=4 "
-    "--out=runs/quickstart/eval/beams\n"
-    "empdg evaluate --bundle=quickstart-export "
-    "--config.data.source=empatheticdialogues.tar.gz",
-    (*_SYSTEM, "split", "out", "samples", *_HOSTS),
-    commands.evaluate,
-  ),
-  "metrics": _Command(
-    "recompute text metrics from a predictions file alone",
-    "empdg metrics --predictions=runs/quickstart/eval/test/predictions.jsonl",
-    ("predictions", "vocab_size"),
-    commands.metrics,
-  ),
-  "compare": _Command(
-    "the paper's Tables 1 and 2 from evaluated run folders, with tests",
-    "empdg compare runs/transformer runs/moel runs/empdg --cases=2\n"
-    "empdg compare runs/* --split=valid --format=markdown",
-    ("dir", "split", "format", "cases"),
-    commands.compare,
-  ),
-  "generate": _Command(
-    "answer contexts: one JSON object a line in, one out",
-    """echo '{"context": ["I lost my job today."]}' | """
-    "empdg generate --workdir=runs/quickstart",
-    (*_SYSTEM, "input"),
-    commands.generate,
-  ),
-  "chat": _Command(
-    "talk with a trained system; it shows the emotion it perceives",
-    "empdg chat --workdir=runs/quickstart\n"
-    "empdg chat --bundle=quickstart-export",
-    _SYSTEM,
-    commands.chat,
-  ),
-  "attention": _Command(
-    "draw what each word of a reply attends to, and the perceived emotion",
-    'empdg attention --workdir=runs/quickstart --context="I lost my job."',
-    (*_SYSTEM, "context", "image"),
-    commands.attention,
-  ),
-  "checkpoints": _Command(
-    "list a run's checkpoints: phase, size and metrics",
-    "empdg checkpoints --workdir=runs/quickstart",
-    ("workdir", "format"),
-    commands.checkpoints,
-  ),
-  "export": _Command(
-    "write a checkpoint as one folder that needs neither run nor data",
-    "empdg export --workdir=runs/quickstart --out=quickstart-export\n"
-    "empdg export --workdir=gs://BUCKET/pod --out=pod-export --average=3",
-    ("workdir", "out", "checkpoint", "average", "dtype"),
-    commands.export,
-  ),
-  "compile-check": _Command(
-    "compile every step for a TPU slice, without one; memory and traffic",
-    "empdg compile-check --config=configs/pod.py:8 --topology=v5e:2x4\n"
-    "empdg compile-check --config=configs/empdg.py --topology=v5e:4x4 "
-    "--find_batch",
-    ("config", "topology", "vocab_size", "format", "find_batch"),
-    commands.compile_check,
-    ("known slices:", *(f"  {line}" for line in chips.known_slices())),
-  ),
-  "benchmark": _Command(
-    "time training steps and decoding on this machine; write JSON",
-    "empdg benchmark --config=configs/empdg_wo_d.py --output=benchmark.json",
-    ("config", "output"),
-    commands.benchmark,
-  ),
-}
+  return run_folder.read_config(workdir)
 
 
-def _usage() -> str:
-  lines = ["usage: empdg COMMAND [--flag=value ...]", "", "commands:"]
-  lines += [f"  {name:<13} {c.summary}" for name, c in _COMMANDS.items()]
-  lines += [
-    "",
-    "'empdg COMMAND --help' explains a command. Every field of the",
-    "configuration is a flag behind --config, such as --config.train.seed=1.",
-  ]
-  return "\n".join(lines)
-
-
-def _command_help(name: str, values: flags.FlagValues) -> str:
-  command = _COMMANDS[name]
-  lines = [f"empdg {name}: {command.summary}", "", "flags:"]
-  lines += [
-    f"  --{flag:<20} {values[flag].help}"
-    for flag in command.flags
-    if flag != "run_config"
-  ]
-  lines += ["", "examples:", textwrap.indent(command.example, "  ")]
-  if command.more:
-    lines += ["", *command.more]
-  if "run_config" in command.flags:
-    lines += [
-      "",
-      "The configuration is the run's own. These fields of it can change:",
-      *(
-        f"  --config.{field}"
-        for field in config_lib.flatten(Config())
-        if field.startswith(commands.OF_USERS)
-      ),
-    ]
-  if "config" in command.flags:
-    lines += ["", "fields of --config and their defaults:"]
-    lines += [
-      f"  --config.{field}={value}"
-      for field, value in config_lib.flatten(Config()).items()
-    ]
-  return "\n".join(lines)
-
-
-def _parse(name: str, argv: list[str]) -> flags.FlagValues:
-  """Returns the sub-command's flags.
+def _parse(name: str, argv: Sequence[str]) -> Any:
+  """Returns a command's flags as attributes.
 
   Raises:
-    InputError: A flag or a field of the configuration is wrong.
+    InputError: A flag or the configuration's file is wrong.
   """
-  values = flags.FlagValues()
-  argv = _joined(_with_underscores(arg) for arg in argv)
-  # The configuration's file must be known before its fields.
-  argv = sorted(argv, key=lambda arg: not arg.startswith("--config="))
-  if "dir" in _COMMANDS[name].flags:
-    argv = [a if a.startswith("-") else f"--dir={a}" for a in argv]
-  for flag in _COMMANDS[name].flags:
-    _define(flag, values, argv)
-  if {"--help", "-h", "-help"} & set(argv):
-    print(_command_help(name, values))
-    raise SystemExit(0)
-  for arg in argv:
-    _check_config_argument(arg)
-  try:
-    rest = values([name, *argv])[1:]
-  except (flags.Error, ValueError, TypeError) as error:
-    # The first line says which flag, the last one what a file's code raised.
-    first, *more = str(error).strip().splitlines()
-    reason = f"{first} {more[-1]}" if more else first
-    raise InputError(f"{reason}; see 'empdg {name} --help'") from error
-  except Exception as error:  # Whatever the configuration file raises.
-    raise InputError(f"--config: {error!r}") from error
-  if rest:
-    raise InputError(
-      f"unexpected argument {rest[0]!r}; flags are written --name=value"
+  flags, options = _COMMANDS[name], _options(name)
+  if {"-h", "--help"} & set(argv):
+    about = options.__doc__ or ""
+    if "run_fields" in flags:
+      about += "\n\nThe configuration is the run's own; of it, only the fields "
+      about += "below can change."
+    if name == "compile-check":
+      about += "\n\nKnown slices:\n  " + "\n  ".join(chips.known_slices())
+    tyro.cli(
+      options,
+      prog=f"empdg {name}",
+      description=about,
+      args=["--help"],
+      **_SETTINGS,
+    )
+  given = _spelled_out(name, argv)
+  fields = [arg for arg in given if arg.startswith("--config.")]
+  own = [arg for arg in given if arg not in fields]
+  values: Any = tyro.cli(options, args=own, **_SETTINGS)
+  for flag in flags:
+    value = getattr(values, flag)
+    wanted = config_lib.expected(value, _FLAGS[flag][0])
+    if not wanted and isinstance(value, int) and value < 0:
+      wanted = "at least 0"
+    if wanted:
+      raise InputError(f"--{flag}={value}: expected {wanted}")
+  if "fields" in flags or "run_fields" in flags:
+    values.config = _base_config(values)
+  if fields and values.config:
+    args = [arg.replace("config.", "", 1) for arg in fields]
+    values.config = tyro.cli(
+      Config, args=args, default=values.config, **_SETTINGS
     )
   return values
 
 
-def _with_underscores(arg: str) -> str:
-  """Returns an argument whose flag may be written with hyphens."""
-  if not arg.startswith("--"):
-    return arg
-  name, equals, value = arg[2:].partition("=")
-  return f"--{name.replace('-', '_')}{equals}{value}"
-
-
-def _joined(argv: Iterable[str]) -> list[str]:
-  """Returns `--flag value` as `--flag=value`."""
-  joined: list[str] = []
-  for arg in argv:
-    last = joined[-1] if joined else ""
-    waits = last.startswith("--") and "=" not in last
-    if waits and last[2:] not in _BOOLEANS and not arg.startswith("-"):
-      joined[-1] = f"{last}={arg}"
-    else:
-      joined.append(arg)
-  return joined
-
-
-def _check_config_argument(arg: str) -> None:
-  """Raises InputError for a missing file or an unknown field."""
-  name, _, value = arg.partition("=")
-  if name == "--config" and not pathlib.Path(value.split(":")[0]).is_file():
-    raise InputError(f"--config={value}: no such file; see configs/")
-  if name.startswith("--config."):
-    field = name.removeprefix("--config.")
-    fields = list(config_lib.flatten(Config()))
-    if field not in fields:
-      near = difflib.get_close_matches(field, fields, n=1, cutoff=0.0)[0]
-      raise InputError(
-        f"config.{field}: no such field; did you mean config.{near}?"
-      )
+def _print_overview(*argv: str) -> None:
+  """Prints the help of all commands, or a script that completes them."""
+  with contextlib.suppress(SystemExit):
+    tyro.extras.subcommand_cli_from_dict(
+      {name: _options(name) for name in _COMMANDS},
+      prog="empdg",
+      description="'empdg COMMAND --help' explains a command; --version prints "
+      "the version,\n--completion=SHELL a script for bash, fish or zsh.",
+      args=argv,
+      **_SETTINGS,
+    )
 
 
 def _use_large_pages() -> None:
@@ -381,17 +284,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     The exit status: 0; 1 if a disk, a bucket or another host failed in the
     middle of work, 2 for a mistake in what was given, 130 after Ctrl-C.
   """
-  arguments = list(sys.argv[1:] if argv is None else argv)
-  if not arguments or arguments[0] in ("--help", "-h", "help"):
-    print(_usage())
-    return 0
-  name, *rest = arguments
+  name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
   try:
-    if name not in _COMMANDS:
-      raise InputError(
-        f"unknown command {name!r}; expected one of " + ", ".join(_COMMANDS)
-      )
-    return _COMMANDS[name].run(_parse(name, rest))
+    if name in _COMMANDS:
+      return _function(name)(_parse(name, rest))
+    if name == "--version":
+      print(f"empdg-jax {__version__}")
+    elif name in ("-h", "--help", "help"):
+      _print_overview("--help")
+    elif name.startswith("--completion"):
+      shell = name.partition("=")[2] or " ".join(rest)
+      if wanted := config_lib.expected(shell, Literal["bash", "fish", "zsh"]):
+        raise InputError(f"--completion={shell}: expected {wanted}")
+      _print_overview("--tyro-write-completion", shell, "-")
+    else:
+      near = difflib.get_close_matches(name, _COMMANDS, n=1)
+      hint = f"did you mean {near[0]!r}?" if near else "expected one of "
+      hint += "" if near else ", ".join(_COMMANDS)
+      raise InputError(f"unknown command {name!r}; {hint}")
+    return 0
   except InputError as error:
     print(f"empdg: {error}", file=sys.stderr)
     return config_lib.BAD_INPUT
@@ -403,7 +314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
-  """Is the `empdg` command."""
+  """Runs the `empdg` command and exits."""
+  if {"-h", "--help"} & set(sys.argv):  # As in `empdg train --help | head`.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
   logging.set_verbosity(logging.FATAL)  # Errors are raised, and told once.
   if len(sys.argv) > 1 and sys.argv[1] in ("train", "evaluate", "benchmark"):
     _use_large_pages()
