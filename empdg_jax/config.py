@@ -89,7 +89,7 @@ class DataConfig(SourceConfig):
 
 @dataclasses.dataclass
 class ModelConfig:
-  """Generator (paper, section 4.1; sizes of Lin et al., 2019), discriminators."""
+  """Generator and discriminators (paper, section 4; Lin et al., 2019)."""
 
   # System to build: a key of `models/registry.py`.
   name: str = "empdg_wo_d"
