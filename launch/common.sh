@@ -1,14 +1,15 @@
 # shellcheck shell=bash
-# What the scripts of launch/ share: flags, --dry_run and messages. It is
-# sourced, and runs in the bash 3.2 of macOS as well.
+# Shared by the scripts in launch/, which source it: flags, --dry_run and
+# messages. It must also work in bash 3.2, the version on macOS.
 
 SCRIPT=${SCRIPT:-$(basename "$0")}
-# Exit statuses. EX_TEMPFAIL: saved and stopped, the same command goes on.
+# Exit statuses. 75 is EX_TEMPFAIL: training has saved and stopped, and the same
+# command resumes it.
 # shellcheck disable=SC2034
 TEMPORARY=75
 BAD_INPUT=2
 
-# Ends the script: a mistake in what was given, in one line.
+# Exits with a one-line error message about bad input.
 refuse() {
   echo "$SCRIPT: $*" >&2
   exit "$BAD_INPUT"
@@ -16,10 +17,10 @@ refuse() {
 
 # parse_flags "NAMES" "SWITCHES" ARGUMENT...
 #
-# Sets a variable for every --name=value (or --name value) and a 1 for every
-# switch, COMMAND to the first word that is no flag, and the array REST to what
-# follows `--`. Hyphens and underscores in a flag's name are the same. (A local
-# `name` would hide the variable that a flag --name is to set.)
+# Sets one variable for each --name=value (or --name value), 1 for each switch,
+# COMMAND to the first word that is not a flag, and the array REST to everything
+# after `--`. Flag names may use hyphens or underscores. (The locals start with
+# an underscore, because a local `name` would hide the variable of --name.)
 parse_flags() {
   local _names=" ${1//$'\n'/ } " _switches=" $2 " _argument _flag
   shift 2
@@ -59,7 +60,7 @@ parse_flags() {
   done
 }
 
-# Refuses unless every one of these flags has a value.
+# Exits unless all of these flags have a value.
 need() {
   local _flag
   for _flag; do
@@ -67,8 +68,8 @@ need() {
   done
 }
 
-# need_number LEAST NAME...: refuses unless they are whole numbers, and takes
-# the zeros off their heads, which would make them octal.
+# need_number LEAST NAME...: exits unless these flags are whole numbers, LEAST
+# or more. Strips leading zeros, which bash would read as octal.
 need_number() {
   local _flag least=$1
   shift
@@ -80,7 +81,7 @@ need_number() {
   done
 }
 
-# Prints the comment at the head of the script, which is its help.
+# Prints the comment at the top of the script, which is its help text.
 help_and_exit() {
   awk 'NR > 1 && !/^#/ { exit }
     NR > 1 && !/^#SBATCH/ { sub(/^# ?/, ""); print }' "$0"
@@ -95,8 +96,9 @@ show() {
   echo
 }
 
-# Runs a command, or shows it with --dry_run. One that fails ends the script,
-# with 1: a status of its own, such as 2, would say something of training.
+# Runs a command, or prints it if --dry_run is set. If the command fails, the
+# script exits with 1 rather than the command's own status: 2, for example,
+# would mean bad input to training.
 run() {
   local status=0
   if [[ -n ${dry_run:-} ]]; then
@@ -110,7 +112,8 @@ run() {
   fi
 }
 
-# Prints the `empdg` to run: $EMPDG, the clone's own, or the one on the PATH.
+# Prints the `empdg` to run: $EMPDG, the one in the clone's .venv, or the one on
+# the PATH.
 find_empdg() {
   local own="$1/.venv/bin/empdg"
   if [[ -n ${EMPDG:-} ]]; then

@@ -1,40 +1,43 @@
 #!/usr/bin/env bash
-# Trains on a TPU slice of Google Kubernetes Engine, with plain kubectl: an
-# Indexed Job with a pod on every host of the slice, and a headless Service by
-# which they find each other.
+# Trains on a TPU slice in Google Kubernetes Engine with plain kubectl: an
+# Indexed Job runs one pod on each host of the slice, and the pods find each
+# other through a headless Service.
 #
-# usage: launch/gke.sh COMMAND FLAG... [-- FLAG_OF_EMPDG_TRAIN...]
+# usage: launch/gke.sh COMMAND FLAG... [-- EMPDG_TRAIN_FLAG...]
 #
 # commands:
 #   manifest   print the YAML
-#   submit     apply it. Kubernetes itself starts again what was preempted or
-#              lost its host
-#   resume     for a Job that has ended, or that is to have another image or
-#              other flags: delete it, wait until its pods are gone, submit
+#   submit     apply it; Kubernetes restarts training after a preemption or a
+#              lost host
+#   resume     delete the Job, wait until its pods are gone, and submit it
+#              again: after it has ended, or to change its image or flags
 #   status     show the Job and its pods
 #   logs       show the output of a worker's newest pod: --worker=N, --follow
-#   delete     delete the Job and the Service; pods save and end
+#   delete     delete the Job and the Service; the pods save and exit
 #
 # flags:
-#   --name=empdg           of the Job
-#   --namespace=           of Kubernetes (kubectl's current one)
-#   --image=               built from launch/Dockerfile (for manifest, submit,
-#                          resume)
+#   --name=empdg           name of the Job
+#   --namespace=           Kubernetes namespace (default: kubectl's current one)
+#   --image=               image built from launch/Dockerfile (required by
+#                          manifest, submit and resume)
 #   --accelerator=tpu-v5-lite-podslice
-#   --topology=4x4         of the node pool; hosts = chips / chips_per_host
+#   --topology=4x4         topology of the node pool; hosts = chips /
+#                          chips_per_host
 #   --chips_per_host=4
-#   --workdir=             gs://BUCKET/PATH (for manifest, submit, resume)
-#   --shared_disk          --workdir is a path that all pods share, for a Job
-#                          into which you mount one
+#   --workdir=             gs://BUCKET/PATH (required by manifest, submit and
+#                          resume)
+#   --shared_disk          --workdir is a path on a disk that all pods share;
+#                          edit the manifest to mount it
 #   --config=configs/pod.py:CHIPS
-#   --service_account=     of Kubernetes; it may write to the bucket
-#   --max_restarts=10      after lost hosts; preemptions do not count
+#   --service_account=     Kubernetes service account that can write to the
+#                          bucket
+#   --max_restarts=10      restarts after lost hosts; preemptions do not count
 #   --worker=0 --follow    for logs
-#   --dry_run              print the commands alone
-#   --help                 this text
+#   --dry_run              only print the commands
+#   --help                 print this text
 #
-# It needs kubectl with access to a cluster of Kubernetes 1.31 or newer, and a
-# TPU node pool of the accelerator and topology.
+# Requires kubectl with access to a cluster running Kubernetes 1.31 or newer,
+# and a TPU node pool with the given accelerator and topology.
 #
 # examples:
 #   launch/gke.sh manifest --image=IMAGE --workdir=gs://BUCKET/pod
@@ -52,12 +55,12 @@ max_restarts=10 worker=0 follow='' dry_run=''
 parse_flags 'name namespace image accelerator topology chips_per_host workdir
  config service_account max_restarts worker' 'shared_disk follow dry_run' "$@"
 if ! [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]]; then
-  refuse "--topology=$topology: expected chips as in 4x4 or 2x2x4"
+  refuse "--topology=$topology: expected a topology such as 4x4 or 2x2x4"
 fi
 need_number 1 chips_per_host
 need_number 0 max_restarts worker
 if ! [[ $name =~ ^[a-z]([-a-z0-9]{0,50}[a-z0-9])?$ ]]; then
-  refuse "--name=$name: expected small letters, digits and hyphens"
+  refuse "--name=$name: expected lowercase letters, digits and hyphens"
 fi
 
 chips=$((${topology//x/ * }))
@@ -71,7 +74,7 @@ kubectl_run() {
   run kubectl ${namespace:+"--namespace=$namespace"} "$@"
 }
 
-# A string of YAML in single quotes.
+# Prints a YAML string in single quotes.
 yaml() { printf "'%s'" "${1//\'/\'\'}"; }
 
 manifest() {
@@ -86,7 +89,7 @@ metadata:
 ${namespace:+  namespace: $(yaml "$namespace")
 }spec:
   clusterIP: None
-  publishNotReadyAddresses: true  # They must meet before they are ready.
+  publishNotReadyAddresses: true  # Hosts must connect before they are ready.
   selector:
     job-name: $name
 ---
@@ -99,27 +102,27 @@ ${namespace:+  namespace: $(yaml "$namespace")
   completionMode: Indexed
   completions: $hosts
   parallelism: $hosts
-  # A host that is lost after the end need not come back.
+  # A host lost after training has finished need not come back.
   successPolicy:
     rules:
       - succeededIndexes: "0"
-  # A lost host ends all the others, each with a failure of its own.
+  # A lost host makes all others fail too, and each failure counts.
   backoffLimit: $((hosts * max_restarts))
-  # The old pod must be gone before a new one takes its place in the slice.
+  # A new pod needs the place of the old one in the slice, so wait for its end.
   podReplacementPolicy: Failed
   podFailurePolicy:
     rules:
-      # A preemption, whatever its exit status, is no failure.
+      # A preemption is not a failure, whatever the exit status.
       - action: Ignore
         onPodConditions:
           - type: DisruptionTarget
-      # Saved and stopped: start again.
+      # Saved and stopped: restart.
       - action: Ignore
         onExitCodes:
           containerName: train
           operator: In
           values: [$TEMPORARY]
-      # Something given is wrong: do not.
+      # Bad input: do not restart.
       - action: FailJob
         onExitCodes:
           containerName: train
@@ -138,7 +141,7 @@ ${service_account:+      serviceAccountName: $(yaml "$service_account")
         cloud.google.com/gke-tpu-accelerator: $(yaml "$accelerator")
         cloud.google.com/gke-tpu-topology: $(yaml "$topology")
       securityContext:
-        runAsUser: 0  # The TPU's device files are root's.
+        runAsUser: 0  # Root owns the TPU's device files.
       containers:
         - name: train
           image: $(yaml "$image")
@@ -149,8 +152,8 @@ YAML
   done
   cat <<YAML
           ports:
-            - containerPort: 8471  # The TPU runtime's.
-            - containerPort: 8482  # The coordinator's of JAX.
+            - containerPort: 8471  # TPU runtime.
+            - containerPort: 8482  # JAX coordinator.
           resources:
             requests:
               google.com/tpu: $chips_per_host
@@ -163,11 +166,11 @@ case $COMMAND in
   manifest | submit | resume)
     need image workdir
     if [[ $workdir != gs://* && -z $shared_disk ]]; then
-      refuse "--workdir=$workdir: a pod's own disk does not outlive it; give" \
+      refuse "--workdir=$workdir: a pod's own disk is deleted with it; give" \
         "gs://BUCKET/PATH, or --shared_disk if all pods mount this path"
     fi
     if [[ $COMMAND == resume ]]; then
-      # In the foreground the Job is gone only after its pods.
+      # With foreground deletion, the Job is deleted only after its pods.
       kubectl_run delete job "$name" --ignore-not-found --cascade=foreground \
         --wait
     fi
@@ -184,7 +187,7 @@ case $COMMAND in
     kubectl_run get job,pods "--selector=job-name=$name" --output=wide
     ;;
   logs)
-    # A worker that was started again has several pods.
+    # A restarted worker has several pods.
     selector=job-name=$name,batch.kubernetes.io/job-completion-index=$worker
     pods=$(kubectl_run get pods "--selector=$selector" \
       --sort-by=.metadata.creationTimestamp --output=name)
@@ -202,6 +205,6 @@ case $COMMAND in
   delete)
     kubectl_run delete job,service "$name" --ignore-not-found
     ;;
-  '') refuse "no command is given; see $SCRIPT --help" ;;
+  '') refuse "no command given; see $SCRIPT --help" ;;
   *) refuse "unknown command '$COMMAND'; see $SCRIPT --help" ;;
 esac

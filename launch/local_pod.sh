@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# Runs an `empdg` command in several processes of this machine, each with
-# several devices (of the processor): the rehearsal of a pod.
+# Rehearses a pod on this machine: runs an `empdg` command in several processes,
+# each with several CPU devices.
 #
-# usage: launch/local_pod.sh [FLAG...] -- COMMAND_OF_EMPDG...
+# usage: launch/local_pod.sh [FLAG...] -- EMPDG_COMMAND...
 #
 # flags:
-#   --processes=2          how many hosts to play
-#   --devices=4            devices of each
-#   --logdir=runs/local_pod   each host's output, in host-I.log
-#   --grace=130            seconds between SIGTERM and SIGKILL: after Ctrl-C,
-#                          and for the others when one process fails
-#   --dry_run              print the commands alone
-#   --help                 this text
+#   --processes=2             number of simulated hosts
+#   --devices=4               devices per host
+#   --logdir=runs/local_pod   folder for each host's output, host-I.log
+#   --grace=130               seconds from SIGTERM to SIGKILL, after Ctrl-C or
+#                             once a process has failed
+#   --dry_run                 only print the commands
+#   --help                    print this text
 #
-# Ctrl-C and SIGTERM are handed on as SIGTERM: training saves, and the same
-# command goes on from there. A second one kills what still runs, and so does
-# --grace. The exit status is that of the first process that failed or was
-# killed, or 0. EMPDG is the command (the clone's .venv/bin/empdg, or empdg).
+# Ctrl-C and SIGTERM reach the processes as SIGTERM: training saves and stops,
+# and the same command resumes it. Processes still running at a second signal,
+# or after --grace seconds, are killed. The exit status is that of the first
+# process that failed or was killed, otherwise 0. The environment variable EMPDG
+# sets the command to run (default: the clone's .venv/bin/empdg, or else empdg).
 #
 # examples:
 #   launch/local_pod.sh --processes=2 --devices=4 -- \
@@ -33,7 +34,7 @@ parse_flags 'processes devices logdir grace' dry_run "$@"
 [[ -z $COMMAND ]] || refuse "unexpected argument '$COMMAND'; write it after --"
 need_number 1 processes devices
 need_number 0 grace
-((${#REST[@]})) || refuse "no command is given; write it after --"
+((${#REST[@]})) || refuse "no command given; write it after --"
 
 empdg=$(find_empdg "$root")
 python=python3
@@ -42,7 +43,7 @@ port=$("$python" -c 'import socket
 s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 device_flag=--xla_force_host_platform_device_count=$devices
 
-# Sets `command` to that of one process.
+# Sets `command` to the command of one process.
 command_of() {
   command=(
     env JAX_PLATFORMS=cpu PYTHONUNBUFFERED=1
@@ -68,14 +69,15 @@ mkfifo "$folder/pipe"
 
 pids=()
 running=()
-# signal_all SIGNAL [-]: to all that run; with `-`, to their children as well.
+# signal_all SIGNAL [-]: signals all running processes; with `-`, their children
+# as well.
 signal_all() {
   local i
   for ((i = 0; i < ${#pids[@]}; i++)); do
     [[ -z ${running[i]} ]] || kill "-$1" -- "$2${pids[i]}" 2>/dev/null || true
   done
 }
-# Asks all that run to save and stop, and sets when they are killed.
+# Asks all running processes to save and stop, and sets the time to kill them.
 stop_all() {
   signal_all TERM ''
   : "${deadline:=$((SECONDS + grace))}"
@@ -83,12 +85,12 @@ stop_all() {
 signals=0
 trap 'signals=$((signals + 1))' INT TERM
 
-# Both ends are open first: to open one alone waits for the other, for ever if
-# the first process is killed before it has.
+# Open both ends of the pipe here: opening just one blocks until the other is
+# open, which is forever if the first process is killed before it opens its own.
 exec 3<>"$folder/pipe"
 exec 4<"$folder/pipe"
-# In a process group of their own, so that Ctrl-C reaches them once: a second
-# signal would end them before they have saved.
+# Each process gets its own process group, so that Ctrl-C does not reach it
+# directly as well: a second signal would end it before it has saved.
 set -m
 (
   trap '' INT TERM
@@ -115,7 +117,8 @@ left=$processes
 while ((left)); do
   if ((signals)) && [[ -z $stopping ]]; then
     stopping=1
-    echo "$SCRIPT: asked to save and stop; again ends them at once" >&2
+    echo "$SCRIPT: processes asked to save and stop; a second signal kills" \
+      "them" >&2
     stop_all
   fi
   ((signals < 2)) || deadline=$SECONDS
@@ -130,16 +133,16 @@ while ((left)); do
     if ((status && !first_failure)); then
       first_failure=$status
       echo "$SCRIPT: process $i failed with status $status, see" \
-        "$logdir/host-$i.log; the others are ended" >&2
+        "$logdir/host-$i.log; stopping the others" >&2
       stop_all
     fi
   done
   if [[ -n $deadline && -z $killed ]] && ((left && SECONDS >= deadline)); then
-    echo "$SCRIPT: killing what still runs" >&2
+    echo "$SCRIPT: killing the processes still running" >&2
     signal_all KILL -
     killed=1
   fi
-  ((left == 0)) || sleep 0.1 || true  # Ctrl-C ends it too.
+  ((left == 0)) || sleep 0.1 || true  # Ctrl-C interrupts sleep.
 done
 while kill -0 "$tee" 2>/dev/null; do wait "$tee" || true; done
 exit "$first_failure"

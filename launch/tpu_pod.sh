@@ -1,46 +1,47 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice, held as a queued resource.
+# Trains on a Cloud TPU slice, which it requests as a queued resource.
 #
-# usage: launch/tpu_pod.sh COMMAND FLAG... [-- FLAG_OF_EMPDG_TRAIN...]
+# usage: launch/tpu_pod.sh COMMAND FLAG... [-- EMPDG_TRAIN_FLAG...]
 #
 # commands:
-#   create   queue for the slice: --spot or on demand
-#   wait     until it is ACTIVE; shows its state and the seconds
-#   setup    when ssh answers on all workers (ten tries), send HEAD of this
+#   create   request the slice, --spot or on demand
+#   wait     wait until it is ACTIVE, printing its state and the elapsed seconds
+#   setup    wait for ssh on all workers (ten tries), then copy HEAD of this
 #            clone to them and install it
-#   train    start on all workers; goes on without this terminal
-#   status   the slice's state, and that of training on every worker
-#   logs     a worker's output: --worker=N, --follow
-#   stop     SIGTERM to training on all workers, which saves (end `run` before:
-#            it would resume)
+#   train    start training on all workers; it continues without this terminal
+#   status   print the state of the slice, and of training on each worker
+#   logs     print the output of a worker: --worker=N, --follow
+#   stop     send SIGTERM to training on all workers, which saves and stops (end
+#            `run` first, or it will resume training)
 #   resume   after a preemption: delete what is left of the slice, then create,
-#            wait, setup, train; the run goes on from its checkpoint
-#   run      create, wait, setup, train; then poll, and resume after every
-#            preemption or lost host until training is over. It bears calls
-#            that fail, but not three starts in a row. Ctrl-C ends the polling
-#            alone; `resume` or `run` takes it up again
-#   delete   give the slice back. Until then it costs, training or not
+#            wait, setup and train; training resumes from its checkpoint
+#   run      create, wait, setup and train; then poll, and resume after each
+#            preemption or lost host until training has finished. Retries failed
+#            calls; gives up after three failed starts in a row. Ctrl-C only
+#            ends the polling; `resume` or `run` picks it up again
+#   delete   delete the slice; until then you pay for it, training or not
 #
 # flags:
-#   --name=           of the queued resource and of the slice (required)
-#   --zone=           of Google Cloud, where there is quota (required)
-#   --project=        (gcloud's own)
-#   --type=           such as v5litepod-16 (for create, train, resume, run)
-#   --runtime=        (by type: v2-alpha-tpuv5-lite for v5litepod,
-#                     v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for v6e,
-#                     tpu-ubuntu2204-base for v4)
-#   --spot            cheaper, and preempted at any time
-#   --workdir=        gs://BUCKET/PATH (for train, resume, run)
-#   --shared_disk     --workdir is a path that all workers share
-#   --config=         (configs/pod.py:CHIPS)
-#   --poll=30         seconds between two looks or tries
-#   --max_restarts=20 how often run resumes
+#   --name=           name of the queued resource and of the slice (required)
+#   --zone=           Google Cloud zone in which you have quota (required)
+#   --project=        Google Cloud project (default: gcloud's own)
+#   --type=           slice type, such as v5litepod-16 (required by create,
+#                     train, resume and run)
+#   --runtime=        runtime version (default: by type, v2-alpha-tpuv5-lite for
+#                     v5litepod, v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for
+#                     v6e, tpu-ubuntu2204-base for v4)
+#   --spot            cheaper, but can be preempted at any time
+#   --workdir=        gs://BUCKET/PATH (required by train, resume and run)
+#   --shared_disk     --workdir is a path on a disk that all workers share
+#   --config=         configuration (default: configs/pod.py:CHIPS)
+#   --poll=30         seconds between polls or retries
+#   --max_restarts=20 how many times `run` resumes
 #   --worker=0 --follow   for logs
-#   --dry_run         print the commands alone
-#   --help            this text
+#   --dry_run         only print the commands
+#   --help            print this text
 #
-# It needs gcloud, authenticated and with a project; quota for the type in the
-# zone; and a bucket to which the service account of the slice may write.
+# Requires gcloud, authenticated and with a project; quota for the type in the
+# zone; and a bucket that the slice's service account can write to.
 #
 # examples:
 #   launch/tpu_pod.sh run --name=empdg --zone=us-west4-a --type=v5litepod-16 \
@@ -58,7 +59,7 @@ config='' poll=30 max_restarts=20 worker=0 follow='' dry_run=''
 parse_flags 'name zone project type runtime workdir config poll max_restarts
  worker' 'spot shared_disk follow dry_run' "$@"
 
-[[ -n $COMMAND ]] || refuse "no command is given; see $SCRIPT --help"
+[[ -n $COMMAND ]] || refuse "no command given; see $SCRIPT --help"
 case $COMMAND in
   create) need name zone type ;;
   train | resume | run) need name zone type workdir ;;
@@ -68,18 +69,18 @@ esac
 need_number 0 poll max_restarts
 [[ $worker == all ]] || need_number 0 worker
 
-trap 'exit 130' INT  # Whatever status gcloud ends with after Ctrl-C.
+trap 'exit 130' INT  # gcloud's own status after Ctrl-C varies.
 
 several_hosts=
 if [[ -n $type ]]; then
   if ! [[ $type =~ ^(v[0-9]+[a-z]*)-([0-9]+)$ ]]; then
-    refuse "--type=$type: expected one such as v5litepod-16"
+    refuse "--type=$type: expected a type such as v5litepod-16"
   fi
   generation=${BASH_REMATCH[1]}
   chips=$((10#${BASH_REMATCH[2]}))
-  # All generations have up to 8 of what the type counts on one host.
+  # In all generations, types up to 8 (chips or cores) have a single host.
   ((chips <= 8)) || several_hosts=1
-  # The types of v4 and v5p count cores, of which a chip has two.
+  # The v4 and v5p types count cores, two per chip.
   case $generation in
     v4 | v5p) chips=$((chips / 2)) ;;
   esac
@@ -110,9 +111,9 @@ on_workers() {
     "--command=$2"
 }
 
-# look STATE_OF_DRY_RUN: sets `state`, the queued resource's, or NONE if there
-# is none. Fails if gcloud does.
-look() {
+# get_state DRY_RUN_STATE: sets `state` to the state of the queued resource, or
+# to NONE if it does not exist. Fails if gcloud fails.
+get_state() {
   local errors status=0
   local describe=(
     "${queued[@]}" describe "$name" "${place[@]}" '--format=value(state.state)'
@@ -135,10 +136,10 @@ look() {
   fi
 }
 
-# Looks again where that fails, up to three times.
-look_thrice() {
+# Tries up to three times to get the state.
+get_state_or_retry() {
   local tries=1
-  until look "$1"; do
+  until get_state "$1"; do
     ((tries < 3)) || return 1
     tries=$((tries + 1))
     sleep "$poll"
@@ -150,11 +151,11 @@ create() {
     "--accelerator-type=$type" "--runtime-version=$runtime" ${spot:+--spot}
 }
 
-# Waits for the slice. Fails if it will never come.
+# Waits for the slice. Fails if it can no longer become ACTIVE.
 wait_until_active() {
   local began=$SECONDS
   while :; do
-    look_thrice ACTIVE
+    get_state_or_retry ACTIVE
     [[ -n $dry_run ]] || echo "$name: $state, $((SECONDS - began)) s"
     case $state in
       ACTIVE) return ;;
@@ -167,13 +168,13 @@ wait_until_active() {
   done
 }
 
-# A slice is ACTIVE some time before its workers let anybody in.
+# A slice becomes ACTIVE some time before its workers accept connections.
 wait_for_ssh() {
   local tries=1
   until (on_workers all true); do
     ((tries < 10)) || return 1
     tries=$((tries + 1))
-    echo "$name: waiting until ssh answers on all workers, try $tries of 10"
+    echo "$name: waiting for ssh on all workers, try $tries of 10"
     sleep "$poll"
   done
 }
@@ -184,13 +185,13 @@ setup() {
   [[ -n $dry_run ]] || folder=$(mktemp -d)
   archive=$folder/empdg.tar.gz
   if [[ -z $dry_run && -n $(git -C "$root" status --porcelain 2>&1) ]]; then
-    echo "$SCRIPT: HEAD is sent, without changes that are not committed" >&2
+    echo "$SCRIPT: sending HEAD, without the uncommitted changes" >&2
   fi
   run git -C "$root" archive --format=tar.gz "--output=$archive" HEAD
   run gcloud compute tpus tpu-vm scp "$archive" "$name:" "${place[@]}" \
     --worker=all
   [[ -n $dry_run ]] || rm -r "$folder"
-  # The images have Python 3.10; `uv` brings its own.
+  # The images have Python 3.10; `uv` installs 3.12.
   on_workers all "set -e
 mkdir -p empdg
 tar -xzf empdg.tar.gz -C empdg
@@ -201,8 +202,8 @@ python3 -m uv pip install --quiet --python .venv/bin/python \
 -c constraints.txt -e '.[tpu,gcs]'"
 }
 
-# On a worker: prints `training=`: running, none, or the status it ended with.
-# A process that runs holds the lock, whatever became of its parents.
+# Runs on a worker; prints `training=` with running, none, or the exit status. A
+# running process holds the lock, even if its parents are gone.
 # shellcheck disable=SC2016
 probe='cd empdg 2>/dev/null || { echo "training=none $(hostname)"; exit 0; }
 if ! flock -n train.lock true; then echo "training=running $(hostname)"
@@ -210,23 +211,24 @@ elif [ -s train.status ]; then echo "training=$(cat train.status) $(hostname)"
 else echo "training=none $(hostname)"; fi'
 
 # Sets `training` to what the workers print.
-look_at_training() {
+probe_training() {
   if [[ -n $dry_run ]]; then
     on_workers all "$probe"
     training=$1
     return
   fi
   training=$(on_workers all "$probe" 2>/dev/null) || return 1
-  training=$(grep '^training=' <<<"$training")  # Fails if nobody said any.
+  training=$(grep '^training=' <<<"$training")  # Fails if no worker printed it.
 }
 
-some_run() { [[ $training == *training=running* ]]; }
+any_running() { [[ $training == *training=running* ]]; }
 
 train() {
-  look_at_training 'training=none' ||
-    on_workers all "$probe"  # Again, to say what is wrong.
-  if some_run; then
-    echo "$SCRIPT: training runs on $name already; see status, logs, stop" >&2
+  probe_training 'training=none' ||
+    on_workers all "$probe"  # Again, to show the error.
+  if any_running; then
+    echo "$SCRIPT: training is already running on $name; see status, logs," \
+      "stop" >&2
     exit 1
   fi
   local command=(
@@ -234,33 +236,33 @@ train() {
     ${several_hosts:+--coordinator_address=auto}
     ${REST[@]+"${REST[@]}"}
   )
-  # Away from the terminal's session, so that a lost connection does not end
-  # it. What holds the lock is outside of what `stop` signals.
+  # In a session of its own, so that a lost connection does not end it. The
+  # process that holds the lock is not the one that `stop` signals.
   local detached
   detached="$(show "${command[@]}") & echo \$! > train.pid; wait \$!"
   detached+='; echo $? > train.status'
   on_workers all "set -e
 cd empdg
-flock -n train.lock true || { echo 'training runs already' >&2; exit 1; }
+flock -n train.lock true || { echo 'training is already running' >&2; exit 1; }
 rm -f train.status train.pid
 nohup setsid flock -n train.lock bash -c $(printf %q "$detached") \
 > train.log 2>&1 < /dev/null &
 sleep 1
 [ -s train.pid ]"
-  [[ -n $dry_run ]] || echo "Training runs on $name; see status and logs"
+  [[ -n $dry_run ]] || echo "Training has started on $name; see status and logs"
 }
 
 delete() {
   run "${queued[@]}" delete "$name" "${place[@]}" --force --quiet
 }
 
-# resume STATE_OF_DRY_RUN: from whatever state the slice is in to training.
+# resume DRY_RUN_STATE: starts training, whatever state the slice is in.
 resume() {
-  look_thrice "$1"
+  get_state_or_retry "$1"
   while [[ $state == SUSPENDING || $state == DELETING ]]; do
     echo "$name: $state"
     sleep "$poll"
-    look_thrice "$1"
+    get_state_or_retry "$1"
   done
   case $state in
     NONE) create ;;
@@ -269,13 +271,13 @@ resume() {
       create
       ;;
     ACTIVE)
-      wait_for_ssh  # What runs there must not be set up again.
-      if ! look_at_training 'training=none'; then
-        echo "$SCRIPT: workers of $name do not answer" >&2
+      wait_for_ssh  # Do not run setup under a running process.
+      if ! probe_training 'training=none'; then
+        echo "$SCRIPT: workers of $name do not respond" >&2
         return 1
       fi
-      if some_run; then
-        echo "Training runs on $name already"
+      if any_running; then
+        echo "Training is already running on $name"
         return
       fi
       ;;
@@ -297,17 +299,17 @@ attempt() {
   set -e
 }
 
-# Polls until training is over (0), something given is wrong (2), or it must be
-# started again (75).
+# Polls until training has finished (0), its input was bad (2), or it must be
+# restarted (75).
 watch() {
   local unreachable=0 shown='' now
   while :; do
-    look_thrice ACTIVE || return "$TEMPORARY"
+    get_state_or_retry ACTIVE || return "$TEMPORARY"
     if [[ $state != ACTIVE ]]; then
       echo "$SCRIPT: $name is $state" >&2
       return "$TEMPORARY"
     fi
-    if look_at_training 'training=0'; then
+    if probe_training 'training=0'; then
       unreachable=0
       now=$(sed -n 's/^training=\([^ ]*\).*/\1/p' <<<"$training" |
         sort | uniq -c | tr -s ' \n' ' ')
@@ -315,24 +317,24 @@ watch() {
       shown=$now
       if grep -q "^training=$BAD_INPUT " <<<"$training"; then
         return "$BAD_INPUT"
-      elif ! some_run; then
+      elif ! any_running; then
         if grep -qv '^training=0\b' <<<"$training"; then
           return "$TEMPORARY"
         fi
         return 0
       fi
     else
-      # A preemption takes the workers first, the state follows.
+      # In a preemption, the workers go first and the state changes later.
       unreachable=$((unreachable + 1))
-      echo "$SCRIPT: workers of $name do not answer" >&2
+      echo "$SCRIPT: workers of $name do not respond" >&2
       ((unreachable < 3)) || return "$TEMPORARY"
     fi
     sleep "$poll"
   done
 }
 
-# Creates, trains and resumes until training is over.
-run_to_the_end() {
+# Creates, trains and resumes until training has finished.
+run_until_finished() {
   local restarts=0 failures=0 trained=''
   while :; do
     attempt resume NONE
@@ -342,21 +344,21 @@ run_to_the_end() {
       case $status in
         0)
           [[ -n $dry_run ]] ||
-            echo "Training is over. Now: $SCRIPT delete --name=$name" \
+            echo "Training has finished. Next: $SCRIPT delete --name=$name" \
               "--zone=$zone"
           return
           ;;
         "$BAD_INPUT")
-          echo "$SCRIPT: training ended with $BAD_INPUT; see $SCRIPT logs" >&2
+          echo "$SCRIPT: training exited with $BAD_INPUT; see $SCRIPT logs" >&2
           return "$BAD_INPUT"
           ;;
         "$TEMPORARY") ;;
         *) return "$status" ;;
       esac
     else
-      look ACTIVE || state=UNKNOWN
+      get_state ACTIVE || state=UNKNOWN
       case $state in
-        # Before anything has trained there, it was refused.
+        # Nothing has trained yet, so the request itself was refused.
         NONE | FAILED) [[ -n $trained ]] || return 1 ;;
       esac
       case $state in
@@ -364,8 +366,8 @@ run_to_the_end() {
         *)
           failures=$((failures + 1))
           if ((failures == 3)); then
-            echo "$SCRIPT: three starts in a row failed; mend what is said" \
-              "above, then run it again" >&2
+            echo "$SCRIPT: three starts in a row failed; fix the error" \
+              "above, then run this again" >&2
             return 1
           fi
           ;;
@@ -373,8 +375,8 @@ run_to_the_end() {
       sleep "$poll"
     fi
     if ((restarts >= max_restarts)); then
-      echo "$SCRIPT: --max_restarts=$max_restarts is reached; resume goes on" \
-        >&2
+      echo "$SCRIPT: reached --max_restarts=$max_restarts; use resume to" \
+        "continue" >&2
       return 1
     fi
     restarts=$((restarts + 1))
@@ -385,9 +387,9 @@ run_to_the_end() {
 case $COMMAND in
   wait) wait_until_active ;;
   resume) resume SUSPENDED ;;
-  run) run_to_the_end ;;
+  run) run_until_finished ;;
   status)
-    look ACTIVE
+    get_state ACTIVE
     [[ -n $dry_run ]] || echo "$name: $state"
     [[ $state != ACTIVE ]] || on_workers all "$probe"
     ;;
@@ -397,7 +399,7 @@ case $COMMAND in
   stop)
     # shellcheck disable=SC2016
     on_workers all 'cd empdg
-if flock -n train.lock true; then echo "no training runs"
+if flock -n train.lock true; then echo "training is not running"
 else kill -TERM "$(cat train.pid)" && echo "asked to save and stop"; fi'
     ;;
   *) "$COMMAND" ;;

@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
-# Runs `empdg train` for a scheduler that must know whether training is over.
+# Runs `empdg train` for a scheduler that must know whether training has
+# finished.
 #
-# usage: launch/train.sh [--dry_run] FLAG_OF_EMPDG_TRAIN...
+# usage: launch/train.sh [--dry_run] EMPDG_TRAIN_FLAG...
 #
 # exit status:
-#   0   training has come to its end
-#   75  it was asked to stop (SIGTERM) and has saved: start it again
-#   2   something given is wrong: do not start it again
-#   *   that of `empdg train`; 1 or an abort after a lost host: start it again
+#   0   training has finished
+#   75  training was asked to stop (SIGTERM) and has saved: restart it
+#   2   bad input: do not restart it
+#   *   the status of `empdg train`; 1 or an abort after a lost host: restart it
 #
 # flags:
-#   --dry_run   print the command alone
-#   --help      this text; `empdg train --help` explains the other flags
+#   --dry_run   only print the command
+#   --help      print this text; `empdg train --help` explains the other flags
 #
 # environment:
-#   EMPDG           the command (the clone's .venv/bin/empdg, or empdg)
-#   EMPDG_MEETINGS  how often hosts try to meet, two minutes each (5)
+#   EMPDG           the command to run (default: the clone's .venv/bin/empdg, or
+#                   else empdg)
+#   EMPDG_MEETINGS  how many times the hosts try to connect to each other, two
+#                   minutes each (default: 5)
 #
 # examples:
 #   launch/train.sh --config=configs/quickstart.py --workdir=runs/quickstart
@@ -45,19 +48,19 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 mkfifo "$folder/pipe"
 
-# A scheduler's SIGTERM may reach this process alone; it is handed on. (Where it
-# reaches all processes, `empdg` takes the second one calmly.) Ctrl-C reaches
+# A scheduler may send SIGTERM to this process only, so forward it. (If the
+# signal reaches all processes, `empdg` ignores the second one.) Ctrl-C reaches
 # both.
 child=
 stopping=
-hand_on() {
+forward_sigterm() {
   stopping=1 interrupted=1
   [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
 }
-trap hand_on TERM
+trap forward_sigterm TERM
 trap 'interrupted=1' INT
 
-# Sets `status` to that of a process. A signal interrupts `wait` alone.
+# Waits for a process and sets `status`. Loops because signals interrupt `wait`.
 wait_for() {
   local found
   status=127
@@ -70,33 +73,34 @@ wait_for() {
 }
 
 train_once() {
-  # `tee` must outlive the signals, to write what is said after them.
+  # `tee` ignores signals, so that it copies the output that follows them.
   (
     trap '' INT TERM
     exec tee "$folder/log" <"$folder/pipe"
   ) &
   local tee=$!
-  # bash would have background processes ignore Ctrl-C.
+  # By default, background processes of bash ignore Ctrl-C.
   (
     trap - INT TERM
     exec env PYTHONUNBUFFERED=1 "${command[@]}"
   ) >"$folder/pipe" 2>&1 &
   child=$!
-  [[ -z $stopping ]] || hand_on  # The signal came before there was a child.
+  [[ -z $stopping ]] || forward_sigterm  # Signalled before the child started.
   wait_for "$child"
   child=
-  local of_empdg=$status
+  local empdg_status=$status
   wait_for "$tee"
-  status=$of_empdg
+  status=$empdg_status
 }
 
-said() { grep -q "^$1" "$folder/log"; }
+printed() { grep -q "^$1" "$folder/log"; }
 
-# Hosts of a pod do not start at the same time: nobody there yet is no mistake.
+# The hosts of a pod do not start at the same time: waiting for the others is
+# not bad input.
 meetings=$((10#${EMPDG_MEETINGS:-5}))
 while :; do
   train_once
-  if ((status != BAD_INPUT)) || ! said '.*the hosts have not met'; then
+  if ((status != BAD_INPUT)) || ! printed '.*the hosts have not met'; then
     break
   fi
   status=1
@@ -104,9 +108,9 @@ while :; do
   if ((meetings <= 0)) || [[ -n $stopping ]]; then break; fi
 done
 
-if ((status == 0)) && ! said 'Next: empdg evaluate'; then
+if ((status == 0)) && ! printed 'Next: empdg evaluate'; then
   status=$TEMPORARY
 elif [[ -n $stopping ]] && ((status == 143)); then
-  status=$TEMPORARY  # It was stopped before there was anything to save.
+  status=$TEMPORARY  # Stopped before there was anything to save.
 fi
 exit "$status"
