@@ -26,9 +26,10 @@ class Metric:
     decimals: The number of decimal places, wherever it is printed.
     needs: The fields of a prediction line that it needs besides `response`.
     sums: By name, an example's share of a sum, a number or an array `[k]`.
-    finish: Computes the metric from the sums, the numbers of distinct types
-      and `vocab_size`, by name. A total is a number (or `[k]`) for a corpus
-      and `[replicates]` (or `[replicates, k]`) in a bootstrap.
+    finish: Computes the metric from totals: the sums and the numbers of
+      distinct types by name, and the numbers `examples` and `vocab_size`. A
+      total is a number (or `[k]`) for a corpus and `[replicates]` (or
+      `[replicates, k]`) in a bootstrap.
     types: By name, the items of an example whose distinct ones are counted.
     rank: Its place in `metrics.json`; equal ranks follow the tables.
     null: Whether `metrics.json` has a null if a line lacks a field. Other
@@ -132,22 +133,13 @@ def _bleu(counts: npt.ArrayLike) -> np.ndarray:
   """Returns corpus BLEU of summed counts, `[..., 10]` -> `[...]`."""
 
   def score(row: np.ndarray) -> float:
-    *ngram_counts, length, of_reference = row.astype(int).tolist()
-    # compute_bleu does not smooth unless told to, unlike corpus_bleu.
+    found = row.astype(int).tolist()
+    # compute_bleu does not smooth by default, but corpus_bleu does.
     return BLEU.compute_bleu(
-      ngram_counts[:4],
-      ngram_counts[4:],
-      length,
-      of_reference,
-      smooth_method="exp",
+      found[:4], found[4:8], found[8], found[9], smooth_method="exp"
     ).score
 
   return np.apply_along_axis(score, -1, counts)
-
-
-def _one(line: Line) -> int:
-  del line
-  return 1
 
 
 # Tables show metrics in this order. Validation during training sums `nll`,
@@ -158,10 +150,7 @@ METRICS: dict[str, Metric] = {
     "accuracy",
     4,
     ("emotion", "predicted_emotion"),
-    {
-      "emotion_correct": lambda x: x["emotion"] == x["predicted_emotion"],
-      "examples": _one,
-    },
+    {"emotion_correct": lambda x: x["emotion"] == x["predicted_emotion"]},
     lambda t: t["emotion_correct"] / t["examples"],
     rank=2,
     null=True,
@@ -171,7 +160,7 @@ METRICS: dict[str, Metric] = {
     "perplexity, per example",
     2,
     ("nll", "tokens"),
-    {"mean_nll": lambda line: line["nll"] / line["tokens"], "examples": _one},
+    {"mean_nll": lambda line: line["nll"] / line["tokens"]},
     lambda t: np.exp(t["mean_nll"] / t["examples"]),
     rank=1,
   ),
@@ -198,7 +187,7 @@ METRICS: dict[str, Metric] = {
     "length",
     1,
     (),
-    {"words": lambda x: len(x["response"].split()), "examples": _one},
+    {"words": lambda line: len(line["response"].split())},
     lambda t: t["words"] / t["examples"],
   ),
 }
@@ -214,7 +203,7 @@ class Contributions(NamedTuple):
 
   Attributes:
     metrics: The metrics whose fields no line lacks, by name.
-    sums: By name, each line's share of a sum.
+    sums: By name, each line's share of a sum; `examples` is always there.
     types: By name, each line's types.
   """
 
@@ -233,10 +222,11 @@ def contributions(lines: Sequence[Line]) -> Contributions:
   # Chained by name, a sum that several metrics share is evaluated once.
   sums = ChainMap(*(metric.sums for metric in metrics.values()))
   types = ChainMap(*(metric.types for metric in metrics.values()))
+  shares = {name: list(map(share, lines)) for name, share in sums.items()}
   return Contributions(
     metrics,
-    {name: [share(line) for line in lines] for name, share in sums.items()},
-    {name: [items(line) for line in lines] for name, items in types.items()},
+    {"examples": [1] * len(lines), **shares},
+    {name: list(map(items, lines)) for name, items in types.items()},
   )
 
 

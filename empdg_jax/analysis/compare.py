@@ -6,7 +6,7 @@ import json
 import pathlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,17 +22,11 @@ from empdg_jax.training.run_folder import Run
 _NEEDED = ("id", "emotion", "reference", "nll", "tokens")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Evaluation:
+class _Evaluation(NamedTuple):
   """A run folder's predictions on a split."""
 
   run: Run
   lines: list[dict[str, Any]]
-
-  @property
-  def where(self) -> str:
-    """The run folder, for messages."""
-    return str(self.run.workdir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,17 +150,17 @@ def _read(workdir: pathlib.Path, split: str) -> _Evaluation:
 
 def _check_comparable(evaluations: Sequence[_Evaluation]) -> None:
   """Raises InputError unless all runs responded to the same examples."""
-  first = evaluations[0]
-  for other in evaluations[1:]:
+  first, *others = evaluations
+  for other in others:
+    pair = f"{first.run.workdir} and {other.run.workdir}"
     sets = [e.run.config.data.example_set for e in (first, other)]
     if sets[0] != sets[1]:
       raise InputError(
-        f"{first.where} and {other.where} have different example sets, "
-        f"{sets[0]!r} and {sets[1]!r}"
+        f"{pair} have different example sets, {sets[0]!r} and {sets[1]!r}"
       )
     if first.run.vocabulary != other.run.vocabulary:
       raise InputError(
-        f"{first.where} and {other.where} have different vocabularies, of "
+        f"{pair} have different vocabularies, of "
         f"{len(first.run.vocabulary):,} and {len(other.run.vocabulary):,} "
         "tokens, and so different perplexities; train both with the same "
         "config.data"
@@ -176,8 +170,7 @@ def _check_comparable(evaluations: Sequence[_Evaluation]) -> None:
         one[name] != two[name] for name in ("id", "reference", "tokens")
       ):
         raise InputError(
-          f"{first.where} and {other.where} answered different examples, from "
-          f"{(one or two)['id']!r} on"
+          f"{pair} answered different examples, from {(one or two)['id']!r} on"
         )
 
 
@@ -292,7 +285,7 @@ def _row(
   row = Row(
     run.config.model.name,
     title,
-    tuple(e.where for e in group),
+    tuple(str(e.run.workdir) for e in group),
     train_state.count_parameters(model),
     figures,
   )
