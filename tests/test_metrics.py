@@ -173,3 +173,15 @@ def test_latex_escapes_and_names_its_package(tmp_path: pathlib.Path) -> None:
   assert r" $\pm$ " in written
   assert "±" not in written
   assert r"\toprule" in written
+
+
+@pytest.mark.parametrize("response", ["a", ""])
+def test_no_bigram_is_no_error(response: str) -> None:
+  """Neither for a corpus nor in replicates, which need no reference either."""
+  lines = [{"id": f"a:{i}:1", "response": response} for i in range(3)]
+  corpus = significance.summarize(lines, 10)
+  drawn = significance.replicate(corpus, np.ones((2, 3), int))
+  values = metrics.text_metrics(lines, 10)
+  assert values["distinct_2"] == values["ead_2"] == 0.0
+  for name, value in drawn.items():
+    np.testing.assert_allclose(value, values[name])

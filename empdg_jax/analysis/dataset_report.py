@@ -101,9 +101,10 @@ def _padding_table(
   for column in table.columns:
     column.justify = "right"
   *rows, (_, (all_batches, all_context, all_target)) = waste.items()
-  for shape, (batches, context, target) in rows:
+  for (*lengths, _), (batches, context, target) in rows:
+    # Without the feedback's length, which is the same for all shapes.
     table.add_row(
-      *map(str, shape), f"{batches:,}", f"{context:.0%}", f"{target:.0%}"
+      *map(str, lengths), f"{batches:,}", f"{context:.0%}", f"{target:.0%}"
     )
   table.add_section()
   table.add_row(
