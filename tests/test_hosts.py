@@ -414,8 +414,9 @@ def test_hosts_must_have_the_same_data(
 
 _IMPATIENT = """
 import sys
-from empdg_jax import main, parallel
-parallel.INITIALIZATION_SECONDS = 1
+from empdg_jax import main
+from empdg_jax.parallel import hosts
+hosts.INITIALIZATION_SECONDS = 1
 sys.exit(main.main(sys.argv[1:]))
 """
 

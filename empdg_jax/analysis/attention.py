@@ -9,12 +9,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from empdg_jax import parallel, storage
+from empdg_jax import storage
 from empdg_jax.config import InputError
 from empdg_jax.data import vocab
 from empdg_jax.inference.respond import Responder
 from empdg_jax.models import registry
 from empdg_jax.models.encoder_decoder import Inputs
+from empdg_jax.parallel import devices
 
 _EMOTIONS_SHOWN = 8
 _EMOTIONAL = "#b2182b"  # The colour of emotional words.
@@ -66,7 +67,7 @@ def attend(responder: Responder, context: Sequence[str]) -> Attended:
     system.config.model, len(system.vocabulary), len(system.emotions)
   )
   outputs: Any = model.apply(
-    {"params": parallel.unreplicate(system.params)},
+    {"params": devices.unreplicate(system.params)},
     Inputs(
       jnp.array([encoded.context]),
       jnp.array([encoded.state]),

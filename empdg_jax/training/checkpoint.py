@@ -75,7 +75,7 @@ class Checkpoints:
     Args:
       kind: `LATEST` or `BEST`.
       step: The run's updates so far.
-      generator: NumPy arrays, as `parallel.unreplicate` gives them.
+      generator: NumPy arrays, as `devices.unreplicate` gives them.
       discriminators: The same of the discriminators, if the system has any.
       progress: A JSON value: where data and training stand.
 

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from empdg_jax import parallel
 from empdg_jax.config import Config
 from empdg_jax.data import prepare
 from empdg_jax.data.pipeline import Batch
+from empdg_jax.parallel import devices
 from empdg_jax.training import checkpoint, steps, train_state, validation
 from empdg_jax.training.checkpoint import Checkpoints
 from empdg_jax.training.trainable import assemble
@@ -81,17 +81,17 @@ class Learner:
   def start(self) -> None:
     """Puts the states on the devices, after which steps can be taken."""
     self.generator_steps = int(self._generator.step)
-    self._generator = parallel.replicate(self._generator)
-    self._discriminators = parallel.replicate(self._discriminators)
-    self._key = parallel.replicate(jax.random.key(self._seed))
+    self._generator = devices.replicate(self._generator)
+    self._discriminators = devices.replicate(self._discriminators)
+    self._key = devices.replicate(jax.random.key(self._seed))
 
   def restore_best(self, checkpoints: Checkpoints) -> None:
     """Goes back to the best generator, on the devices."""
     best = checkpoints.restore_generator(
-      checkpoint.BEST, parallel.unreplicate(self._generator)
+      checkpoint.BEST, devices.unreplicate(self._generator)
     )
     self.generator_steps = int(best.step)
-    self._generator = parallel.replicate(best)
+    self._generator = devices.replicate(best)
 
   def save(
     self,
@@ -104,15 +104,15 @@ class Learner:
     checkpoints.save(
       kind,
       step,
-      parallel.unreplicate(self._generator),
-      parallel.unreplicate(self._discriminators),
+      devices.unreplicate(self._generator),
+      devices.unreplicate(self._discriminators),
       progress,
     )
 
   def mle_step(self, batch: Batch) -> Sums:
     """Takes one step of maximum likelihood on this host's rows."""
     self._generator, sums = self._p_steps.mle(
-      self._generator, parallel.shard(batch), self._key
+      self._generator, devices.shard(batch), self._key
     )
     self.generator_steps += 1
     return self._taken(GENERATOR, sums)
@@ -122,7 +122,7 @@ class Learner:
     self._discriminators, sums = self._p_steps.discriminator(
       self._discriminators,
       self._generator.params,
-      parallel.shard(batch),
+      devices.shard(batch),
       self._key,
     )
     return self._taken(DISCRIMINATOR, sums)
@@ -132,7 +132,7 @@ class Learner:
     self._generator, sums = self._p_steps.adversarial(
       self._generator,
       self._discriminators.params,
-      parallel.shard(batch),
+      devices.shard(batch),
       self._key,
     )
     self.generator_steps += 1

@@ -13,10 +13,11 @@ import numpy as np
 import rich.console
 
 from empdg_jax import config as config_lib
-from empdg_jax import parallel, storage
+from empdg_jax import storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, prepare, vectors
 from empdg_jax.models import registry
+from empdg_jax.parallel import devices, hosts
 from empdg_jax.training import (
   checkpoint,
   run_folder,
@@ -119,27 +120,27 @@ class _Trainer:
 
     # In this order:
     # 1. what every host can refuse before it waits for another;
-    with parallel.refusing_together():
+    with hosts.refusing_together():
       self._log = TrainLog(config.train, workdir)
       dataset = self._load_dataset()
       embeddings = self._word_vectors(dataset)
       other_run = self._other_run(dataset)
-    parallel.check_same(lambda: config_lib.to_json(config), "configurations")
-    parallel.check_same(dataset.digest, "data")
-    parallel.check_shared(workdir, "workdir")
+    hosts.check_same(lambda: config_lib.to_json(config), "configurations")
+    hosts.check_same(dataset.digest, "data")
+    hosts.check_shared(workdir, "workdir")
     # 2. the states of a new run, which also give the shapes, and over them
     # another run's generator, if one is given;
     self._learner = Learner(config, dataset, embeddings)
     self._log.say(
       f"{config.model.name}: {self._learner.parameters:,} parameters, on "
-      f"{parallel.describe_devices()}"
+      f"{devices.describe_devices()}"
     )
     if other_run:
       self._learner.take_over(other_run)
       self._progress.phase = DISCRIMINATOR
     # 3. the run folder, and over the states its latest checkpoint, if any;
-    with parallel.refusing_together():
-      if parallel.is_main_process():
+    with hosts.refusing_together():
+      if hosts.is_main_process():
         run_folder.write_run(
           workdir, config, dataset.vocabulary, dataset.corpus.emotions
         )
@@ -173,7 +174,7 @@ class _Trainer:
   def _load_dataset(self) -> prepare.Dataset:
     """Checks what is given before the data, and loads them."""
     config = self._config
-    parallel.check_batches(config, jax.device_count())
+    devices.check_batches(config, jax.device_count())
     if (
       config.train.mle_checkpoint
       and not registry.find_system(config.model).discriminators
@@ -363,7 +364,7 @@ class _Trainer:
           return before // every != progress.updates // every or last
 
         stopped_by = interrupt.number
-        if parallel.preempted(range(before + 1, progress.updates + 1)):
+        if hosts.preempted(range(before + 1, progress.updates + 1)):
           stopped_by = signal.SIGTERM
         validated = phase.eval_every and (
           progress.done % phase.eval_every == 0 or last

@@ -10,8 +10,8 @@ import jax
 import rich.console
 
 from empdg_jax import config as config_lib
-from empdg_jax import parallel
 from empdg_jax.config import SaveError, TrainConfig
+from empdg_jax.parallel import hosts
 from empdg_jax.training import validation
 from empdg_jax.training.learner import DISCRIMINATOR, GENERATOR, Sums
 from empdg_jax.training.metric_writer import MetricWriter
@@ -41,7 +41,7 @@ class TrainLog:
     Raises:
       InputError: Nothing can be traced here; see `Trace`.
     """
-    main = parallel.is_main_process()
+    main = hosts.is_main_process()
     self.console = rich.console.Console(quiet=not main)
     self._workdir = workdir
     self._profile_steps = config.profile_steps
@@ -54,7 +54,7 @@ class TrainLog:
   def open(self, step: int) -> None:
     """Opens the files, forgetting what was logged after a step."""
     self._say_missed(step, f"training goes on from step {step:,}")
-    if parallel.is_main_process():
+    if hosts.is_main_process():
       self._writer = MetricWriter(self._workdir, step)
 
   def say(self, line: str) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from empdg_jax import parallel
 from empdg_jax.data.pipeline import Batch
+from empdg_jax.parallel import devices
 
 
 def sum_metrics(values: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -14,7 +14,7 @@ def sum_metrics(values: Iterable[dict[str, Any]]) -> dict[str, float]:
   totals: dict[str, float] = {}
   for step in values:
     for name, value in step.items():
-      totals[name] = totals.get(name, 0.0) + float(parallel.unreplicate(value))
+      totals[name] = totals.get(name, 0.0) + float(devices.unreplicate(value))
   return totals
 
 
@@ -45,5 +45,5 @@ def validate(
   Returns:
     See `average_metrics`.
   """
-  sums = [p_eval_step(params, parallel.shard(batch))[0] for batch in batches]
+  sums = [p_eval_step(params, devices.shard(batch))[0] for batch in batches]
   return average_metrics(sum_metrics(sums))
