@@ -15,8 +15,13 @@ import pytest
 
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError, SaveError
-from empdg_jax.inference import evaluate
-from empdg_jax.training import checkpoint, loop, run_folder, train_log
+from empdg_jax.training import (
+  checkpoint,
+  loop,
+  run_folder,
+  train_log,
+  validation,
+)
 
 # A stand-in for `empdg train` whose process the tests can kill.
 _PROGRAM = """
@@ -221,7 +226,7 @@ def test_early_stop_keeps_the_best(
       "emotion_accuracy": 0.5,
     }
 
-  monkeypatch.setattr(evaluate, "validate", validate)
+  monkeypatch.setattr(validation, "validate", validate)
   config = _short(config)
   config.train.mle_steps, config.train.mle_eval_every = 100, 2
   assert loop.train(config, tmp_path / "run")

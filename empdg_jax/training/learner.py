@@ -12,6 +12,7 @@ from empdg_jax.data.pipeline import Batch
 from empdg_jax.parallel import devices
 from empdg_jax.training import checkpoint, steps, train_state, validation
 from empdg_jax.training.checkpoint import Checkpoints
+from empdg_jax.training.train_state import TrainState
 from empdg_jax.training.trainable import assemble
 
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
@@ -88,16 +89,17 @@ class Learner:
     self._generator = checkpoints.restore_generator(
       checkpoint.LATEST, self._generator
     )
-    self._discriminators = checkpoints.restore_discriminators(
-      checkpoint.LATEST, self._discriminators
-    )
+    if self.has_discriminators:
+      self._discriminators = checkpoints.restore_discriminators(
+        checkpoint.LATEST, self._discriminators
+      )
 
   def start(self) -> None:
     """Puts the states on the devices; steps may be taken from then on."""
     self._generator_steps = int(self._generator.step)
-    self._generator = devices.replicate(self._generator)
-    self._discriminators = devices.replicate(self._discriminators)
-    self._key = devices.replicate(jax.random.key(self._seed))
+    self._generator, self._discriminators, self._key = devices.replicate(
+      (self._generator, self._discriminators, jax.random.key(self._seed))
+    )
 
   def restore_best(self, checkpoints: Checkpoints) -> None:
     """Goes back to the best generator, with its optimiser's state."""
@@ -107,23 +109,11 @@ class Learner:
     self._generator_steps = int(best.step)
     self._generator = devices.replicate(best)
 
-  def save(
-    self,
-    checkpoints: Checkpoints,
-    kind: str,
-    step: int,
-    progress: dict[str, Any],
-  ) -> None:
-    """Begins to write a checkpoint; see `Checkpoints.save`."""
-    # NumPy copies, since the next step reuses the memory on the devices while
-    # the checkpoint is still being written.
-    checkpoints.save(
-      kind,
-      step,
-      devices.unreplicate(self._generator),
-      devices.unreplicate(self._discriminators),
-      progress,
-    )
+  def states(self) -> tuple[TrainState, TrainState | None]:
+    """Returns the states of generator and discriminators as NumPy arrays."""
+    # Copies, since the next step reuses the memory on the devices while the
+    # checkpoint is still being written.
+    return devices.unreplicate((self._generator, self._discriminators))
 
   def learning_rate(self) -> float:
     """Returns the learning rate of the generator's latest update."""

@@ -87,6 +87,7 @@ class _Trainer:
         if stopped_by == signal.SIGINT:
           raise KeyboardInterrupt
         return False
+      self._say_finished(phase)
     self._log.finish(self._progress.updates)
     terminal.say(f"Next: empdg evaluate --workdir={self._workdir} --split=test")
     return True
@@ -166,13 +167,15 @@ class _Trainer:
       # Inside the signals' handlers: a SIGTERM while the last checkpoint is
       # still being written must not end the process.
       self._checkpoints.wait()
-    if not stopped_by:
-      line = f"Finished {phase.title.lower()} at step {progress.updates:,}"
-      if progress.best is not None:
-        name = phase.metric.replace("_", " ")
-        line += f": best valid {name} {progress.best:.4g}"
-      self._log.say(line)
     return stopped_by
+
+  def _say_finished(self, phase: Phase) -> None:
+    progress = self._progress
+    line = f"Finished {phase.title.lower()} at step {progress.updates:,}"
+    if progress.best is not None:
+      name = phase.metric.replace("_", " ")
+      line += f": best valid {name} {progress.best:.4g}"
+    self._log.say(line)
 
   def _take_round(self, phase: Phase) -> None:
     """Takes a round's steps, without waiting for their results."""

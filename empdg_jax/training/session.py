@@ -99,10 +99,10 @@ class Session:
     # resumes here would find no metrics of the updates before.
     self.log.save()
     self.progress.data = self.batches.state()
-    self.learner.save(
-      self.checkpoints,
+    self.checkpoints.save(
       kind,
       self.progress.updates,
+      *self.learner.states(),
       dataclasses.asdict(self.progress),
     )
 
