@@ -1,4 +1,4 @@
-"""A run in a bucket, which a stand-in for Cloud Storage keeps in memory."""
+"""A run in a bucket, kept in memory by a stand-in for Cloud Storage."""
 
 import json
 import pathlib
@@ -54,7 +54,7 @@ def test_a_run_in_a_bucket(
   tmp_path: pathlib.Path,
   capsys: pytest.CaptureFixture[str],
 ) -> None:
-  """It trains, goes on, is evaluated, listed and exported."""
+  """Trains, resumes, evaluates, lists and exports it."""
   argv = (*argv_of(sample_config), "--workdir=gs://pod/runs/one")
   assert main.main(["train", *argv]) == 0
   names = set(storage.objects)
@@ -122,7 +122,7 @@ def test_a_checkpoint_that_fails_is_no_bad_input(
     capture_output=True, text=True, check=False, timeout=100,
   )  # fmt: skip
   assert done.returncode == 1, done.stderr
-  # Tensorstore's own threads may say what they like before.
+  # Tensorstore's own threads may print lines of their own before.
   line = done.stderr.strip().splitlines()[-1]
   assert line.startswith("empdg: gs://pod/saves/checkpoints: cannot write a")
 
@@ -153,7 +153,7 @@ def state_of(value: float) -> TrainState:
 def test_checkpoints_of_earlier_versions(
   storage: fake_bucket.FakeStorage, tmp_path: pathlib.Path, place: str
 ) -> None:
-  """Items had other names; one that was not written whole is no checkpoint."""
+  """Items had other names; a partly written checkpoint does not count."""
   root = "gs://pod/old" if place == "bucket" else str(tmp_path)
   workdir: Any = epath.Path(root)
   written = Checkpoints(workdir, create=True)

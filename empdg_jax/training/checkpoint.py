@@ -184,14 +184,14 @@ class Checkpoints:
         differ.
       SaveError: The disk or the bucket fails.
     """
-    return self._restore(kind, "params", like, step)
+    return self._read(kind, "params", like, step)
 
   def restore_generator(self, kind: str, like: TrainState) -> TrainState:
-    """Reads the generator's whole state; see `restore_params`."""
+    """Reads the generator and its optimiser's state; see `restore_params`."""
     return self._restore_state(kind, like, "params", "optimizer")
 
   def restore_discriminators(self, kind: str, like: TrainState) -> TrainState:
-    """Reads the discriminators' whole state; see `restore_params`."""
+    """Reads the discriminators likewise; see `restore_params`."""
     return self._restore_state(
       kind, like, "discriminators", "discriminator_optimizer"
     )
@@ -200,51 +200,36 @@ class Checkpoints:
     self, kind: str, like: TrainState, params: str, optimizer: str
   ) -> TrainState:
     return TrainState(
-      params=self._restore(kind, params, like.params),
-      **self._restore(kind, optimizer, _optimizer(like)),
+      params=self._read(kind, params, like.params),
+      **self._read(kind, optimizer, _optimizer(like)),
     )
 
   def restore_progress(
     self, kind: str, step: int | None = None
   ) -> dict[str, Any]:
     """Reads the progress that `save` was given; see `restore_params`."""
-    return self._read(kind, step, "progress", ocp.args.JsonRestore())
-
-  def _restore(
-    self, kind: str, item: str, like: Any, step: int | None = None
-  ) -> Any:
-    """Reads an item of arrays and checks its shapes; see `restore_params`."""
-    step = self.select(kind).step if step is None else step
-    tree = self._read(kind, step, item, ocp.args.StandardRestore(_arrays(like)))
-    # Orbax restores the shapes that it finds, whatever it is asked for.
-    expected = jax.tree_util.tree_leaves_with_path(like)
-    for (path, leaf), found in zip(
-      expected, jax.tree.leaves(tree), strict=True
-    ):
-      if np.shape(leaf) != np.shape(found):
-        raise InputError(
-          f"{self.folder(Selected(kind, step))}: "
-          f"{jax.tree_util.keystr(path)} has shape {np.shape(found)}; this "
-          f"configuration needs {np.shape(leaf)}"
-        )
-    return tree
+    return self._read(kind, "progress", None, step)
 
   def _read(
-    self,
-    kind: str,
-    step: int | None,
-    item: str,
-    restore: ocp.args.CheckpointArgs,
+    self, kind: str, item: str, like: Any, step: int | None = None
   ) -> Any:
-    """Reads one item of a checkpoint; see `restore_params`."""
+    """Reads an item of the shapes of `like`, or JSON for None.
+
+    See `restore_params`.
+    """
     step = self.select(kind).step if step is None else step
     where = self.folder(Selected(kind, step))
+    restore = (
+      ocp.args.JsonRestore()
+      if like is None
+      else ocp.args.StandardRestore(_arrays(like))
+    )
     with storage.errors(f"{where}: cannot read", SaveError):
       former = _FORMER_NAMES.get(item)
       if former and (where / former).exists():
         item = former
       try:
-        return self._managers[kind].restore(
+        found = self._managers[kind].restore(
           step, args=ocp.args.Composite(**{item: restore})
         )[item]
       # Orbax raises these for missing and damaged files and for other trees; a
@@ -254,6 +239,20 @@ class Checkpoints:
           f"{where}: damaged, or not of this configuration "
           f"({storage.first_line(error)})"
         ) from error
+    if like is None:
+      return found
+    # Orbax restores the shapes that it finds, whatever it is asked for.
+    for (path, leaf), array in zip(
+      jax.tree_util.tree_leaves_with_path(like),
+      jax.tree.leaves(found),
+      strict=True,
+    ):
+      if np.shape(leaf) != np.shape(array):
+        raise InputError(
+          f"{where}: {jax.tree_util.keystr(path)} has shape {np.shape(array)};"
+          f" this configuration needs {np.shape(leaf)}"
+        )
+    return found
 
 
 def _optimizer(state: TrainState) -> dict[str, Any]:
@@ -271,20 +270,3 @@ def _arrays(tree: Any) -> Any:
     ),
     tree,
   )
-
-
-def restore_generator(workdir: pathlib.Path, like: TrainState) -> TrainState:
-  """Reads the best generator of another run, with its optimiser's state.
-
-  Args:
-    workdir: The other run's folder.
-    like: A state of the expected shapes.
-
-  Returns:
-    The state as NumPy arrays.
-
-  Raises:
-    InputError: The run has no best checkpoint, or one of other shapes.
-  """
-  with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-    return checkpoints.restore_generator(BEST, like)

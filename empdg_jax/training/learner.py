@@ -1,5 +1,6 @@
 """The generator and its discriminators in training: states and steps."""
 
+import contextlib
 import pathlib
 from typing import Any, NamedTuple
 
@@ -82,7 +83,10 @@ class Learner:
 
   def take_over(self, workdir: pathlib.Path) -> None:
     """Takes the best generator of another run, given its folder."""
-    self._generator = checkpoint.restore_generator(workdir, self._generator)
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+      self._generator = checkpoints.restore_generator(
+        checkpoint.BEST, self._generator
+      )
 
   def restore(self, checkpoints: Checkpoints) -> None:
     """Takes the states of the latest checkpoint."""
