@@ -87,8 +87,8 @@ def check_same_config(workdir: pathlib.Path, config: Config) -> None:
   if not (workdir / "config.json").exists():
     if (workdir / "checkpoints").exists():
       raise InputError(
-        f"--workdir={workdir} holds checkpoints but no config.json to tell of "
-        "which run; use another --workdir"
+        f"--workdir={workdir} holds checkpoints but no config.json to say "
+        "which run they belong to; use another --workdir"
       )
     return
   theirs = config_lib.flatten(read_config(workdir))
