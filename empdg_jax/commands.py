@@ -41,9 +41,9 @@ def _start_jax() -> None:
   """
   import jax
 
-  from empdg_jax import parallel
+  from empdg_jax.parallel import devices
 
-  parallel.check_devices()
+  devices.check_devices()
   if jax.config.values["jax_compilation_cache_dir"] is None:
     folder = storage.cache_dir() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -84,17 +84,17 @@ def prepare(values: Any) -> int:
 def _joined_hosts(values: Any, *, preemptible: bool = False) -> Generator[None]:
   """Joins the other hosts' processes, if the flags tell of any.
 
-  What fails inside ends this process at once. See `parallel.initialize`.
+  What fails inside ends this process at once. See `hosts.initialize`.
   """
-  from empdg_jax import parallel
+  from empdg_jax.parallel import hosts
 
-  parallel.initialize(
+  hosts.initialize(
     values.coordinator_address or "",
     values.num_processes,
     values.process_id,
     preemptible=preemptible,
   )
-  with parallel.ending_together():
+  with hosts.ending_together():
     yield
 
 
@@ -159,16 +159,14 @@ def _load_system(values: Any) -> tuple[Any, pathlib.Path]:
       f"--checkpoint={values.checkpoint}: an export holds a single one"
     )
   _start_jax()
-  from empdg_jax import parallel
   from empdg_jax.inference.system import load_system
+  from empdg_jax.parallel import hosts
 
-  with parallel.refusing_together():
+  with hosts.refusing_together():
     folder = _system_folder(values)
   system = load_system(folder, values.config, values.checkpoint)
-  parallel.check_same(
-    lambda: config_lib.to_json(system.config), "configurations"
-  )
-  parallel.check_same(lambda: str(system.step), "checkpoints")
+  hosts.check_same(lambda: config_lib.to_json(system.config), "configurations")
+  hosts.check_same(lambda: str(system.step), "checkpoints")
   return system, folder
 
 
@@ -203,15 +201,15 @@ def evaluate(values: Any) -> int:
     system, folder = _load_system(values)
     from rich.console import Console
 
-    from empdg_jax import parallel
     from empdg_jax.inference import evaluate, predictions
+    from empdg_jax.parallel import hosts
 
     folder = folder / "eval" / values.split
     if values.out:
       folder = storage.run_path(values.out, "out")
-    console = Console(quiet=not parallel.is_main_process())
+    console = Console(quiet=not hosts.is_main_process())
     metrics = evaluate.evaluate_split(system, values.split, folder, console)
-    if parallel.is_main_process():
+    if hosts.is_main_process():
       predictions.print_metrics(metrics, console)
       predictions.print_samples(
         folder / "predictions.jsonl", values.samples, console

@@ -29,7 +29,7 @@ from test_steps import (
   run_on_devices,
 )
 
-from empdg_jax import decoding, losses, parallel, rng
+from empdg_jax import decoding, losses, rng
 from empdg_jax.config import TrainConfig
 from empdg_jax.data.pipeline import Batch
 from empdg_jax.models import adversary as adversary_lib
@@ -38,6 +38,7 @@ from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.discriminators import Discriminator
 from empdg_jax.models.encoder_decoder import Inputs
 from empdg_jax.models.generator import Generator
+from empdg_jax.parallel.devices import replicate, shard, unreplicate
 from empdg_jax.training import steps
 from empdg_jax.training.train_state import (
   TrainState,
@@ -104,7 +105,7 @@ def make_players(
   )
   return Players(
     TrainState(np.int32(0), params, optimizer.init(params)),
-    parallel.unreplicate(parallel.replicate(discriminators)),
+    unreplicate(replicate(discriminators)),
     steps.compile_discriminator_step(
       model, adversary(config), discriminator_optimizer
     ),
@@ -119,13 +120,13 @@ def play(
 ) -> tuple[TrainState, dict[str, float]]:
   """Takes a step of one player against the other, on one device's states."""
   state, metrics = step(
-    parallel.replicate(state),
-    parallel.replicate(other.params),
-    parallel.shard(batch),
-    parallel.replicate(KEY),
+    replicate(state),
+    replicate(other.params),
+    shard(batch),
+    replicate(KEY),
   )
-  metrics = parallel.unreplicate(metrics)
-  return parallel.unreplicate(state), {k: float(v) for k, v in metrics.items()}
+  metrics = unreplicate(metrics)
+  return unreplicate(state), {k: float(v) for k, v in metrics.items()}
 
 
 @pytest.fixture(scope="module")
@@ -383,11 +384,11 @@ def test_a_constant_signal_leaves_maximum_likelihood_alone(
   )
   batch = make_dialogues(5)
   expected, _ = p_mle_step(
-    parallel.replicate(players.generator),
-    parallel.shard(batch),
-    parallel.replicate(KEY),
+    replicate(players.generator),
+    shard(batch),
+    replicate(KEY),
   )
-  expected = flat(parallel.unreplicate(expected).params)
+  expected = flat(unreplicate(expected).params)
   start = flat(players.generator.params)
 
   state, _ = play(

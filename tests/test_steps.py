@@ -29,12 +29,12 @@ from reference import (
   pad,
 )
 
-from empdg_jax import parallel
 from empdg_jax.config import EvalConfig, ModelConfig, TrainConfig
 from empdg_jax.data.pipeline import Batch
 from empdg_jax.losses import log_mixture
 from empdg_jax.models.encoder_decoder import Inputs
 from empdg_jax.models.generator import Generator
+from empdg_jax.parallel.devices import replicate, shard, unreplicate, unshard
 from empdg_jax.training import steps
 from empdg_jax.training.train_state import (
   TrainState,
@@ -177,12 +177,12 @@ def take(
 ) -> tuple[TrainState, dict[str, float]]:
   """Takes one `mle_step`, from and to a state of one device."""
   state, metrics = compiled.mle(
-    parallel.replicate(state),
-    parallel.shard(batch),
-    parallel.replicate(KEY),
+    replicate(state),
+    shard(batch),
+    replicate(KEY),
   )
-  metrics = parallel.unreplicate(metrics)
-  return parallel.unreplicate(state), {k: float(v) for k, v in metrics.items()}
+  metrics = unreplicate(metrics)
+  return unreplicate(state), {k: float(v) for k, v in metrics.items()}
 
 
 @pytest.fixture(scope="module")
@@ -278,10 +278,10 @@ def test_evaluation_equals_the_reference(compiled: Steps) -> None:
   params = in_float64(compiled.state.params)
   examples, emotions = make_examples(6)
   sums, values = compiled.evaluate(
-    parallel.replicate(compiled.state.params),
-    parallel.shard(make_batch(6, real=5)),
+    replicate(compiled.state.params),
+    shard(make_batch(6, real=5)),
   )
-  sums, values = parallel.unreplicate(sums), parallel.unshard(values)
+  sums, values = unreplicate(sums), unshard(values)
   nlls, correct = [], []
   for row, example in enumerate(examples):
     out = reference.generator(params, MODEL.config, example)
@@ -308,10 +308,8 @@ def test_prediction_is_the_references_argmax(compiled: Steps) -> None:
   """Greedy responses, token by token, by the whole equations."""
   config = EvalConfig(max_decode_steps=5)
   predict = steps.compile_predict_step(MODEL, config)
-  prediction = parallel.unshard(
-    predict(
-      parallel.replicate(compiled.state.params), parallel.shard(make_batch(7))
-    )
+  prediction = unshard(
+    predict(replicate(compiled.state.params), shard(make_batch(7)))
   )
   params = in_float64(compiled.state.params)
   for row, example in enumerate(make_examples(7)[0]):

@@ -15,8 +15,13 @@ import pytest
 
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError, SaveError
-from empdg_jax.inference import evaluate
-from empdg_jax.training import checkpoint, loop, run_folder, train_log
+from empdg_jax.training import (
+  checkpoint,
+  loop,
+  run_folder,
+  train_log,
+  validation,
+)
 
 # A stand-in for `empdg train` whose process the tests can kill.
 _PROGRAM = """
@@ -168,7 +173,7 @@ def test_interrupt_saves_and_says_how_to_resume(
   number: int,
   status: int,
 ) -> None:
-  """Schedulers may send SIGTERM twice, the second while it is being saved."""
+  """Schedulers may send SIGTERM twice, the second during the save."""
   config, _ = trained
   workdir = tmp_path / "run"
   interrupted = _run(config, workdir, 5, number)
@@ -183,7 +188,7 @@ def test_interrupt_saves_and_says_how_to_resume(
 def test_nothing_compiles_after_each_shapes_first_batch(
   config: Config, tmp_path: pathlib.Path
 ) -> None:
-  """Every step's compilations are counted by JAX's own event."""
+  """JAX's own monitoring event counts the compilations before each step."""
   compiled: list[str] = []
   steps: list[tuple[int, int]] = []
 
@@ -203,7 +208,7 @@ def test_nothing_compiles_after_each_shapes_first_batch(
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train_log, "MetricWriter", Writer)
     loop.train(config, tmp_path / "run")
-  # Both shapes and the first validation come within the first half.
+  # Both shapes and the first validation occur in the first half.
   warm = {count for step, count in steps if step == 30}
   assert compiled
   assert steps[-1][1] == max(warm), "something was compiled after warm-up"
@@ -221,13 +226,15 @@ def test_early_stop_keeps_the_best(
       "emotion_accuracy": 0.5,
     }
 
-  monkeypatch.setattr(evaluate, "validate", validate)
+  monkeypatch.setattr(validation, "validate", validate)
   config = _short(config)
   config.train.mle_steps, config.train.mle_eval_every = 100, 2
   assert loop.train(config, tmp_path / "run")
   checkpoints = checkpoint.Checkpoints(tmp_path / "run")
   assert checkpoints.step(checkpoint.BEST) == 4
-  assert checkpoints.step(checkpoint.LATEST) == 10  # 3 without a better one.
+  assert (
+    checkpoints.step(checkpoint.LATEST) == 10
+  )  # After 3 that are no better.
 
 
 def test_refuses_another_configuration(
@@ -276,7 +283,7 @@ def test_refuses_unwritable_workdir(
 def test_a_full_disk_ends_training_with_one_line(
   config: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  """Orbax's writer fails in the background as on a full disk."""
+  """Orbax's background writer fails as on a full disk."""
 
   def fail(*args: object, **kwargs: object) -> None:
     raise ValueError("RESOURCE_EXHAUSTED: No space left on device")

@@ -19,12 +19,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from empdg_jax import parallel, storage
+from empdg_jax import storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, prepare
 from empdg_jax.data.pipeline import Batch, EncodedExample, Shape
 from empdg_jax.data.prepare import Dataset
 from empdg_jax.inference.system import System
+from empdg_jax.parallel.devices import replicate, shard, step_flops, unreplicate
 from empdg_jax.training.run_folder import Run
 from empdg_jax.training.train_state import count_parameters
 from empdg_jax.training.trainable import Trainable, assemble
@@ -136,7 +137,7 @@ def _adversarial_steps(
     trainable = _assemble(dataset, dataclasses.replace(config, train=train))
     generator, discriminators = trainable.create_states(config.train.seed)
     # Every step donates its state, so that each signal needs its own.
-    states = parallel.replicate(
+    states = replicate(
       {
         "generator": generator.replace(params=params),
         "discriminator": discriminators,
@@ -188,9 +189,9 @@ def benchmark(
   trainable = _assemble(dataset, config)
   parameters = count_parameters(trainable.generator)
   initial, _ = trainable.create_states(config.train.seed)
-  params = parallel.unreplicate(parallel.replicate(initial.params))
-  state = parallel.replicate(initial)
-  key = parallel.replicate(jax.random.key(config.train.seed))
+  params = unreplicate(replicate(initial.params))
+  state = replicate(initial)
+  key = replicate(jax.random.key(config.train.seed))
   p_mle_step = trainable.compile_steps().mle
   by_shape = _batches_by_shape(dataset.encoded("train"), config, dataset.shapes)
 
@@ -199,7 +200,7 @@ def benchmark(
     state, sums = p_mle_step(state, batch, key)
     return state, sums
 
-  batches = [parallel.shard(batch) for _, _, batch in by_shape]
+  batches = [shard(batch) for _, _, batch in by_shape]
   product_seconds, stream_seconds, *step_seconds = _median_seconds(
     [
       _matrix_product(),
@@ -230,7 +231,7 @@ def benchmark(
     by_shape, batches, step_seconds, strict=True
   ):
     compiled = p_mle_step.lower(state, batch, key).compile()
-    flops = parallel.step_flops(compiled)
+    flops = step_flops(compiled)
     floor = mle_step_floor(flops, parameters, peak, bandwidth)
     shapes.append(
       {

@@ -15,12 +15,12 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.progress import track
 
-from empdg_jax import parallel
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import corpora, pipeline
 from empdg_jax.data.pipeline import Batch, Shape
 from empdg_jax.hardware import chips
 from empdg_jax.hardware.compile_report import Fit, Report, Slice, read_report
+from empdg_jax.parallel.devices import check_batches
 from empdg_jax.training import steps
 from empdg_jax.training.trainable import assemble
 
@@ -157,7 +157,7 @@ def check(
   Raises:
     InputError: A batch does not divide among the chips.
   """
-  rows = parallel.check_batches(config, len(slice_.devices))
+  rows = check_batches(config, len(slice_.devices))
   lowerings = list(_lowerings(config, vocab_size, slice_.devices, *rows))
   found = track(
     _compile_all(lowerings, slice_),

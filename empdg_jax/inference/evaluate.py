@@ -6,11 +6,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from empdg_jax import metrics, parallel
+from empdg_jax import metrics
 from empdg_jax.config import Config
 from empdg_jax.data import prepare
 from empdg_jax.inference import predictions
 from empdg_jax.inference.system import System
+from empdg_jax.parallel import hosts
 
 
 def evaluate_split(
@@ -30,8 +31,8 @@ def evaluate_split(
   Raises:
     InputError: The data or the folder cannot be used.
   """
-  with parallel.refusing_together():
-    if parallel.is_main_process():
+  with hosts.refusing_together():
+    if hosts.is_main_process():
       predictions.check_writable(folder)
     dataset = prepare.load_dataset(
       system.config.data,
@@ -39,7 +40,7 @@ def evaluate_split(
       system.lexicon,
       system.emotions,
     )
-  parallel.check_same(dataset.digest, "data")
+  hosts.check_same(dataset.digest, "data")
   examples, encoded = dataset.examples[split], dataset.encoded(split)
   scores, responses = {}, {}
   with Progress(
@@ -82,7 +83,7 @@ def evaluate_split(
     "parameters": system.parameters,
     **metrics.text_metrics(lines, len(system.vocabulary)),
   }
-  if parallel.is_main_process():
+  if hosts.is_main_process():
     predictions.write_evaluation(folder, lines, values)
   return values
 

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from empdg_jax import parallel
 from empdg_jax.config import Config
 from empdg_jax.data import pipeline, text, vocab
 from empdg_jax.data.lexicon import Lexicon
@@ -16,6 +15,7 @@ from empdg_jax.data.pipeline import Batch, EncodedExample, Shape
 from empdg_jax.data.vocab import Vocabulary
 from empdg_jax.inference import export_files
 from empdg_jax.models import registry
+from empdg_jax.parallel import devices, hosts
 from empdg_jax.training import checkpoint, run_folder, steps
 from empdg_jax.training.run_folder import Run
 from empdg_jax.training.train_state import count_parameters, init_params
@@ -100,7 +100,7 @@ class System:
       InputError: The batch size does not divide among the devices.
     """
     config = config or run.config
-    parallel.rows_per_device(
+    devices.rows_per_device(
       config.eval.batch_size, jax.device_count(), "config.eval.batch_size"
     )
     self.config = config
@@ -110,7 +110,7 @@ class System:
     self.step = step
     self.shapes = pipeline.padded_shapes(config.data)
     self.eval_shapes = pipeline.coarse_shapes(self.shapes)
-    self.params = parallel.replicate(params)
+    self.params = devices.replicate(params)
     model = registry.create_model(
       config.model, len(run.vocabulary), len(run.emotions)
     )
@@ -134,11 +134,11 @@ class System:
     blank = [e._replace(target=[vocab.EOS], feedback=[]) for e in encoded]
     shapes = _context_shapes(self.eval_shapes)
     for batch in self._batches(blank, shapes, batch_size):
-      prediction = parallel.unshard(
-        self.p_predict_step(self.params, parallel.shard(batch))
+      prediction = devices.unshard(
+        self.p_predict_step(self.params, devices.shard(batch))
       )
       shape = Shape(batch.context.shape[1], batch.emotion_context.shape[1], 1)
-      prediction, indices, mask = parallel.gather(
+      prediction, indices, mask = devices.gather(
         (prediction, batch.index, batch.mask)
       )
       for row, index in enumerate(indices):
@@ -184,9 +184,9 @@ class System:
     """Yields each example's index, token NLL in all, and token count."""
     batch_size = self.config.eval.batch_size
     for batch in self._batches(encoded, self.eval_shapes, batch_size):
-      _, values = self.p_eval_step(self.params, parallel.shard(batch))
-      values, indices, mask = parallel.gather(
-        (parallel.unshard(values), batch.index, batch.mask)
+      _, values = self.p_eval_step(self.params, devices.shard(batch))
+      values, indices, mask = devices.gather(
+        (devices.unshard(values), batch.index, batch.mask)
       )
       for row, index in enumerate(indices):
         if mask[row]:
@@ -220,12 +220,12 @@ def load_system(
       or one of other shapes.
   """
   if run_folder.is_export(folder):
-    with parallel.refusing_together():
+    with hosts.refusing_together():
       exported = export_files.read_export(folder)
     return System(
       exported.run, exported.params, exported.lexicon, exported.step, config
     )
-  with parallel.refusing_together():
+  with hosts.refusing_together():
     run = run_folder.open_run(folder)
     checkpoints = checkpoint.Checkpoints(folder)
     selected = checkpoints.select(which)

@@ -19,7 +19,7 @@ from empdg_jax.data.pipeline import Batch
 from empdg_jax.models import adversary as adversary_lib
 from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.encoder_decoder import EncoderDecoder, Inputs
-from empdg_jax.parallel import compile_step, psum
+from empdg_jax.parallel.devices import compile_step, psum
 from empdg_jax.training.train_state import TrainState
 
 Metrics = dict[str, jax.Array]
