@@ -124,7 +124,7 @@ def test_decoding_with_a_cache_equals_the_full_pass(name: str) -> None:
 
 def test_listeners_equal_a_loop() -> None:
   """34 decoder layers, one after another, and any mixture of them."""
-  decoder, layer = ListenersDecoder(CONFIG), DecoderLayer(CONFIG)
+  decoder, layer = ListenersDecoder(CONFIG, 32), DecoderLayer(CONFIG)
   rng = np.random.default_rng(1)
   x, memory = rng.normal(size=(2, 2, 5, 16)).astype(np.float32)
   mask = np.arange(5) < np.array([[5], [3]])
