@@ -1,4 +1,4 @@
-"""Losses (eqs. 9, 14, 19) and the mixture of generating and copying.
+"""Losses (eqs. 14, 19) and the mixture of generating and copying.
 
 Every loss returns one value per example or per token; the caller masks and
 averages.
@@ -29,23 +29,6 @@ class Pointer(NamedTuple):
   gate: jax.Array
   attention: jax.Array
   source: jax.Array
-
-
-def emotion_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Returns `-log softmax(logits)[label]` (eq. 9).
-
-  Args:
-    logits: `[batch, classes]`.
-    labels: `[batch]` integers.
-
-  Returns:
-    `[batch]`.
-
-  >>> emotion_nll(jnp.zeros((1, 4)), jnp.array([2])).round(4)
-  Array([1.3863], dtype=float32)
-  """
-  log_probs = jax.nn.log_softmax(logits)
-  return -jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
 
 
 def _copied(pointer: Pointer, vocab: int) -> jax.Array:

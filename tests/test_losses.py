@@ -209,13 +209,6 @@ def test_extreme_values_stay_finite() -> None:
   assert all(np.all(np.isfinite(g)) for g in grads.values())
 
 
-def test_emotion_nll_by_hand() -> None:
-  """Each row's own value, and no average over the batch."""
-  logits = jnp.log(jnp.array([[1.0, 3.0, 4.0], [0.5, 0.25, 0.25]]))
-  nll = losses.emotion_nll(logits, jnp.array([1, 2]))
-  np.testing.assert_allclose(nll, [math.log(8 / 3), math.log(4)], rtol=1e-6)
-
-
 @pytest.mark.parametrize(
   ("update", "rate"),
   [

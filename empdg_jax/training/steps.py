@@ -103,9 +103,10 @@ def _mle_loss(
     "examples": jnp.ones_like(tokens),
   }
   if emotion_logits is not None:
-    example_loss += model.config.emotion_loss_weight * losses.emotion_nll(
+    emotion_loss = optax.losses.softmax_cross_entropy_with_integer_labels(
       emotion_logits, batch.emotion
-    )
+    )  # Eq. 9.
+    example_loss += model.config.emotion_loss_weight * emotion_loss
     predicted = jnp.argmax(emotion_logits, axis=-1)
     metrics["emotion_correct"] = (predicted == batch.emotion).astype(loss.dtype)
   return example_loss, {"loss": example_loss, **metrics}
