@@ -109,7 +109,8 @@ def _expand(
 
   Args:
     beams: The hypotheses, with the cache of the step that scored them.
-    log_probs: Of the next tokens, `[rows, beam_size, vocab]`.
+    log_probs: Log-probabilities of the next tokens,
+      `[rows, beam_size, vocab]`.
     length_penalty: alpha.
     eos: The id that ends a sequence.
     pad: The id that fills a sequence after its end.

@@ -146,17 +146,17 @@ def test_listeners_equal_a_loop() -> None:
 
   y = x + reference.positions(5, 16).astype(np.float32)
   shared, _ = one(params["shared"], y)
-  heard = [
+  outputs = [
     one(jax.tree.map(lambda p, i=i: p[i], params["listeners"]), y)[0]
     for i in range(32)
   ]
   alone = np.eye(32, dtype=np.float32)[[7, 7]]
   for weights in (mixed, alone):
     total = shared + sum(
-      weights[:, i, None, None] * heard[i] for i in range(32)
+      weights[:, i, None, None] * outputs[i] for i in range(32)
     )
     if weights is alone:
-      np.testing.assert_allclose(total, shared + heard[7], rtol=1e-6)
+      np.testing.assert_allclose(total, shared + outputs[7], rtol=1e-6)
     expected, expected_attention = one(params["meta_0"], total)
     expected = [
       reference.layer_norm(params["norm"], np.asarray(y)) for y in expected
@@ -177,8 +177,8 @@ def test_listeners_drop_features_of_their_own() -> None:
 
   @jax.jit
   def logits(listener: jax.Array, keys: jax.Array | None) -> jax.Array:
-    heard = inputs._replace(listener=listener)
-    return model.apply({"params": params}, heard, target, keys).logits
+    forced = inputs._replace(listener=listener)
+    return model.apply({"params": params}, forced, target, keys).logits
 
   first, second = jnp.zeros(ROWS, int), jnp.ones(ROWS, int)
   np.testing.assert_allclose(

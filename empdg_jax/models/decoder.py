@@ -189,7 +189,8 @@ class Decoder(nn.Module):
       The output `[batch, 1, d]`, the last layer's attention to the contexts
       `[batch, 1, memory_length]`, and the caches for the next position.
     """
-    # The table is a constant of the compiled loop; only its row is looked up.
+    # `index` is traced and the table's length may not be: look up a row of the
+    # whole table, which is a constant of the compiled loop.
     steps = cache[0].keys.shape[2]
     x += layers.sinusoidal_positions(steps, x.shape[2])[index]
     new_cache, attention = [], []

@@ -25,7 +25,7 @@ class Utterances(NamedTuple):
 
 
 def pick(words: Utterances, chosen: jax.Array, max_words: int) -> Utterances:
-  """Moves the chosen words of each utterance to its front, drops the others.
+  """Moves the chosen words of each utterance to its front; drops the others.
 
   Gradients flow through the words that are kept.
 
@@ -45,8 +45,8 @@ def pick(words: Utterances, chosen: jax.Array, max_words: int) -> Utterances:
   features = jnp.take_along_axis(words.features, order[..., None], axis=1)
   position = jnp.arange(order.shape[1])
   kept = position < jnp.sum(chosen, axis=1, keepdims=True)
-  # The first position always counts as real, or pooling would have nothing to
-  # take the maximum over.
+  # The first position always counts as real, so that every utterance has a
+  # last hidden state and every response something to pool.
   return Utterances(
     jnp.where(kept[..., None], features, 0.0), kept | (position == 0)
   )
@@ -158,8 +158,8 @@ class Discriminator(nn.Module):
     # with respect to it, and so gets no backward pass through this scan.
     feedback = self.lstm(inputs.feedback)
     last = jnp.sum(feedback.mask, axis=1)[:, None, None] - 1
-    # Without feedback -1 would read the last position; the example's mask
-    # removes its score later.
+    # Without feedback `last` is -1. Position 0 stands in; the steps mask the
+    # example out of every loss.
     last_hidden = jnp.take_along_axis(
       feedback.features, jnp.maximum(last, 0), axis=1
     )[:, 0]

@@ -217,8 +217,8 @@ class EncoderDecoder(nn.Module):
       target: `y1 .. yn EOS`, `[batch, N]`.
       keys: The dropout keys, `[batch]`, or None for evaluation.
     """
-    # The decoder's inputs are the target one position later, behind the first
-    # input; its last token is never an input.
+    # The decoder predicts each token from the one before it, and the first
+    # token from `first_input`; the last token is never an input.
     *embedded, embedded_target = self._embed_all(
       *self.source_ids(inputs), target[:, :-1]
     )

@@ -130,7 +130,7 @@ def _update(
     state: The state.
     grads: The gradient.
     optimizer: The optimiser.
-    terms: A scalar that is finite exactly if everything to check is.
+    terms: A scalar that is finite only if everything checked is.
   """
   # A single NaN would stay in Adam's moments for good. `where` replaces it; a
   # product with 0 would not. The step counts all the same, so that the next one
@@ -149,9 +149,9 @@ def _mle_gradient(
   state: TrainState, batch: Batch, keys: jax.Array, model: EncoderDecoder
 ) -> tuple[Any, Metrics]:
   """Returns the gradient of the mean `Lg` and the metric sums."""
-  # The loss divides by the count of the whole batch before the gradients are
-  # summed: a mean of the devices' means would weight an example by how many
-  # masked ones share its device.
+  # Each device divides by the count of the whole batch, and the gradients are
+  # summed. The mean of the devices' means would give more weight to an example
+  # whose device holds masked rows.
   count = psum(jnp.sum(batch.mask))
   config = model.config
   listener = _teacher(batch, keys, state.step, config)
@@ -232,7 +232,7 @@ def discriminator_step(
   key = jax.random.fold_in(key, zlib.crc32(b"discriminators"))
   keys = example_keys(key, state.step, batch)
   del key
-  # Outside `loss_fn`: nothing here depends on the discriminators' parameters.
+  # Outside `loss_fn`, since none of it depends on the discriminators.
   response, encoded = adversary_lib.respond(
     generator_params, _inputs(batch), batch.target, keys, model, adversary
   )
@@ -316,8 +316,8 @@ def adversarial_generator_step(
     )
     return jnp.sum(scores * judged) / count, scores
 
-  # Two gradients rather than one of the sum: the norm of the signal's own is a
-  # metric, and its weight is applied to the gradient.
+  # Two gradients rather than one of the sum, because the norm of the signal's
+  # gradient is a metric.
   signal_grads, scores = jax.grad(signal_fn, has_aux=True)(state.params)
   signal_grads = psum(signal_grads)
   norm = optax.tree.norm(signal_grads)
@@ -362,11 +362,8 @@ def predict_step(
     config: Greedy or beam search, and its limits.
   """
   variables = {"params": params}
-  rows, steps, beams = (
-    len(batch.context),
-    config.max_decode_steps,
-    config.beam_size,
-  )
+  rows, beams = len(batch.context), config.beam_size
+  steps = config.max_decode_steps
   encoded: Any = model.apply(variables, _inputs(batch), None, method="encode")
   # As a tree, so that the None of a system without emotions stays None.
   emotion_probs = jax.tree.map(jax.nn.softmax, encoded.emotion_logits)
