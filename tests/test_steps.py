@@ -1,4 +1,4 @@
-"""Steps against updates and sums computed directly, on 1, 2 and 8 devices.
+"""The steps against directly computed updates and sums, on 1 to 8 devices.
 
 As a program, `test_steps.py FILE` writes what `take_three` returns to FILE.
 """
@@ -63,10 +63,10 @@ KEY = jax.random.key(11)
 
 
 class Steps(NamedTuple):
-  """The compiled steps and the state that they begin with.
+  """The compiled steps and their first state.
 
   Attributes:
-    state: Of one device.
+    state: The state on one device.
     mle: `mle_step` over all devices.
     evaluate: `eval_step` over all devices.
   """
@@ -101,7 +101,7 @@ def make_examples(seed: int) -> tuple[list[Example], np.ndarray]:
 
 
 def make_batch(seed: int, real: int = ROWS) -> Batch:
-  """Pads the dialogues of `make_examples`; the first `real` ones count."""
+  """Pads the dialogues of `make_examples`; only the first `real` ones count."""
   examples, emotions = make_examples(seed)
   return Batch(
     context=pad([e.context for e in examples], SHAPE[0]),
@@ -160,7 +160,7 @@ def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def compile_steps() -> Steps:
-  """Returns the steps over this process's devices."""
+  """Returns the steps over the devices of this process."""
   optimizer = create_optimizer(TRAIN, MODEL.config.emb_dim)
   params = reference.random_params(
     jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
@@ -175,7 +175,7 @@ def compile_steps() -> Steps:
 def take(
   compiled: Steps, state: TrainState, batch: Batch
 ) -> tuple[TrainState, dict[str, float]]:
-  """Takes one `mle_step`, from and to a state of one device."""
+  """Takes one `mle_step`; states are those of one device."""
   state, metrics = compiled.mle(
     replicate(state),
     shard(batch),
@@ -198,7 +198,7 @@ def direct() -> Callable[..., Any]:
 
 
 def keys_of(step: int) -> jax.Array:
-  """Returns the dropout keys: of the root key, the step and the position."""
+  """Returns the dropout keys from the root key, the step and the position."""
   of_step = jax.random.fold_in(KEY, step)
   return jnp.stack([jax.random.fold_in(of_step, i) for i in range(ROWS)])
 
@@ -233,7 +233,7 @@ def test_two_updates_equal_adam(
 def test_masked_examples_contribute_nothing(
   compiled: Steps, direct: Callable[..., Any]
 ) -> None:
-  """The same update whatever fills the rows, and the mean over the others."""
+  """Masked rows change no update; the mean is over the others."""
   batch, garbage = make_batch(2, real=5), make_batch(3, real=5)
   other = Batch(
     *(
@@ -274,7 +274,7 @@ def test_dropout_follows_the_position(compiled: Steps) -> None:
 
 
 def test_evaluation_equals_the_reference(compiled: Steps) -> None:
-  """Unsmoothed, without dropout, each example and the sums."""
+  """Without smoothing or dropout: each example's values and the sums."""
   params = in_float64(compiled.state.params)
   examples, emotions = make_examples(6)
   sums, values = compiled.evaluate(
@@ -305,7 +305,7 @@ def test_evaluation_equals_the_reference(compiled: Steps) -> None:
 
 
 def test_prediction_is_the_references_argmax(compiled: Steps) -> None:
-  """Greedy responses, token by token, by the whole equations."""
+  """Greedy responses, token by token, from the whole equations."""
   config = EvalConfig(max_decode_steps=5)
   predict = steps.compile_predict_step(MODEL, config)
   prediction = unshard(
@@ -318,7 +318,7 @@ def test_prediction_is_the_references_argmax(compiled: Steps) -> None:
       allowed.append(UNK)
     tokens: list[int] = []
     while len(tokens) < 5 and EOS not in tokens:
-      # The token behind the prefix is not looked at.
+      # The token after the prefix has no influence.
       out = reference.generator(
         params, MODEL.config, example._replace(target=[*tokens, EOS])
       )
@@ -333,7 +333,7 @@ def test_prediction_is_the_references_argmax(compiled: Steps) -> None:
 
 
 def take_three(compiled: Steps) -> dict[str, Any]:
-  """Takes three steps, each batch with a masked row, dropout on.
+  """Takes three steps with dropout; each batch has a masked row.
 
   Args:
     compiled: The steps over this process's devices.
@@ -355,11 +355,11 @@ def take_three(compiled: Steps) -> dict[str, Any]:
 def run_on_devices(
   program: str, folder: Path
 ) -> dict[int, subprocess.Popen[str]]:
-  """Starts `program FILE` on 2 and on 8 devices, in a process each.
+  """Starts `program FILE` on 2 and on 8 devices, each in a process.
 
   Args:
     program: The program.
-    folder: Gets each one's FILE, its number of devices and `.npz`.
+    folder: The folder of the FILEs, named by the number of devices.
 
   Returns:
     The processes by their number of devices.
