@@ -393,8 +393,10 @@ def test_interrupted_build_leaves_nothing(
 ) -> None:
   read_csv = empathetic_dialogues.read_csv
 
-  def interrupted(data: bytes, name: str) -> Iterator[object]:
-    yield next(read_csv(data, name))
+  def interrupted(
+    data: bytes, name: str, emotions: tuple[str, ...]
+  ) -> Iterator[object]:
+    yield next(read_csv(data, name, emotions))
     if "test" in name:
       raise KeyboardInterrupt
 

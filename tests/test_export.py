@@ -277,7 +277,7 @@ def test_in_python(exported: pathlib.Path, workdir: pathlib.Path) -> None:
 
 def test_hashed_lexicon(lexicon_file: pathlib.Path) -> None:
   words = lexicon_lib.load_lexicon(str(lexicon_file))
-  hashed = lexicon_lib.HashedWords(lexicon_lib.word_hashes(words))
+  hashed = lexicon_lib.HashedWords(lexicon_lib.hashes_of(words))
   assert len(hashed) == len(words) == 5
   assert all(word in hashed for word in words)
   assert not [w for w in ("cat", "", "Dog") if w in hashed]
@@ -335,7 +335,7 @@ def test_a_damaged_file_is_named(
 
 def test_any_flipped_bit_is_found(copied: pathlib.Path) -> None:
   """In all of SHA256SUMS, and here and there in the other files."""
-  export_files.open_bundle(copied)
+  export_files.read_export(copied)
   rng = np.random.default_rng(0)
   for name in ("SHA256SUMS", *export_files.REQUIRED):
     path = copied / name
@@ -348,7 +348,7 @@ def test_any_flipped_bit_is_found(copied: pathlib.Path) -> None:
       flipped[place] ^= 1 << int(rng.integers(8))
       path.write_bytes(flipped)
       with pytest.raises(InputError, match="SHA256SUMS"):
-        export_files.open_bundle(copied)
+        export_files.read_export(copied)
     path.write_bytes(data)
 
 
@@ -462,8 +462,8 @@ def test_bfloat16(
   ]
   assert sizes[0] < 0.6 * sizes[1]
   assert not (out / "eval").exists()  # The run's is of float32.
-  half = export_files.open_bundle(out).params["embedding"]
-  whole = export_files.open_bundle(exported).params["embedding"]
+  half = export_files.read_export(out).params["embedding"]
+  whole = export_files.read_export(exported).params["embedding"]
   np.testing.assert_array_equal(
     half, np.asarray(jnp.asarray(whole, jnp.bfloat16), np.float32)
   )
