@@ -22,9 +22,9 @@ from empdg_jax import config as config_lib
 from empdg_jax import main
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import lexicon as lexicon_lib
-from empdg_jax.data import prepare
+from empdg_jax.data import pipeline, prepare
 from empdg_jax.data.corpora import EMOTIONS
-from empdg_jax.inference import evaluate, export, export_files, predictions
+from empdg_jax.inference import export, export_files, predictions
 from empdg_jax.inference.system import (
   load_system,
   params_like,
@@ -207,7 +207,7 @@ def test_respond_without_the_package(
   )
   encoded = dataset.encoded("test")
   longest = system.shapes[-1]
-  batch = evaluate.pipeline.collate(
+  batch = pipeline.collate(
     encoded, np.arange(len(encoded)), longest, len(encoded)
   )
   np.savez(
