@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +25,22 @@ from empdg_jax.training import steps
 from empdg_jax.training.trainable import assemble
 
 _WITHOUT_UPDATE = ("eval", "predict")
-_AbstractStep = tuple[str, Any, tuple[Any, ...]]
-# Without these the compiler asks the cloud's metadata server which machine this
-# is, which hangs elsewhere, and locks the machine's TPU, which there is none of
-# or which another process may hold.
+# Otherwise the compiler asks the cloud which machine this is, and insists on
+# being the only user of its TPU.
 _WITHOUT_TPU = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_ACCELERATOR_TYPE": "v4-8",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
 }
+
+
+class _AbstractStep(NamedTuple):
+  """A step and the shapes of its arguments."""
+
+  name: str
+  function: Any
+  arguments: tuple[Any, ...]
 
 
 def describe_topology(name: str) -> Slice:
@@ -89,7 +95,7 @@ def _abstract_steps(
   train_rows: int,
   eval_rows: int,
 ) -> list[_AbstractStep]:
-  """Returns each step's name, function and argument shapes.
+  """Returns every step of a system, ready to lower.
 
   The steps are those of training and evaluation themselves, on the longest
   lengths, whose memory is the largest.
@@ -111,27 +117,28 @@ def _abstract_steps(
   key = jax.eval_shape(lambda: jax.random.key(0))
   longest = pipeline.padded_shapes(config.data)[-1]
   batch = _batch(longest, len(devices), train_rows)
+  eval_arguments = state.params, _batch(longest, len(devices), eval_rows)
   compiled = trainable.compile_steps(devices)
-  found: list[_AbstractStep] = [("mle", compiled.mle, (state, batch, key))]
+  found = [_AbstractStep("mle", compiled.mle, (state, batch, key))]
   if discriminators is not None:
     found += [
-      (
+      _AbstractStep(
         "discriminator",
         compiled.discriminator,
         (discriminators, state.params, batch, key),
       ),
-      (
+      _AbstractStep(
         "adversarial generator",
         compiled.adversarial,
         (state, discriminators.params, batch, key),
       ),
     ]
-  predict = steps.compile_predict_step(model, config.eval, devices)
-  arguments = state.params, _batch(longest, len(devices), eval_rows)
+  p_eval_step = steps.compile_eval_step(model, devices)
+  p_predict_step = steps.compile_predict_step(model, config.eval, devices)
   return [
     *found,
-    ("eval", steps.compile_eval_step(model, devices), arguments),
-    ("predict", predict, arguments),
+    _AbstractStep("eval", p_eval_step, eval_arguments),
+    _AbstractStep("predict", p_predict_step, eval_arguments),
   ]
 
 
@@ -163,11 +170,11 @@ def check(
     transient=True,
   )
   reports, too_large = [], []
-  for (name, _, _), report in zip(checked, found, strict=True):
+  for step, report in zip(checked, found, strict=True):
     if report is not None:
       reports.append(report)
     if report is None or report.memory_share > 1.0:
-      too_large.append(name)
+      too_large.append(step.name)
   return reports, too_large
 
 
@@ -195,7 +202,7 @@ def find_batch(
       for step in _abstract_steps(
         config, vocab_size, slice_.devices, rows, rows
       )
-      if step[0] not in _WITHOUT_UPDATE
+      if step.name not in _WITHOUT_UPDATE
     ]
     start = time.perf_counter()
     with console.status(f"Compiling for {rows:,} examples a device"):
@@ -238,8 +245,7 @@ def largest_that_fits(share: Callable[[int], float], start: int) -> Fit:
   while True:
     found = share(rows)
     fits, too_many = (rows, too_many) if found <= 1 else (fits, rows)
-    # A 16th is near enough: a trial takes minutes to compile, and those that
-    # hardly fit take longest.
+    # A 16th is near enough: what hardly fits takes minutes to compile.
     gap = max(1, fits // 16)
     if too_many - fits <= gap:
       return Fit(fits, too_many)
@@ -268,19 +274,17 @@ def _compile_all(
   Steps compile side by side: the compiler releases Python's lock.
   """
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    yield from pool.map(lambda step: _report(*step, slice_), abstract_steps)
+    yield from pool.map(lambda step: _report(step, slice_), abstract_steps)
 
 
-def _report(
-  name: str, step: Any, arguments: tuple[Any, ...], slice_: Slice
-) -> Report | None:
+def _report(step: _AbstractStep, slice_: Slice) -> Report | None:
   start = time.perf_counter()
   # The compiler keeps a little of the chip's memory for itself, so it refuses
   # what hardly fits as well.
   try:
-    compiled = step.lower(*arguments).compile()
+    compiled = step.function.lower(*step.arguments).compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     return None
-  return read_report(name, compiled, slice_, time.perf_counter() - start)
+  return read_report(step.name, compiled, slice_, time.perf_counter() - start)
