@@ -1,8 +1,9 @@
-"""What each sub-command does with its flags.
+"""The sub-commands, a function for each.
 
 `values` has an attribute for every flag that `main.py` defines. Each function
-returns the exit status, or raises InputError. It imports what it needs when it
-runs, so that `--help` and mistakes in flags answer at once.
+returns the exit status or raises InputError. Imports of JAX and TFDS, which
+take seconds, are inside the functions, so that `--help` and mistakes in flags
+show at once.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from empdg_jax.config import Config, InputError
 
 
 def _config(values: Any) -> Config:
-  """Returns the validated configuration that the flags give."""
+  """Returns the configuration of the flags, validated."""
   if values.config is None:
     raise InputError(
       "--config is missing; give a file such as --config=configs/quickstart.py"
@@ -37,10 +38,10 @@ def _workdir(values: Any) -> pathlib.Path:
 
 
 def _start_jax() -> None:
-  """Finds the devices; keeps compiled steps in the user's cache.
+  """Finds the devices, and keeps compiled steps in the user's cache.
 
   Raises:
-    InputError: There is no device of the platform asked for.
+    InputError: There is no device of the requested platform.
   """
   import jax
 
@@ -50,11 +51,13 @@ def _start_jax() -> None:
   if jax.config.values["jax_compilation_cache_dir"] is None:
     folder = storage.cache_dir() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
+  # By default JAX keeps only what took a second, which most steps of a small
+  # model do not.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def prepare(values: Any) -> int:
-  """Builds and checks the data, and reports on them."""
+  """Prepares the dataset and prints a report on it."""
   config = _config(values)
   from rich.console import Console
 
@@ -79,9 +82,9 @@ def prepare(values: Any) -> int:
 
 @contextlib.contextmanager
 def _joined_hosts(values: Any, *, preemptible: bool = False) -> Generator[None]:
-  """Joins the other hosts' processes, if the flags tell of any.
+  """Joins the processes of other hosts, if the flags name any.
 
-  What fails inside ends this process at once. See `parallel.initialize`.
+  A failure inside ends this process at once; see `parallel.initialize`.
   """
   from empdg_jax import parallel
 
@@ -96,7 +99,7 @@ def _joined_hosts(values: Any, *, preemptible: bool = False) -> Generator[None]:
 
 
 def train(values: Any) -> int:
-  """Trains a system, or goes on with a run."""
+  """Trains a system, or resumes a run."""
   workdir = _workdir(values)
   config = _config(values)
   with _joined_hosts(values, preemptible=True):
@@ -107,7 +110,8 @@ def train(values: Any) -> int:
   return 0
 
 
-# Fields of a run's configuration that those who use it may change.
+# The fields that may change after training: none of them changes what the
+# parameters mean.
 OF_USERS = ("eval.", "data.source", "data.data_dir")
 
 
@@ -115,8 +119,8 @@ def _system_folder(values: Any) -> pathlib.Path:
   """Returns the folder of --workdir or --bundle.
 
   Raises:
-    InputError: Neither or both are given, or a field is changed that is the
-      run's own.
+    InputError: Neither or both are given, or a flag changes a field that is
+      fixed by training.
   """
   from empdg_jax.inference import export_files
   from empdg_jax.training import run_folder
@@ -144,7 +148,7 @@ def _system_folder(values: Any) -> pathlib.Path:
 
 
 def _load_system(values: Any) -> tuple[Any, pathlib.Path]:
-  """Loads the system of --workdir or --bundle; returns its folder as well."""
+  """Loads the system of --workdir or --bundle; also returns its folder."""
   if values.bundle and values.checkpoint:
     raise InputError(
       f"--checkpoint={values.checkpoint}: an export holds a single one"
@@ -156,6 +160,8 @@ def _load_system(values: Any) -> tuple[Any, pathlib.Path]:
   with parallel.refusing_together():
     folder = _system_folder(values)
   system = load_system(folder, values.config, values.checkpoint)
+  # Hosts with other flags, or on another checkpoint of a run that still trains,
+  # would gather figures of different systems.
   parallel.check_same(
     lambda: config_lib.to_json(system.config), "configurations"
   )
@@ -180,7 +186,7 @@ def _check_format(values: Any, formats: Sequence[str]) -> None:
 
 
 def evaluate(values: Any) -> int:
-  """Scores a split and answers it."""
+  """Scores a split and generates its responses."""
   _check_split(values)
   with _joined_hosts(values):
     system, folder = _load_system(values)
@@ -209,7 +215,7 @@ def evaluate(values: Any) -> int:
 
 
 def metrics(values: Any) -> int:
-  """Recomputes text metrics of a predictions file."""
+  """Recomputes the text metrics of a predictions file."""
   if not values.predictions:
     raise InputError("--predictions is missing; give a predictions.jsonl")
   from empdg_jax import metrics
@@ -225,7 +231,7 @@ def metrics(values: Any) -> int:
 
 
 def generate(values: Any) -> int:
-  """Answers contexts, a JSON value a line."""
+  """Responds to contexts, one JSON value a line."""
   source = values.input
   try:
     lines = (
@@ -240,20 +246,21 @@ def generate(values: Any) -> int:
 
   failed = total = 0
   batch_size = system.config.eval.batch_size
-  for answer in respond.generate(respond.Responder(system), lines, batch_size):
-    print(json.dumps(answer, ensure_ascii=False), flush=True)
+  responder = respond.Responder(system)
+  for response in respond.generate(responder, lines, batch_size):
+    print(json.dumps(response, ensure_ascii=False), flush=True)
     total += 1
-    failed += "error" in answer
+    failed += "error" in response
   if failed:
     raise InputError(
-      f"{failed} of {total} lines of {source!r} could not be answered; each "
-      "says why in its 'error' field"
+      f"{failed} of {total} lines of {source!r} have no response; the 'error' "
+      "field of each says why"
     )
   return 0
 
 
 def chat(values: Any) -> int:
-  """Talks in the terminal."""
+  """Holds a dialogue in the terminal."""
   system, _ = _load_system(values)
   from rich.console import Console
 
@@ -264,7 +271,7 @@ def chat(values: Any) -> int:
 
 
 def export(values: Any) -> int:
-  """Writes a checkpoint as one folder."""
+  """Exports a checkpoint as one folder."""
   workdir = _workdir(values)
   if not values.out:
     raise InputError("--out is missing; give the folder to write")
@@ -309,7 +316,7 @@ def checkpoints(values: Any) -> int:
 
 
 def compare(values: Any) -> int:
-  """Prints the paper's tables of several runs."""
+  """Prints the paper's tables for several runs."""
   if not values.dir:
     raise InputError(
       "no run folder is given; write empdg compare runs/empdg runs/moel"
@@ -327,7 +334,7 @@ def compare(values: Any) -> int:
 
 
 def attention(values: Any) -> int:
-  """Draws the attention of a reply."""
+  """Draws the attention of a response."""
   if not values.context:
     raise InputError(
       '--context is missing; write what the user says, as in --context="I lost '
@@ -351,7 +358,7 @@ def compile_check(values: Any) -> int:
     raise InputError("--topology is missing; give a slice such as v5e:4x4")
   import jax
 
-  # The compiler needs no device; JAX would look for a TPU at length.
+  # The compiler needs no device, and looking for a TPU takes JAX a while.
   jax.config.update("jax_platforms", "cpu")
   from rich.console import Console
 
@@ -360,7 +367,7 @@ def compile_check(values: Any) -> int:
 
   _check_format(values, compile_report.FORMATS)
   slice_ = compile_check.describe_topology(values.topology)
-  # JAX would warn that its cache cannot hold a program of no device.
+  # Off, since JAX warns that its cache cannot hold programs without a device.
   jax.config.update("jax_enable_compilation_cache", False)
   size = values.vocab_size
   if size is None:
@@ -384,7 +391,7 @@ def compile_check(values: Any) -> int:
 
 
 def benchmark(values: Any) -> int:
-  """Times this machine."""
+  """Times training steps and decoding on this machine."""
   config = _config(values)
   _start_jax()
   from rich.console import Console

@@ -1,4 +1,4 @@
-"""Examples: by hand on invented conversations, and the published sizes."""
+"""Examples of invented conversations, by hand, and the published sizes."""
 
 import dataclasses
 
@@ -130,7 +130,7 @@ def test_empdg_needs_feedback_and_one_more_listener_turn(
 def test_all_turns_takes_every_listener_turn(
   turns: int, targets: list[int]
 ) -> None:
-  """Only the last one lacks a feedback."""
+  """Only the last one lacks feedback."""
   talked = dialogue(turns)
 
   built = examples.build_examples([talked], "all_turns")
@@ -181,7 +181,7 @@ def test_real_counts_of_empdg(real_dataset: prepare.Dataset) -> None:
 def test_real_counts_of_all_turns(
   real_dataset: prepare.Dataset, real_data_config: DataConfig
 ) -> None:
-  """Also: what the first preparation kept is what the second one reads."""
+  """The second preparation reads what the first one kept."""
   config = dataclasses.replace(real_data_config, example_set="all_turns")
 
   dataset = prepare.load_dataset(config)

@@ -21,7 +21,7 @@ def emotional_words(tokens: list[str], words: Container[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def valid_utterances(real_data: Path) -> list[str]:
-  """The valid split's utterances as the examples take them: unquoted."""
+  """The valid split's utterances without quotes, as in examples."""
   data = read_source(real_data / "empatheticdialogues.tar.gz")["valid"]
   return [
     utterance.replace('"', "")

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Container, Iterable, Sequence
+from typing import NamedTuple
 
 from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data import text
 from empdg_jax.data.corpora import Conversation, Corpus
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Utterance:
+class Utterance(NamedTuple):
   """One turn: its tokens and which of them are emotional words."""
 
   tokens: tuple[str, ...]
@@ -35,8 +35,7 @@ class Example:
   feedback: Utterance | None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Dialogue:
+class Dialogue(NamedTuple):
   """A preprocessed dialogue: the speaker begins, turns come in pairs."""
 
   id: str

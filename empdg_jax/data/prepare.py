@@ -238,7 +238,14 @@ def _annotate(
     try:
       with gzip.open(path, "rt", encoding="utf-8") as file:
         return {
-          split: [_from_json(d) for d in dialogues]
+          split: [
+            Dialogue(
+              name,
+              emotion,
+              tuple(Utterance(tuple(t), tuple(f)) for t, f in turns),
+            )
+            for name, emotion, turns in dialogues
+          ]
           for split, dialogues in json.load(file).items()
         }
     except (OSError, EOFError, ValueError, zlib.error) as error:
@@ -268,32 +275,5 @@ def _annotate(
     storage.atomic_path(path) as temporary,
     gzip.open(temporary, "wt", encoding="utf-8", compresslevel=1) as file,
   ):
-    json.dump(
-      {s: [_to_json(d) for d in members] for s, members in dialogues.items()},
-      file,
-    )
+    json.dump(dialogues, file)  # Named tuples become lists.
   return dialogues
-
-
-def _to_json(dialogue: Dialogue) -> list[object]:
-  turns = [
-    [" ".join(turn.tokens), "".join("01"[flag] for flag in turn.emotional)]
-    for turn in dialogue.turns
-  ]
-  return [dialogue.id, dialogue.emotion, turns]
-
-
-def _from_json(value: list) -> Dialogue:
-  identifier, emotion, turns = value
-  return Dialogue(
-    identifier,
-    emotion,
-    tuple(
-      Utterance(
-        # "".split(" ") would be an empty token: a turn may have been `"` alone.
-        tuple(tokens.split(" ")) if tokens else (),
-        tuple(flag == "1" for flag in flags),
-      )
-      for tokens, flags in turns
-    ),
-  )

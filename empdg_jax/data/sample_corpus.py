@@ -198,17 +198,12 @@ def csv_files() -> dict[str, bytes]:
   for split, members in dialogues().items():
     rows = [_HEADER]
     for dialogue in members:
+      situation = dialogue.situation.replace(",", "_comma_")
       for index, utterance in enumerate(dialogue.utterances):
-        fields = (
-          dialogue.id,
-          str(index + 1),
-          dialogue.emotion,
-          dialogue.situation,
-          str(index % 2),
-          utterance,
-          "",
-          "",
+        utterance = utterance.replace(",", "_comma_")
+        rows.append(
+          f"{dialogue.id},{index + 1},{dialogue.emotion},{situation},"
+          f"{index % 2},{utterance},,"
         )
-        rows.append(",".join(f.replace(",", "_comma_") for f in fields))
     files[split] = ("\n".join(rows) + "\n").encode()
   return files

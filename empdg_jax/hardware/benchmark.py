@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from empdg_jax import parallel, storage
 from empdg_jax.config import Config, InputError
@@ -29,8 +29,10 @@ from empdg_jax.training.run_folder import Run
 from empdg_jax.training.train_state import count_parameters
 from empdg_jax.training.trainable import Trainable, assemble
 
-_MATRIX = 2048  # Rows and columns of the matrix product.
-_STREAM = 2**25  # Elements of the streamed arrays: 128 MB each, beyond caches.
+# Large enough for the machine's peak rates: the product's 2048 rows and columns
+# keep all cores busy, the streamed arrays of 128 MB each lie beyond all caches.
+_MATRIX = 2048
+_STREAM = 2**25
 
 
 def _median_seconds(
@@ -56,6 +58,7 @@ def _median_seconds(
       start = time.perf_counter()
       jax.block_until_ready(run())
       seconds.append(time.perf_counter() - start)
+  # Medians, since a single pause of the machine would move a mean.
   return [statistics.median(seconds) for seconds in times]
 
 
@@ -303,12 +306,11 @@ def print_benchmark(values: dict[str, Any], console: Console) -> None:
     f"{values['stream_bytes_per_second'] / 1e9:.1f} GB/s",
     highlight=False,
   )
-  table = Table(title=f"MLE step, batches of {values['batch_size']}")
-  for column in (
-    "context", "target", "batches", "ms", "examples/s", "GFLOP/s", "floor ms",
-    "x floor",
-  ):  # fmt: skip
-    table.add_column(column, justify="right")
+  names = "context,target,batches,ms,examples/s,GFLOP/s,floor ms,x floor"
+  table = Table(
+    *(Column(name, justify="right") for name in names.split(",")),
+    title=f"MLE step, batches of {values['batch_size']}",
+  )
   for shape in values["mle_step"]:
     table.add_row(
       str(shape["context"]),
@@ -322,9 +324,12 @@ def print_benchmark(values: dict[str, Any], console: Console) -> None:
     )
   console.print(table)
   if values["adversarial_steps"]:
-    table = Table(title="Adversarial steps on the most frequent shape")
-    for column in ("step", "ms", "x MLE step"):
-      table.add_column(column, justify="left" if column == "step" else "right")
+    table = Table(
+      "step",
+      Column("ms", justify="right"),
+      Column("x MLE step", justify="right"),
+      title="Adversarial steps on the most frequent shape",
+    )
     for name, step in values["adversarial_steps"].items():
       table.add_row(
         name,

@@ -58,6 +58,7 @@ def describe_topology(name: str) -> Slice:
     raise InputError(
       f"--topology={name}: expected one of " + "; ".join(chips.known_slices())
     )
+  # JAX's own error would name neither the package nor the extra.
   if importlib.util.find_spec("libtpu") is None:
     raise InputError(
       "the TPU compiler is missing; install it with: pip install "
@@ -108,6 +109,8 @@ def _abstract_steps(
     eval_rows: Examples a device in evaluation and decoding.
   """
   emotions = corpora.find_corpus(config.data).emotions
+  # Which words are emotional changes no shape, so none are marked: no data are
+  # needed to compile.
   trainable = assemble(
     config, vocab_size, len(emotions), np.zeros(vocab_size, bool)
   )
@@ -215,6 +218,7 @@ def find_batch(
     )
     return most
 
+  # A batch of fewer examples than chips is a start all the same.
   configured = max(1, config.train.batch_size // len(slice_.devices))
   fit = largest_that_fits(share, configured)
   if not fit.rows:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from empdg_jax.hardware.chips import Chip
 
@@ -209,18 +209,19 @@ def print_reports(
     }
     _print_json(values, console)
     return
-  memory = Table(title=f"{topology}: memory of a chip, MiB")
+  names = "arguments", "outputs", "temporary", "code", "share", "compiled s"
+  memory = Table(
+    "step",
+    *(Column(name, justify="right") for name in names),
+    title=f"{topology}: memory of a chip, MiB",
+  )
+  names = "GFLOP", "ms", "memory GB", "ms", "all-reduced MB", "ms"
   work = Table(
+    "step",
+    *(Column(name, justify="right") for name in names),
     title=f"{topology}: work of a chip, and its least time at published rates",
     caption="The body of a loop, as in sampling and decoding, is counted once.",
   )
-  for table, names in (
-    (memory, "arguments, outputs, temporary, code, share, compiled s"),
-    (work, "GFLOP, ms, memory GB, ms, all-reduced MB, ms"),
-  ):
-    table.add_column("step")
-    for name in names.split(", "):
-      table.add_column(name, justify="right")
   for r in reports:
     memory.add_row(
       r.step,
@@ -245,5 +246,5 @@ def print_reports(
 
 
 def _print_json(values: dict[str, Any], console: Console) -> None:
-  # Not through `print`, which would wrap lines at the terminal's width.
+  # Past the console, which would wrap lines at the terminal's width.
   console.file.write(json.dumps(values, indent=2) + "\n")

@@ -231,7 +231,7 @@ def _gather_files(
   }
   if metrics:
     files[export_files.METRICS] = _json_bytes(metrics)
-  # Last, since it sums all the others.
+  # Last, since it lists the sums of all the others.
   files[export_files.SUMS] = export_files.sums_text(files).encode()
   return files
 

@@ -17,6 +17,7 @@ import safetensors
 from flax import traverse_util
 
 from empdg_jax import config as config_lib
+from empdg_jax import storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import corpora, vocab
 from empdg_jax.data.lexicon import HashedWords
@@ -78,13 +79,9 @@ def read_file(folder: pathlib.Path, name: str) -> bytes:
   Raises:
     InputError: It cannot be read.
   """
-  try:
+  what = f"--bundle={folder}: {name} cannot be read; export again"
+  with storage.errors(what, InputError):
     return (folder / name).read_bytes()
-  except OSError as error:
-    reason = error.strerror or error
-    raise InputError(
-      f"--bundle={folder}: {name} cannot be read ({reason}); export again"
-    ) from error
 
 
 def sums_text(files: Mapping[str, bytes]) -> str:
