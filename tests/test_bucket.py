@@ -80,7 +80,7 @@ def test_a_run_in_a_bucket(
   assert (
     main.main(["export", "--workdir=gs://pod/runs/one", f"--out={out}"]) == 0
   )
-  assert export_files.open_bundle(out).step in (2, 4)
+  assert export_files.read_export(out).step in (2, 4)
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def attend(responder: Responder, context: Sequence[str]) -> Attended:
   """
   system = responder.system
   encoded = responder.encode(context)
-  (response,) = responder.answer([encoded])
+  (response,) = responder.respond_encoded([encoded])
   reply = list(response.tokens)
   # A response of the full length was cut off before its EOS.
   if len(reply) < system.config.eval.max_decode_steps:
