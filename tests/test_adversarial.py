@@ -15,8 +15,7 @@ import optax
 import pytest
 import reference
 import scipy.stats
-from reference import EOS, PAD, UNK, in_float64
-from test_steps import (
+from dialogues import (
   KEY,
   MODEL,
   ROWS,
@@ -28,6 +27,7 @@ from test_steps import (
   relative_difference,
   run_on_devices,
 )
+from reference import EOS, PAD, UNK, in_float64
 
 from empdg_jax import decoding, losses, rng
 from empdg_jax.config import TrainConfig

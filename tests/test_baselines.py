@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from dialogues import ROWS, VOCAB, make_batch, make_examples
 from reference import EOS, SOS, in_float64
-from test_steps import ROWS, VOCAB, make_batch, make_examples
 
 from empdg_jax import losses
 from empdg_jax.config import ModelConfig

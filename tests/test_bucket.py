@@ -11,7 +11,7 @@ import fake_bucket
 import numpy as np
 import pytest
 from etils import epath
-from test_systems import SMALL
+from helpers import SMALL
 
 from empdg_jax import main
 from empdg_jax.config import Config, InputError

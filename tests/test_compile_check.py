@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import helpers
 import pytest
-import refusal
 
 from empdg_jax import main
 from empdg_jax.hardware import chips, compile_check
@@ -147,7 +147,7 @@ def test_nothing_fits() -> None:
 
 def refused(capsys: pytest.CaptureFixture[str], *more: str) -> str:
   """Runs a check that must be refused; returns its one line."""
-  return refusal.refused(capsys, *command("transformer", *more))
+  return helpers.refused(capsys, *command("transformer", *more))
 
 
 def test_help_lists_the_known_slices(

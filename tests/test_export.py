@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from example import ALONE, example_of, run_example
-from refusal import refused
+from helpers import ALONE, example_of, refused, run_example
 
 from empdg_jax import config as config_lib
 from empdg_jax import main

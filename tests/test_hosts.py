@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_systems import SMALL
+from helpers import SMALL
 
 from empdg_jax import main
 from empdg_jax.config import Config

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from refusal import refused
+from helpers import refused
 
 from empdg_jax import main
 from empdg_jax.config import DataConfig

@@ -3,8 +3,6 @@
 As a program, `test_steps.py FILE` writes what `take_three` returns to FILE.
 """
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,24 +14,29 @@ import numpy as np
 import optax
 import pytest
 import reference
+from dialogues import (
+  KEY,
+  MODEL,
+  ROWS,
+  TRAIN,
+  VOCAB,
+  flat,
+  make_batch,
+  make_examples,
+  relative_difference,
+  run_on_devices,
+)
 from reference import (
-  CLS,
   EOS,
-  LAB,
   PAD,
-  SYS,
   UNK,
-  USR,
-  Example,
   in_float64,
-  pad,
 )
 
-from empdg_jax.config import EvalConfig, ModelConfig, TrainConfig
+from empdg_jax.config import EvalConfig
 from empdg_jax.data.pipeline import Batch
 from empdg_jax.losses import log_mixture
 from empdg_jax.models.encoder_decoder import Inputs
-from empdg_jax.models.generator import Generator
 from empdg_jax.parallel.devices import replicate, shard, unreplicate, unshard
 from empdg_jax.training import steps
 from empdg_jax.training.train_state import (
@@ -41,25 +44,6 @@ from empdg_jax.training.train_state import (
   create_optimizer,
   init_params,
 )
-
-VOCAB = 60
-ROWS = 8  # As many as the most devices.
-SHAPE = (12, 6, 8)  # Context, emotional context, target.
-MODEL = Generator(
-  ModelConfig(
-    emb_dim=16,
-    key_value_depth=8,
-    filter_size=12,
-    feed_forward="dense",
-    emotion_loss_weight=0.5,
-    generation_loss_weight=2.0,
-  ),
-  VOCAB,
-  32,
-)
-# An epsilon that does not blow up the last digits of small gradients.
-TRAIN = TrainConfig(warmup_steps=10, adam_eps=1e-3)
-KEY = jax.random.key(11)
 
 
 class Steps(NamedTuple):
@@ -74,46 +58,6 @@ class Steps(NamedTuple):
   state: TrainState
   mle: Callable[..., Any]
   evaluate: Callable[..., Any]
-
-
-def make_examples(seed: int) -> tuple[list[Example], np.ndarray]:
-  """Returns `ROWS` random dialogues of all lengths, and their emotions."""
-  rng = np.random.default_rng(seed)
-
-  def words(least: int, most: int) -> list[int]:
-    drawn = rng.integers(8, VOCAB, rng.integers(least, most + 1))
-    return [int(w) if w < VOCAB - 4 else UNK for w in drawn]
-
-  examples = []
-  for _ in range(ROWS):
-    context = words(2, SHAPE[0] - 1)
-    middle = len(context) // 2
-    state = [USR] * middle + [SYS] * (len(context) - middle)
-    examples.append(
-      Example(
-        [CLS, *context],
-        [CLS, *state],
-        [LAB, *words(0, SHAPE[1] - 1)],
-        [*words(1, SHAPE[2] - 1), EOS],
-      )
-    )
-  return examples, rng.integers(0, 32, ROWS)
-
-
-def make_batch(seed: int, real: int = ROWS) -> Batch:
-  """Pads the dialogues of `make_examples`; only the first `real` ones count."""
-  examples, emotions = make_examples(seed)
-  return Batch(
-    context=pad([e.context for e in examples], SHAPE[0]),
-    state=pad([e.state for e in examples], SHAPE[0]),
-    emotion_context=pad([e.emotion_context for e in examples], SHAPE[1]),
-    target=pad([e.target for e in examples], SHAPE[2]),
-    feedback=np.ones((ROWS, 1), np.int32),
-    emotion=emotions.astype(np.int32),
-    mask=(np.arange(ROWS) < real).astype(np.float32),
-    position=np.arange(ROWS, dtype=np.int32),
-    index=np.arange(ROWS, dtype=np.int32),
-  )
 
 
 def direct_terms(
@@ -146,17 +90,6 @@ def direct_terms(
   }
   mean = jnp.sum(loss * batch.mask) / jnp.sum(batch.mask)
   return mean, {k: jnp.sum(v * batch.mask) for k, v in parts.items()}
-
-
-def flat(params: Any) -> np.ndarray:
-  """Returns all parameters as one float64 vector."""
-  leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(params)]
-  return np.concatenate(leaves)
-
-
-def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
-  """Returns `|a - b| / |b|` in the Euclidean norm."""
-  return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def compile_steps() -> Steps:
@@ -350,35 +283,6 @@ def take_three(compiled: Steps) -> dict[str, Any]:
     "end": flat(state.params),
     **metrics,
   }
-
-
-def run_on_devices(
-  program: str, folder: Path
-) -> dict[int, subprocess.Popen[str]]:
-  """Starts `program FILE` on 2 and on 8 devices, each in a process.
-
-  Args:
-    program: The program.
-    folder: The folder of the FILEs, named by the number of devices.
-
-  Returns:
-    The processes by their number of devices.
-  """
-  runs = {}
-  for devices in (2, 8):
-    environment = {
-      **os.environ,
-      "JAX_PLATFORMS": "cpu",
-      "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    runs[devices] = subprocess.Popen(
-      [sys.executable, program, str(folder / f"{devices}.npz")],
-      env=environment,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-  return runs
 
 
 def test_any_number_of_devices_gives_the_same_update(

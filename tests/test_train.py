@@ -3,15 +3,14 @@
 import copy
 import itertools
 import json
-import os
 import pathlib
 import signal
 import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from helpers import run_training
 
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError, SaveError
@@ -22,35 +21,6 @@ from empdg_jax.training import (
   train_log,
   validation,
 )
-
-# A stand-in for `empdg train` whose process the tests can kill.
-_PROGRAM = """
-import os, pathlib, signal, sys
-from empdg_jax import config as config_lib
-from empdg_jax.training import checkpoint, loop, train_log
-config = config_lib.from_json(pathlib.Path(sys.argv[1]).read_text(), "config")
-kill_at, number = int(sys.argv[3]), int(sys.argv[4])
-write = train_log.MetricWriter.write
-
-def write_and_die(self, step, phase, values):
-  write(self, step, phase, values)
-  if step == kill_at:
-    checkpoint.Checkpoints.wait = signalled_again
-    os.kill(os.getpid(), number)
-
-wait = checkpoint.Checkpoints.wait
-
-def signalled_again(self):
-  if number == signal.SIGTERM:
-    os.kill(os.getpid(), number)
-  wait(self)
-
-train_log.MetricWriter.write = write_and_die
-try:
-  loop.train(config, pathlib.Path(sys.argv[2]))
-except KeyboardInterrupt:
-  sys.exit(130)
-"""
 
 
 def _losses(workdir: pathlib.Path) -> dict[int, float]:
@@ -78,20 +48,6 @@ def trained(
   workdir = tmp_path_factory.mktemp("undisturbed") / "run"
   assert loop.train(config, workdir)
   return config, workdir
-
-
-def _run(
-  config: Config, workdir: pathlib.Path, kill_at: int, number: int
-) -> subprocess.CompletedProcess[str]:
-  path = workdir.parent / "config-for-the-process.json"
-  path.write_text(config_lib.to_json(config))
-  return subprocess.run(
-    [sys.executable, "-c", _PROGRAM, path, workdir, str(kill_at), str(number)],
-    capture_output=True,
-    text=True,
-    check=False,
-    env={**os.environ, "JAX_PLATFORMS": "cpu"},
-  )
 
 
 def test_run_folder(trained: tuple[Config, pathlib.Path]) -> None:
@@ -133,7 +89,7 @@ def test_kill_and_resume_gives_the_same_losses(
 ) -> None:
   config, undisturbed = trained
   workdir = tmp_path / "run"
-  killed = _run(config, workdir, kill_at, signal.SIGKILL)
+  killed = run_training(config, workdir, kill_at, signal.SIGKILL)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   assert loop.train(config, workdir)
   expected, losses = _losses(undisturbed), _losses(workdir)
@@ -153,7 +109,7 @@ def test_no_update_is_missing_in_the_log(
   config, every_step = copy.deepcopy(trained[0]), _losses(trained[1])
   config.train.log_every = 5
   workdir = tmp_path / "run"
-  killed = _run(config, workdir, 8, signal.SIGKILL)
+  killed = run_training(config, workdir, 8, signal.SIGKILL)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   assert loop.train(config, workdir)
   losses = _losses(workdir)
@@ -176,7 +132,7 @@ def test_interrupt_saves_and_says_how_to_resume(
   """Schedulers may send SIGTERM twice, the second during the save."""
   config, _ = trained
   workdir = tmp_path / "run"
-  interrupted = _run(config, workdir, 5, number)
+  interrupted = run_training(config, workdir, 5, number)
   assert interrupted.returncode == status, interrupted.stderr
   said = " ".join(interrupted.stdout.split())
   assert "Stopped and saved at step" in said

@@ -9,7 +9,7 @@ import signal
 
 import numpy as np
 import pytest
-from test_train import _run
+from helpers import run_training
 
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
@@ -106,7 +106,7 @@ def test_kill_and_resume_in_every_phase(
 ) -> None:
   config, undisturbed = finished
   workdir = tmp_path / "run"
-  killed = _run(config, workdir, kill_at, signal.SIGKILL)
+  killed = run_training(config, workdir, kill_at, signal.SIGKILL)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   assert loop.train(config, workdir)
   expected, values = _values(undisturbed), _values(workdir)
