@@ -41,14 +41,13 @@ def _copied(pointer: Pointer, vocab: int) -> jax.Array:
 
 
 def _log_add_copies(
-  log_generated: jax.Array, gate: jax.Array, copied: jax.Array
+  log_generated: jax.Array, log_copy: jax.Array, copied: jax.Array
 ) -> jax.Array:
-  """Returns `log(generated + (1 - g) copied)`, elementwise."""
+  """Returns `log(generated + (1 - g) copied)`; `log_copy` is `log(1 - g)`."""
   # A probability may underflow where its logarithm does not: a saturated gate
   # or a confident softmax still has a finite loss and gradient.
   return jnp.logaddexp(
-    log_generated,
-    jax.nn.log_sigmoid(-gate) + jnp.log(jnp.maximum(copied, _TINY)),
+    log_generated, log_copy + jnp.log(jnp.maximum(copied, _TINY))
   )
 
 
@@ -77,22 +76,25 @@ def log_mixture(logits: jax.Array, pointer: Pointer | None) -> jax.Array:
   log_probs = jax.nn.log_softmax(logits)
   if pointer is None:
     return log_probs
+  copied = _copied(pointer, logits.shape[-1])
   gate = pointer.gate[..., None]
   return _log_add_copies(
-    jax.nn.log_sigmoid(gate) + log_probs,
-    gate,
-    _copied(pointer, logits.shape[-1]),
+    jax.nn.log_sigmoid(gate) + log_probs, jax.nn.log_sigmoid(-gate), copied
   )
 
 
 def _copy_gain(
-  logits: jax.Array, log_normalizer: jax.Array, pointer: Pointer
+  logits: jax.Array,
+  log_scale: jax.Array,
+  log_copy: jax.Array,
+  pointer: Pointer,
 ) -> jax.Array:
   """Returns the sum over source words of `log p - log(g softmax)`.
 
   Args:
     logits: `[batch, length, vocab]`.
-    log_normalizer: Their `logsumexp`, `[batch, length]`.
+    log_scale: `log g - logsumexp(logits)`, `[batch, length]`.
+    log_copy: `log(1 - g)`, `[batch, length]`.
     pointer: The gate, attention and source ids.
 
   Returns:
@@ -105,12 +107,8 @@ def _copy_gain(
   first = ~jnp.any(jnp.tril(same, k=-1), axis=-1)  # -> [batch, source_length]
   copied = pointer.attention @ same.astype(logits.dtype)
   ids = jnp.broadcast_to(source[:, None, :], copied.shape)
-  log_gate = jax.nn.log_sigmoid(pointer.gate)
-  generated = (
-    jnp.take_along_axis(logits, ids, axis=-1)
-    + (log_gate - log_normalizer)[..., None]
-  )
-  mixed = _log_add_copies(generated, pointer.gate[..., None], copied)
+  generated = jnp.take_along_axis(logits, ids, axis=-1) + log_scale[..., None]
+  mixed = _log_add_copies(generated, log_copy[..., None], copied)
   return jnp.sum((mixed - generated) * first[:, None, :], axis=-1)
 
 
@@ -147,16 +145,19 @@ def token_losses(
   total = jnp.sum(logits, axis=-1) - vocab * log_normalizer
   if pointer is not None:
     log_gate = jax.nn.log_sigmoid(pointer.gate)
+    log_copy = jax.nn.log_sigmoid(-pointer.gate)
     # The copies of a target come from the source positions that hold it, found
     # by comparison: no scatter over the vocabulary.
     hits = pointer.source[:, None, :] == targets[:, :, None]
     copied = jnp.sum(pointer.attention * hits, axis=-1)
     log_likelihood = _log_add_copies(
-      log_gate + log_likelihood, pointer.gate, copied
+      log_gate + log_likelihood, log_copy, copied
     )
     # A word that is not in the source has log p = log g + log softmax. So the
     # sum is that of all words, plus what the few source words gain by copying.
-    total += vocab * log_gate + _copy_gain(logits, log_normalizer, pointer)
+    total += vocab * log_gate + _copy_gain(
+      logits, log_gate - log_normalizer, log_copy, pointer
+    )
   nll = -log_likelihood
   if label_smoothing == 0.0:
     return nll, nll  # XLA drops `total`, which nothing reads.
