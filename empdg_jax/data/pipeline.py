@@ -151,7 +151,7 @@ def collate(
 
   Args:
     encoded: All examples of the split.
-    index: Which of them make the global batch, at most `batch_size`.
+    index: The examples of the global batch, at most `batch_size`.
     shape: The padded lengths.
     batch_size: The global batch size B.
     rows: The rows of the global batch that this host needs.

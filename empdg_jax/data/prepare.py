@@ -240,11 +240,11 @@ def _annotate(
         return {
           split: [
             Dialogue(
-              name,
+              identifier,
               emotion,
               tuple(Utterance(tuple(t), tuple(f)) for t, f in turns),
             )
-            for name, emotion, turns in dialogues
+            for identifier, emotion, turns in dialogues
           ]
           for split, dialogues in json.load(file).items()
         }

@@ -108,7 +108,7 @@ def mle_step_floor(
 def _batches_by_shape(
   encoded: Sequence[EncodedExample], config: Config, shapes: Sequence[Shape]
 ) -> list[tuple[int, Shape, Batch]]:
-  """Returns each shape, its number of batches an epoch, and one of them.
+  """Returns each shape with its number of batches an epoch and one of them.
 
   The most frequent shape comes first.
   """
