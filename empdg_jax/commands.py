@@ -10,8 +10,10 @@ import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import Any
+
+from rich.console import Console
 
 from empdg_jax import config as config_lib
 from empdg_jax import storage
@@ -20,18 +22,22 @@ from empdg_jax.config import Config, InputError
 
 def _config(values: Any) -> Config:
   """Returns the configuration of the flags, validated."""
-  if values.config is None:
-    raise InputError(
-      "--config is missing; give a file such as --config=configs/quickstart.py"
-    )
-  config_lib.validate(values.config)
-  return values.config
+  file = "give a file such as --config=configs/quickstart.py"
+  config = _given(values, "config", file)
+  config_lib.validate(config)
+  return config
 
 
-def _workdir(values: Any) -> pathlib.Path:
-  if not values.workdir:
-    raise InputError("--workdir is missing; give the run folder")
-  return storage.run_path(values.workdir, "workdir")
+def _given(values: Any, flag: str, advice: str) -> Any:
+  """Returns the value of a flag that a command cannot do without."""
+  if not (value := getattr(values, flag)):
+    raise InputError(f"--{flag} is missing; {advice}")
+  return value
+
+
+def _workdir(values: Any, advice: str = "give the run folder") -> pathlib.Path:
+  folder = _given(values, "workdir", advice)
+  return storage.run_path(folder, "workdir")
 
 
 def _start_jax() -> None:
@@ -62,18 +68,14 @@ def prepare(values: Any) -> int:
       --config.data.source=empatheticdialogues.tar.gz
   """
   config = _config(values)
-  from rich.console import Console
-
   from empdg_jax.analysis import dataset_report
   from empdg_jax.data import prepare
+  from empdg_jax.models import registry
+  from empdg_jax.training import train_state
 
   console = Console()
   dataset = prepare.load_dataset(config.data)
   dataset_report.print_report(dataset, config, console)
-
-  from empdg_jax.models import registry
-  from empdg_jax.training import train_state
-
   model = registry.create_model(
     config.model, len(dataset.vocabulary), len(dataset.corpus.emotions)
   )
@@ -139,13 +141,9 @@ def _system_folder(values: Any) -> pathlib.Path:
   if values.bundle:
     folder = storage.run_path(values.bundle, "bundle")
     run = export_files.read_config(folder)
-  elif values.workdir:
-    folder = _workdir(values)
-    run = run_folder.read_config(folder)
   else:
-    raise InputError(
-      "--workdir is missing; give the run folder, or an export as --bundle"
-    )
+    folder = _workdir(values, "give the run folder, or an export as --bundle")
+    run = run_folder.read_config(folder)
   ours, theirs = config_lib.flatten(_config(values)), config_lib.flatten(run)
   for name, value in ours.items():
     if value != theirs[name] and not name.startswith(OF_USERS):
@@ -176,22 +174,6 @@ def _load_system(values: Any) -> tuple[Any, pathlib.Path]:
   return system, folder
 
 
-def _check_split(values: Any) -> None:
-  from empdg_jax.data.corpora import SPLITS
-
-  if values.split not in SPLITS:
-    raise InputError(
-      f"--split={values.split}: expected one of " + ", ".join(SPLITS)
-    )
-
-
-def _check_format(values: Any, formats: Sequence[str]) -> None:
-  if values.format not in formats:
-    raise InputError(
-      f"--format={values.format}: expected one of " + ", ".join(formats)
-    )
-
-
 def evaluate(values: Any) -> int:
   r"""Scores and answers a split; writes predictions and metrics.
 
@@ -202,13 +184,11 @@ def evaluate(values: Any) -> int:
     empdg evaluate --bundle=quickstart-export \
       --config.data.source=empatheticdialogues.tar.gz
   """
-  _check_split(values)
   with _joined_hosts(values):
     system, folder = _load_system(values)
-    from rich.console import Console
-
     from empdg_jax.inference import evaluate, predictions
     from empdg_jax.parallel import hosts
+    from empdg_jax.training import terminal
 
     folder = folder / "eval" / values.split
     if values.out:
@@ -221,11 +201,8 @@ def evaluate(values: Any) -> int:
         folder / "predictions.jsonl", values.samples, console
       )
       flag = "bundle" if values.bundle else "workdir"
-      console.print(
-        f"Written to {folder}. Next: empdg chat --{flag}="
-        f"{getattr(values, flag)}",
-        soft_wrap=True, highlight=False, markup=False,
-      )  # fmt: skip
+      source = f"--{flag}={getattr(values, flag)}"
+      terminal.say(f"Written to {folder}. Next: empdg chat {source}", console)
   return 0
 
 
@@ -235,12 +212,11 @@ def metrics(values: Any) -> int:
   Examples:
     empdg metrics --predictions=runs/quickstart/eval/test/predictions.jsonl
   """
-  if not values.predictions:
-    raise InputError("--predictions is missing; give a predictions.jsonl")
+  file = _given(values, "predictions", "give a predictions.jsonl")
   from empdg_jax import metrics
   from empdg_jax.inference import predictions
 
-  path = storage.run_path(values.predictions, "predictions")
+  path = storage.run_path(file, "predictions")
   lines = predictions.read_predictions(path)
   size = values.vocab_size or predictions.vocab_size_of(path, lines)
   if size < 2:
@@ -291,8 +267,6 @@ def chat(values: Any) -> int:
     empdg chat --bundle=quickstart-export
   """
   system, _ = _load_system(values)
-  from rich.console import Console
-
   from empdg_jax.inference import respond
 
   respond.chat(respond.Responder(system), Console(), sys.stdin)
@@ -307,26 +281,19 @@ def export(values: Any) -> int:
     empdg export --workdir=gs://BUCKET/pod --out=pod-export --average=3
   """
   workdir = _workdir(values)
-  if not values.out:
-    raise InputError("--out is missing; give the folder to write")
-  if "://" in values.out:
+  out = _given(values, "out", "give the folder to write")
+  if "://" in out:
     raise InputError(
-      f"--out={values.out}: expected a folder on a disk; copy it to a bucket"
+      f"--out={out}: expected a folder on a disk; copy it to a bucket"
     )
   if values.average and values.checkpoint:
     raise InputError("--checkpoint and --average exclude each other; give one")
   _start_jax()
-  from rich.console import Console
-
   from empdg_jax.inference import export
 
-  if values.dtype not in export.DTYPES:
-    raise InputError(
-      f"--dtype={values.dtype}: expected one of " + ", ".join(export.DTYPES)
-    )
   export.export(
     workdir,
-    pathlib.Path(values.out),
+    pathlib.Path(out),
     values.checkpoint,
     values.average,
     values.dtype,
@@ -342,10 +309,7 @@ def checkpoints(values: Any) -> int:
     empdg checkpoints --workdir=runs/quickstart
   """
   workdir = _workdir(values)
-  _check_format(values, ("terminal", "json"))
   _start_jax()
-  from rich.console import Console
-
   from empdg_jax.analysis import checkpoint_list
 
   listed = checkpoint_list.list_checkpoints(workdir)
@@ -364,12 +328,8 @@ def compare(values: Any) -> int:
     raise InputError(
       "no run folder is given; write empdg compare runs/empdg runs/moel"
     )
-  _check_split(values)
-  from rich.console import Console
-
   from empdg_jax.analysis import compare, tables
 
-  _check_format(values, tables.FORMATS)
   folders = [storage.run_path(folder, "dir") for folder in values.dir]
   comparison = compare.compare(folders, values.split, values.cases)
   tables.print_comparison(comparison, values.format, Console())
@@ -382,16 +342,13 @@ def attention(values: Any) -> int:
   Examples:
     empdg attention --workdir=runs/quickstart --context="I lost my job."
   """
-  if not values.context:
-    raise InputError(
-      '--context is missing; write what the user says, as in --context="I lost '
-      'my job."'
-    )
+  advice = 'write what the user says, as in --context="I lost my job."'
+  context = _given(values, "context", advice)
   system, folder = _load_system(values)
   from empdg_jax.analysis import attention
   from empdg_jax.inference import respond
 
-  drawn = attention.attend(respond.Responder(system), values.context)
+  drawn = attention.attend(respond.Responder(system), context)
   stem = pathlib.Path(values.image or folder / "attention")
   for path in attention.draw(drawn, stem):
     print(f"Drawn in {path}")
@@ -407,19 +364,15 @@ def compile_check(values: Any) -> int:
       --find_batch
   """
   config = _config(values)
-  if not values.topology:
-    raise InputError("--topology is missing; give a slice such as v5e:4x4")
+  topology = _given(values, "topology", "give a slice such as v5e:4x4")
   import jax
 
   # The compiler needs no device, and looking for a TPU takes JAX a while.
   jax.config.update("jax_platforms", "cpu")
-  from rich.console import Console
-
   from empdg_jax.data import prepare
   from empdg_jax.hardware import compile_check, compile_report
 
-  _check_format(values, compile_report.FORMATS)
-  slice_ = compile_check.describe_topology(values.topology)
+  slice_ = compile_check.describe_topology(topology)
   # Off, since JAX warns that its cache cannot hold programs without a device.
   jax.config.update("jax_enable_compilation_cache", False)
   size = values.vocab_size
@@ -451,8 +404,6 @@ def benchmark(values: Any) -> int:
   """
   config = _config(values)
   _start_jax()
-  from rich.console import Console
-
   from empdg_jax.data import prepare
   from empdg_jax.hardware import benchmark
 

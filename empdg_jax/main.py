@@ -30,8 +30,9 @@ class _RunConfig:
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
 
-# The type, default and help of each flag, the same in all commands. "fields"
-# and "run_fields" are the flags behind --config.
+# The type, default and help of each flag, the same in all commands except where
+# COMMAND.FLAG says otherwise. "fields" and "run_fields" are the flags behind
+# --config.
 _FLAGS: dict[str, tuple[Any, Any, str]] = {
   "config": (str, "", "File of configs/; FILE:X calls its get_config('X')."),
   "fields": (Config, Config(), ""),
@@ -39,16 +40,19 @@ _FLAGS: dict[str, tuple[Any, Any, str]] = {
   "workdir": (str, "", "Run folder, on a disk or in a bucket (gs://...)."),
   "bundle": (str, "", "Export to use instead of a run folder."),
   "checkpoint": (str | None, None, "best (the default), latest or a step."),
-  "split": (str, "test", "train, valid or test."),
+  "split": (Literal["train", "valid", "test"], "test", "Split of the data."),
   "input": (str, "-", "Contexts, one JSON object a line; - is standard input."),
   "predictions": (str, "", "A predictions.jsonl."),
   "out": (str, "", "Folder to write; that of an export must not exist."),
   "output": (str, "benchmark.json", "File to write the figures to."),
   "image": (str, "", "File to draw, without its ending."),
-  "dtype": (str, "float32", "Type of the parameters: float32 or bfloat16."),
-  "format": (
-    str, "terminal", "terminal or json; compare also has markdown, csv and "
-    "latex.",
+  "dtype": (
+    Literal["float32", "bfloat16"], "float32", "Type of the parameters.",
+  ),
+  "format": (Literal["terminal", "json"], "terminal", "Format to print."),
+  "compare.format": (
+    Literal["terminal", "markdown", "csv", "json", "latex"], "terminal",
+    "Format to print.",
   ),
   "topology": (str, "", "TPU slice, such as v5e:4x4."),
   "dir": (list[str], [], "Run folder or export; --dir= may be left out."),
@@ -113,6 +117,14 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
+def _flags(name: str) -> dict[str, tuple[Any, Any, str]]:
+  """Returns the type, default and help of each flag of a command."""
+  return {
+    flag: _FLAGS.get(f"{name}.{flag}") or _FLAGS[flag]
+    for flag in _COMMANDS[name]
+  }
+
+
 def _function(name: str) -> Callable[[Any], int]:
   """Returns the function that runs a command."""
   return getattr(commands, name.replace("-", "_"))
@@ -121,8 +133,7 @@ def _function(name: str) -> Callable[[Any], int]:
 def _options(name: str) -> Callable[..., Any]:
   """Returns a dataclass whose fields are the flags of a command."""
   fields = []
-  for flag in _COMMANDS[name]:
-    kind, default, text = _FLAGS[flag]
+  for flag, (kind, default, text) in _flags(name).items():
     settings = tyro.conf.arg(
       name="config" if dataclasses.is_dataclass(kind) else None,
       help=text or None,
@@ -140,8 +151,8 @@ def _spelled_out(name: str, argv: Sequence[str]) -> list[str]:
   Raises:
     InputError: A flag is unknown or has no value, or a value has no flag.
   """
-  flags = _COMMANDS[name]
-  kinds = {flag: _FLAGS[flag][0] for flag in flags if "fields" not in flag}
+  flags = _flags(name)
+  kinds = {f: kind for f, (kind, *_) in flags.items() if "fields" not in f}
   if "fields" in flags or "run_fields" in flags:
     fields = config_lib.field_types()
     kinds |= {"config": str, **{f"config.{f}": k for f, k in fields.items()}}
@@ -205,7 +216,7 @@ def _parse(name: str, argv: Sequence[str]) -> Any:
   Raises:
     InputError: A flag or the configuration's file is wrong.
   """
-  flags, options = _COMMANDS[name], _options(name)
+  flags, options = _flags(name), _options(name)
   if {"-h", "--help"} & set(argv):
     about = options.__doc__ or ""
     if "run_fields" in flags:
@@ -224,9 +235,9 @@ def _parse(name: str, argv: Sequence[str]) -> Any:
   fields = [arg for arg in given if arg.startswith("--config.")]
   own = [arg for arg in given if arg not in fields]
   values: Any = tyro.cli(options, args=own, **_SETTINGS)
-  for flag in flags:
+  for flag, (kind, *_) in flags.items():
     value = getattr(values, flag)
-    wanted = config_lib.expected(value, _FLAGS[flag][0])
+    wanted = config_lib.expected(value, kind)
     if not wanted and isinstance(value, int) and value < 0:
       wanted = "at least 0"
     if wanted:

@@ -75,6 +75,13 @@ def atomic_path(path: pathlib.Path) -> Generator[pathlib.Path]:
     temporary.unlink(missing_ok=True)
 
 
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file atomically and in UTF-8, in a folder that it may create."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with atomic_path(path) as temporary:
+    temporary.write_text(text, encoding="utf-8")
+
+
 @contextlib.contextmanager
 def errors(what: str, kind: type[Exception]) -> Generator[None]:
   """Converts any storage error into a one-line `kind`.

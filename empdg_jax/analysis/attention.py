@@ -14,7 +14,6 @@ from empdg_jax import storage
 from empdg_jax.config import InputError
 from empdg_jax.data import vocab
 from empdg_jax.inference.respond import Responder
-from empdg_jax.models import registry
 from empdg_jax.models.encoder_decoder import Inputs
 from empdg_jax.parallel import devices
 
@@ -63,13 +62,10 @@ def attend(responder: Responder, context: Sequence[str]) -> Attended:
   # A response of the full length was cut off before its EOS.
   if len(reply) < system.config.eval.max_decode_steps:
     reply.append("EOS")
-  model = registry.create_model(
-    system.config.model, len(system.vocabulary), len(system.emotions)
-  )
   # Decoding keeps no attention, hence a second pass. It must read the same
   # tokens: a copied word outside the vocabulary was fed back as UNK.
   ids = [system.vocabulary.ids.get(token, vocab.UNK) for token in reply]
-  outputs: Any = model.apply(
+  outputs: Any = system.model.apply(
     {"params": devices.unreplicate(system.params)},
     Inputs(
       jnp.array([encoded.context]),

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from rich.console import Console
@@ -17,9 +16,9 @@ from rich.progress import track
 
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import corpora, pipeline
-from empdg_jax.data.pipeline import Batch, Shape
+from empdg_jax.data.pipeline import Batch, EncodedExample, Shape
 from empdg_jax.hardware import chips
-from empdg_jax.hardware.compile_report import Fit, Report, Slice, read_report
+from empdg_jax.hardware.compile_report import Fit, Slice, read_report
 from empdg_jax.parallel.devices import check_batches
 from empdg_jax.training import steps
 from empdg_jax.training.trainable import assemble
@@ -72,20 +71,14 @@ def describe_topology(name: str) -> Slice:
 
 def _batch(shape: Shape, devices: int, per_device: int) -> Batch:
   """Returns the shapes of a sharded batch, `[devices, per_device, ...]`."""
-
-  def ids(*lengths: int) -> Any:
-    return jax.ShapeDtypeStruct((devices, per_device, *lengths), jnp.int32)
-
-  return Batch(
-    context=ids(shape.context),
-    state=ids(shape.context),
-    emotion_context=ids(shape.emotion),
-    target=ids(shape.target),
-    feedback=ids(shape.feedback),
-    emotion=ids(),
-    mask=jax.ShapeDtypeStruct((devices, per_device), jnp.float32),
-    position=ids(),
-    index=ids(),
+  blank = EncodedExample([], [], [], [], [], 0, (), (), (0, 0, 0, 0))
+  one = pipeline.collate([blank], np.zeros(1, int), shape, 1)
+  # Shapes and types are those of a real batch, whatever a batch holds.
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      (devices, per_device, *x.shape[1:]), x.dtype
+    ),
+    one,
   )
 
 
@@ -147,7 +140,7 @@ def _abstract_steps(
 
 def check(
   config: Config, vocab_size: int, slice_: Slice, console: Console
-) -> tuple[list[Report], list[str]]:
+) -> tuple[list[dict[str, Any]], list[str]]:
   """Compiles every step of a system for a slice, on its longest lengths.
 
   Args:
@@ -176,7 +169,7 @@ def check(
   for step, report in zip(checked, found, strict=True):
     if report is not None:
       reports.append(report)
-    if report is None or report.memory_share > 1.0:
+    if report is None or report["memory_share"] > 1.0:
       too_large.append(step.name)
   return reports, too_large
 
@@ -210,7 +203,7 @@ def find_batch(
     start = time.perf_counter()
     with console.status(f"Compiling for {rows:,} examples a device"):
       reports = list(_compile_all(tried, slice_))
-    most = max(math.inf if r is None else r.memory_share for r in reports)
+    most = max(r["memory_share"] if r else math.inf for r in reports)
     needs = f"{most:.0%} of the memory" if most < math.inf else "too many"
     console.print(
       f"{rows:,} examples a device: {needs} ({time.perf_counter() - start:.0f} "
@@ -272,7 +265,7 @@ def largest_that_fits(share: Callable[[int], float], start: int) -> Fit:
 
 def _compile_all(
   abstract_steps: Sequence[_AbstractStep], slice_: Slice
-) -> Iterator[Report | None]:
+) -> Iterator[dict[str, Any] | None]:
   """Yields each step's report, None if the compiler says that it does not fit.
 
   Steps compile side by side: the compiler releases Python's lock.
@@ -281,7 +274,7 @@ def _compile_all(
     yield from pool.map(lambda step: _report(step, slice_), abstract_steps)
 
 
-def _report(step: _AbstractStep, slice_: Slice) -> Report | None:
+def _report(step: _AbstractStep, slice_: Slice) -> dict[str, Any] | None:
   start = time.perf_counter()
   # The compiler keeps a little of the chip's memory for itself, so it refuses
   # what hardly fits as well.

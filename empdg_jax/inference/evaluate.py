@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, TextColumn
 
 from empdg_jax import metrics
 from empdg_jax.config import Config
@@ -14,6 +13,7 @@ from empdg_jax.data.pipeline import EncodedExample
 from empdg_jax.inference import predictions
 from empdg_jax.inference.system import Response, System
 from empdg_jax.parallel import hosts
+from empdg_jax.training import terminal
 
 
 def evaluate_split(
@@ -85,13 +85,7 @@ def _run_steps(
     response.
   """
   scores, responses = {}, {}
-  with Progress(
-    *Progress.get_default_columns(),
-    TextColumn("{task.fields[rate]}"),
-    console=console,
-    transient=True,
-    disable=not console.is_terminal,
-  ) as bar:
+  with terminal.progress_bar(console, transient=True) as bar:
     task = bar.add_task("Scoring", total=len(encoded), rate="")
     for index, nll, tokens in system.score(encoded):
       scores[index] = nll, tokens

@@ -27,11 +27,10 @@ from empdg_jax.inference import evaluate, export_files, model_card
 from empdg_jax.inference.respond import Responder
 from empdg_jax.inference.system import create_model, load_system, params_like
 from empdg_jax.models.encoder_decoder import EncoderDecoder
-from empdg_jax.training import checkpoint, run_folder, steps
+from empdg_jax.training import checkpoint, run_folder, steps, terminal
 from empdg_jax.training.checkpoint import Checkpoints
 from empdg_jax.training.run_folder import Run
 
-DTYPES = ("float32", "bfloat16")
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -136,7 +135,7 @@ def export(
     out: The folder to write; it must not exist.
     which: The checkpoint; see `Checkpoints.select`.
     average: If not 0, the number of latest checkpoints to average.
-    dtype: The type of the parameters, one of `DTYPES`.
+    dtype: The type of the parameters, `float32` or `bfloat16`.
     console: The terminal.
 
   Raises:
@@ -161,18 +160,17 @@ def export(
   files = _gather_files(run, about, params, metrics)
   _write(out, files)
   if not metrics:
-    console.print(
+    terminal.say(
       "No evaluation of these parameters goes with it; to make one of the "
       f"export: empdg evaluate --bundle={out}",
-      soft_wrap=True,
-      highlight=False,
+      console,
     )
   size = sum(map(len, files.values())) / 2**20
-  console.print(
+  terminal.say(
     f"Exported {model_card.checkpoint_text(about)} to {out}: {len(files)} "
     f"files, {size:.1f} MiB. Next: empdg chat --bundle={out}",
-    soft_wrap=True, highlight=False,
-  )  # fmt: skip
+    console,
+  )
 
 
 def _about(
