@@ -1,9 +1,9 @@
 """The sub-commands, a function for each.
 
 `values` has an attribute for every flag that `main.py` defines. Each function
-returns the exit status or raises InputError. Imports of JAX and TFDS, which
-take seconds, are inside the functions, so that `--help` and mistakes in flags
-show at once.
+raises InputError for a mistake in what was given. Imports of JAX and TFDS,
+which take seconds, are inside the functions, so that `--help` and mistakes in
+flags show at once.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def _start_jax() -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def prepare(values: Any) -> int:
+def prepare(values: Any) -> None:
   r"""Builds and checks the data; prints counts, coverage, cuts and padding.
 
   Examples:
@@ -82,7 +82,6 @@ def prepare(values: Any) -> int:
   console.print(
     f"{config.model.name}: {train_state.count_parameters(model):,} parameters"
   )
-  return 0
 
 
 @contextlib.contextmanager
@@ -103,7 +102,7 @@ def _joined_hosts(values: Any, *, preemptible: bool = False) -> Generator[None]:
     yield
 
 
-def train(values: Any) -> int:
+def train(values: Any) -> None:
   r"""Trains a system; the same command resumes.
 
   Examples:
@@ -118,12 +117,23 @@ def train(values: Any) -> int:
     from empdg_jax.training import loop
 
     loop.train(config, workdir)
-  return 0
 
 
 # The fields that may change after training: none of them changes what the
 # parameters mean.
 OF_USERS = ("eval.", "data.source", "data.data_dir")
+
+
+def stored_config(values: Any) -> tuple[pathlib.Path, Config]:
+  """Returns the folder of --workdir or --bundle, and its configuration."""
+  from empdg_jax.inference import export_files
+  from empdg_jax.training import run_folder
+
+  if getattr(values, "bundle", ""):
+    folder = storage.run_path(values.bundle, "bundle")
+    return folder, export_files.read_config(folder)
+  folder = _workdir(values, "give the run folder, or an export as --bundle")
+  return folder, run_folder.read_config(folder)
 
 
 def _system_folder(values: Any) -> pathlib.Path:
@@ -133,17 +143,9 @@ def _system_folder(values: Any) -> pathlib.Path:
     InputError: Neither or both are given, or a flag changes a field that is
       fixed by training.
   """
-  from empdg_jax.inference import export_files
-  from empdg_jax.training import run_folder
-
   if values.bundle and values.workdir:
     raise InputError("--workdir and --bundle exclude each other; give one")
-  if values.bundle:
-    folder = storage.run_path(values.bundle, "bundle")
-    run = export_files.read_config(folder)
-  else:
-    folder = _workdir(values, "give the run folder, or an export as --bundle")
-    run = run_folder.read_config(folder)
+  folder, run = stored_config(values)
   ours, theirs = config_lib.flatten(_config(values)), config_lib.flatten(run)
   for name, value in ours.items():
     if value != theirs[name] and not name.startswith(OF_USERS):
@@ -174,7 +176,7 @@ def _load_system(values: Any) -> tuple[Any, pathlib.Path]:
   return system, folder
 
 
-def evaluate(values: Any) -> int:
+def evaluate(values: Any) -> None:
   r"""Scores and answers a split; writes predictions and metrics.
 
   Examples:
@@ -203,10 +205,9 @@ def evaluate(values: Any) -> int:
       flag = "bundle" if values.bundle else "workdir"
       source = f"--{flag}={getattr(values, flag)}"
       terminal.say(f"Written to {folder}. Next: empdg chat {source}", console)
-  return 0
 
 
-def metrics(values: Any) -> int:
+def metrics(values: Any) -> None:
   """Recomputes text metrics from a predictions file alone.
 
   Examples:
@@ -222,10 +223,9 @@ def metrics(values: Any) -> int:
   if size < 2:
     raise InputError(f"--vocab_size={size}: expected at least 2")
   print(json.dumps(metrics.text_metrics(lines, size), indent=2))
-  return 0
 
 
-def generate(values: Any) -> int:
+def generate(values: Any) -> None:
   """Answers contexts: one JSON object a line in, one out.
 
   Examples:
@@ -256,10 +256,9 @@ def generate(values: Any) -> int:
       f"{failed} of {total} lines of {source!r} have no response; the 'error' "
       "field of each says why"
     )
-  return 0
 
 
-def chat(values: Any) -> int:
+def chat(values: Any) -> None:
   """Talks with the user and shows the emotion it perceives.
 
   Examples:
@@ -270,10 +269,9 @@ def chat(values: Any) -> int:
   from empdg_jax.inference import respond
 
   respond.chat(respond.Responder(system), Console(), sys.stdin)
-  return 0
 
 
-def export(values: Any) -> int:
+def export(values: Any) -> None:
   """Writes a checkpoint as one folder that needs neither run nor data.
 
   Examples:
@@ -299,10 +297,9 @@ def export(values: Any) -> int:
     values.dtype,
     Console(markup=False),
   )
-  return 0
 
 
-def checkpoints(values: Any) -> int:
+def checkpoints(values: Any) -> None:
   """Lists a run's checkpoints: phase, size and metrics.
 
   Examples:
@@ -314,10 +311,9 @@ def checkpoints(values: Any) -> int:
 
   listed = checkpoint_list.list_checkpoints(workdir)
   checkpoint_list.print_checkpoints(listed, values.format, Console())
-  return 0
 
 
-def compare(values: Any) -> int:
+def compare(values: Any) -> None:
   """Prints the paper's Tables 1 and 2 of evaluated run folders, with tests.
 
   Examples:
@@ -333,10 +329,9 @@ def compare(values: Any) -> int:
   folders = [storage.run_path(folder, "dir") for folder in values.dir]
   comparison = compare.compare(folders, values.split, values.cases)
   tables.print_comparison(comparison, values.format, Console())
-  return 0
 
 
-def attention(values: Any) -> int:
+def attention(values: Any) -> None:
   """Draws what each word of a reply attends to, and the perceived emotion.
 
   Examples:
@@ -352,10 +347,9 @@ def attention(values: Any) -> int:
   stem = pathlib.Path(values.image or folder / "attention")
   for path in attention.draw(drawn, stem):
     print(f"Drawn in {path}")
-  return 0
 
 
-def compile_check(values: Any) -> int:
+def compile_check(values: Any) -> None:
   r"""Compiles every step for a TPU slice, without one; memory and traffic.
 
   Examples:
@@ -383,7 +377,7 @@ def compile_check(values: Any) -> int:
   if values.find_batch:
     fit = compile_check.find_batch(*arguments)
     compile_report.print_fit(fit, slice_, values.format, console)
-    return 0
+    return
   reports, too_large = compile_check.check(*arguments)
   compile_report.print_reports(
     reports, too_large, slice_.name, values.format, console
@@ -393,10 +387,9 @@ def compile_check(values: Any) -> int:
       f"--topology={slice_.name}: {', '.join(too_large)}: more than the "
       "memory of a chip; --find_batch finds the largest batch that fits"
     )
-  return 0
 
 
-def benchmark(values: Any) -> int:
+def benchmark(values: Any) -> None:
   """Times training steps and decoding on this machine; writes JSON.
 
   Examples:
@@ -414,4 +407,3 @@ def benchmark(values: Any) -> int:
   path = pathlib.Path(values.output or "benchmark.json")
   benchmark.write_benchmark(results, path)
   console.print(f"Written to {path}", markup=False)
-  return 0

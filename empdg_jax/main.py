@@ -125,7 +125,7 @@ def _flags(name: str) -> dict[str, tuple[Any, Any, str]]:
   }
 
 
-def _function(name: str) -> Callable[[Any], int]:
+def _function(name: str) -> Callable[[Any], None]:
   """Returns the function that runs a command."""
   return getattr(commands, name.replace("-", "_"))
 
@@ -196,18 +196,14 @@ def _base_config(values: Any) -> Config | None:
   """Returns the configuration of the given file, run or export, if any."""
   if file := getattr(values, "config", ""):
     return config_lib.from_file(file)
-  if folder := getattr(values, "bundle", ""):
-    from empdg_jax.inference import export_files
-
-    return export_files.read_config(storage.run_path(folder, "bundle"))
-  if not (folder := getattr(values, "workdir", "")):
+  workdir = getattr(values, "workdir", "")
+  if not workdir and not getattr(values, "bundle", ""):
     return None  # The command says what is missing.
-  workdir = storage.run_path(folder, "workdir")
-  if hasattr(values, "config") and not (workdir / "config.json").exists():
-    return None  # A new run needs a file.
-  from empdg_jax.training import run_folder
-
-  return run_folder.read_config(workdir)
+  if hasattr(values, "config"):
+    folder = storage.run_path(workdir, "workdir")
+    if not (folder / "config.json").exists():
+      return None  # A new run needs a file.
+  return commands.stored_config(values)[1]
 
 
 def _parse(name: str, argv: Sequence[str]) -> Any:
@@ -298,8 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
   try:
     if name in _COMMANDS:
-      return _function(name)(_parse(name, rest))
-    if name == "--version":
+      _function(name)(_parse(name, rest))
+    elif name == "--version":
       print(f"empdg-jax {__version__}")
     elif name in ("-h", "--help", "help"):
       _print_overview("--help")
@@ -314,12 +310,11 @@ def main(argv: Sequence[str] | None = None) -> int:
       hint += "" if near else ", ".join(_COMMANDS)
       raise InputError(f"unknown command {name!r}; {hint}")
     return 0
-  except InputError as error:
+  except (InputError, OSError) as error:
     print(f"empdg: {error}", file=sys.stderr)
-    return config_lib.BAD_INPUT
-  except OSError as error:  # A full disk, most likely.
-    print(f"empdg: {error}", file=sys.stderr)
-    return config_lib.FAILED
+    # An OSError is a full disk, most likely.
+    mistake = isinstance(error, InputError)
+    return config_lib.BAD_INPUT if mistake else config_lib.FAILED
   except KeyboardInterrupt:
     return config_lib.INTERRUPTED
 

@@ -22,10 +22,7 @@ def _cell(figure: Figure | None, decimals: int) -> str:
   """Returns `value [low, high] (paper)` or `value ± deviation (paper)`."""
   if figure is None:
     return "-"
-
-  def number(value: float) -> str:
-    return f"{value:.{decimals}f}"
-
+  number = f"{{:.{decimals}f}}".format
   cell = number(figure.value)
   if figure.deviation is not None:
     cell += f" ± {number(figure.deviation)}"

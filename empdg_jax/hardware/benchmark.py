@@ -112,16 +112,13 @@ def _batches_by_shape(
 
   The most frequent shape comes first.
   """
-  plan = pipeline.BatchPlan(encoded, shapes, config.train.batch_size)
+  size = config.train.batch_size
+  plan = pipeline.BatchPlan(encoded, shapes, size)
   epoch = plan.shuffled_epoch(config.train.seed, 0)
   counts = Counter(shape for shape, _ in epoch)
   first = {shape: index for shape, index in reversed(epoch)}
   return [
-    (
-      count,
-      shape,
-      pipeline.collate(encoded, first[shape], shape, config.train.batch_size),
-    )
+    (count, shape, pipeline.collate(encoded, first[shape], shape, size))
     for shape, count in counts.most_common()
   ]
 
@@ -259,8 +256,8 @@ def benchmark(
   for (count, shape, _), batch, s in zip(
     by_shape, batches, seconds, strict=True
   ):
-    compiled = p_mle_step.lower(states["generator"], batch, key).compile()
-    flops = step_flops(compiled)
+    lowered = p_mle_step.lower(states["generator"], batch, key)
+    flops = step_flops(lowered.compile())
     floor = mle_step_floor(flops, parameters, peak, bandwidth)
     shapes.append(
       {

@@ -74,11 +74,9 @@ def _batch(shape: Shape, devices: int, per_device: int) -> Batch:
   blank = EncodedExample([], [], [], [], [], 0, (), (), (0, 0, 0, 0))
   one = pipeline.collate([blank], np.zeros(1, int), shape, 1)
   # Shapes and types are those of a real batch, whatever a batch holds.
+  sharded = devices, per_device
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
-      (devices, per_device, *x.shape[1:]), x.dtype
-    ),
-    one,
+    lambda x: jax.ShapeDtypeStruct(sharded + x.shape[1:], x.dtype), one
   )
 
 
@@ -115,27 +113,17 @@ def _abstract_steps(
   batch = _batch(longest, len(devices), train_rows)
   eval_arguments = state.params, _batch(longest, len(devices), eval_rows)
   compiled = trainable.compile_steps(devices)
-  found = [_AbstractStep("mle", compiled.mle, (state, batch, key))]
-  if discriminators is not None:
-    found += [
-      _AbstractStep(
-        "discriminator",
-        compiled.discriminator,
-        (discriminators, state.params, batch, key),
-      ),
-      _AbstractStep(
-        "adversarial generator",
-        compiled.adversarial,
-        (state, discriminators.params, batch, key),
-      ),
-    ]
   p_eval_step = steps.compile_eval_step(model, devices)
   p_predict_step = steps.compile_predict_step(model, config.eval, devices)
-  return [
-    *found,
-    _AbstractStep("eval", p_eval_step, eval_arguments),
-    _AbstractStep("predict", p_predict_step, eval_arguments),
-  ]
+  found = {"mle": (compiled.mle, (state, batch, key))}
+  if discriminators is not None:
+    arguments = discriminators, state.params, batch, key
+    found["discriminator"] = compiled.discriminator, arguments
+    arguments = state, discriminators.params, batch, key
+    found["adversarial generator"] = compiled.adversarial, arguments
+  found["eval"] = p_eval_step, eval_arguments
+  found["predict"] = p_predict_step, eval_arguments
+  return [_AbstractStep(name, *step) for name, step in found.items()]
 
 
 def check(
@@ -165,13 +153,11 @@ def check(
     console=console,
     transient=True,
   )
-  reports, too_large = [], []
-  for step, report in zip(checked, found, strict=True):
-    if report is not None:
-      reports.append(report)
-    if report is None or report["memory_share"] > 1.0:
-      too_large.append(step.name)
-  return reports, too_large
+  reports = {s.name: r for s, r in zip(checked, found, strict=True)}
+  too_large = [
+    name for name, r in reports.items() if not r or r["memory_share"] > 1.0
+  ]
+  return [report for report in reports.values() if report], too_large
 
 
 def find_batch(
@@ -193,13 +179,8 @@ def find_batch(
   """
 
   def share(rows: int) -> float:
-    tried = [
-      step
-      for step in _abstract_steps(
-        config, vocab_size, slice_.devices, rows, rows
-      )
-      if step.name not in _WITHOUT_UPDATE
-    ]
+    every = _abstract_steps(config, vocab_size, slice_.devices, rows, rows)
+    tried = [step for step in every if step.name not in _WITHOUT_UPDATE]
     start = time.perf_counter()
     with console.status(f"Compiling for {rows:,} examples a device"):
       reports = list(_compile_all(tried, slice_))

@@ -38,31 +38,25 @@ def evaluate_split(
     if hosts.is_main_process():
       predictions.check_writable(folder)
     dataset = prepare.load_dataset(
-      system.config.data,
-      system.vocabulary,
-      system.lexicon,
-      system.emotions,
+      system.config.data, system.vocabulary, system.lexicon, system.emotions
     )
   hosts.check_same(dataset.digest, "data")
   encoded = dataset.encoded(split)
   scores, responses = _run_steps(system, encoded, console)
   # In the split's order: batches come by shape.
-  lines = []
-  for index, example in enumerate(dataset.examples[split]):
-    nll, tokens = scores[index]
-    lines.append(
-      {
-        "id": example.id,
-        "emotion": system.emotions[example.emotion],
-        "predicted_emotion": responses[index].emotion,
-        "context": [" ".join(turn.tokens) for turn in example.context],
-        "emotion_words": list(encoded[index].emotion_words),
-        "reference": " ".join(example.target.tokens),
-        "response": " ".join(responses[index].tokens),
-        "nll": nll,
-        "tokens": tokens,
-      }
-    )
+  lines = [
+    {
+      "id": example.id,
+      "emotion": system.emotions[example.emotion],
+      "predicted_emotion": responses[index].emotion,
+      "context": [" ".join(turn.tokens) for turn in example.context],
+      "emotion_words": list(encoded[index].emotion_words),
+      "reference": " ".join(example.target.tokens),
+      "response": " ".join(responses[index].tokens),
+      **scores[index],
+    }
+    for index, example in enumerate(dataset.examples[split])
+  ]
   values = {
     "model": system.config.model.name,
     "split": split,
@@ -77,18 +71,18 @@ def evaluate_split(
 
 def _run_steps(
   system: System, encoded: Sequence[EncodedExample], console: Console
-) -> tuple[dict[int, tuple[float, int]], dict[int, Response]]:
+) -> tuple[dict[int, dict[str, float]], dict[int, Response]]:
   """Scores examples and generates responses, with a progress bar.
 
   Returns:
-    By the examples' indices: the summed token loss and the token count; the
-    response.
+    By the examples' indices: the summed token loss `nll` and the number of
+    `tokens`; the response.
   """
   scores, responses = {}, {}
   with terminal.progress_bar(console, transient=True) as bar:
     task = bar.add_task("Scoring", total=len(encoded), rate="")
     for index, nll, tokens in system.score(encoded):
-      scores[index] = nll, tokens
+      scores[index] = {"nll": nll, "tokens": tokens}
       bar.advance(task)
     task = bar.add_task("Responding", total=len(encoded), rate="")
     batch_size = system.config.eval.batch_size

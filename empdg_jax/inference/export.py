@@ -110,10 +110,7 @@ def lower_respond_step(run: Run, params: dict[str, np.ndarray]) -> bytes:
     # Always greedy: beam search stays with the package.
     config=dataclasses.replace(run.config.eval, beam_size=1),
   )
-  shapes = {
-    name: jax.ShapeDtypeStruct(array.shape, array.dtype)
-    for name, array in params.items()
-  }
+  shapes = jax.eval_shape(lambda arrays: arrays, params)
   exported = jax_export.export(jax.jit(step), platforms=_PLATFORMS)(
     shapes, context, context, emotional
   )
@@ -208,24 +205,20 @@ def _gather_files(
     metrics: The metrics of these parameters by split; empty if there are none.
   """
   lexicon = lexicon_lib.load_lexicon(run.config.data.lexicon)
+  emotional = prepare.emotional_table(run.vocabulary, lexicon)
+  hashes = lexicon_lib.hashes_of(lexicon)
+  version = {"format_version": str(export_files.FORMAT_VERSION)}
+  card = model_card.write_card(run, lexicon, about, params, metrics)
   files = {
     export_files.ABOUT: _json_bytes(about),
     export_files.CONFIG: config_lib.to_json(run.config).encode(),
     export_files.VOCABULARY: run.vocabulary.to_text().encode(),
     export_files.EMOTION_NAMES: corpora.to_text(run.emotions).encode(),
-    export_files.EMOTIONAL: export_files.bytes_of(
-      prepare.emotional_table(run.vocabulary, lexicon)
-    ),
-    export_files.LEXICON_HASHES: export_files.bytes_of(
-      lexicon_lib.hashes_of(lexicon)
-    ),
-    export_files.PARAMS: safetensors.numpy.save(
-      params, metadata={"format_version": str(export_files.FORMAT_VERSION)}
-    ),
+    export_files.EMOTIONAL: export_files.bytes_of(emotional),
+    export_files.LEXICON_HASHES: export_files.bytes_of(hashes),
+    export_files.PARAMS: safetensors.numpy.save(params, metadata=version),
     export_files.RESPOND: lower_respond_step(run, params),
-    export_files.CARD: model_card.write_card(
-      run, lexicon, about, params, metrics
-    ).encode(),
+    export_files.CARD: card.encode(),
   }
   if metrics:
     files[export_files.METRICS] = _json_bytes(metrics)
