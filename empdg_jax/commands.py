@@ -93,7 +93,7 @@ def _joined_hosts(values: Any, *, preemptible: bool = False) -> Generator[None]:
   from empdg_jax.parallel import hosts
 
   hosts.initialize(
-    values.coordinator_address or "",
+    values.coordinator_address,
     values.num_processes,
     values.process_id,
     preemptible=preemptible,
@@ -232,15 +232,10 @@ def generate(values: Any) -> None:
     echo '{"context": ["I lost my job today."]}' |
       empdg generate --workdir=runs/quickstart
   """
-  source = values.input
-  try:
-    lines = (
-      sys.stdin
-      if source == "-"
-      else pathlib.Path(source).read_text(encoding="utf-8").splitlines()
-    )
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError(f"--input={source}: cannot read ({error})") from error
+  source, lines = values.input, sys.stdin
+  if source != "-":
+    with storage.errors(f"--input={source}: cannot read", InputError):
+      lines = pathlib.Path(source).read_text(encoding="utf-8").splitlines()
   system, _ = _load_system(values)
   from empdg_jax.inference import respond
 

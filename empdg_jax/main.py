@@ -30,6 +30,7 @@ class _RunConfig:
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
 
+_TableFormat = Literal["terminal", "markdown", "csv", "json", "latex"]
 # The type, default and help of each flag, the same in all commands except where
 # COMMAND.FLAG says otherwise. "fields" and "run_fields" are the flags behind
 # --config.
@@ -46,14 +47,9 @@ _FLAGS: dict[str, tuple[Any, Any, str]] = {
   "out": (str, "", "Folder to write; that of an export must not exist."),
   "output": (str, "benchmark.json", "File to write the figures to."),
   "image": (str, "", "File to draw, without its ending."),
-  "dtype": (
-    Literal["float32", "bfloat16"], "float32", "Type of the parameters.",
-  ),
+  "dtype": (Literal["float32", "bfloat16"], "float32", "Type of parameters."),
   "format": (Literal["terminal", "json"], "terminal", "Format to print."),
-  "compare.format": (
-    Literal["terminal", "markdown", "csv", "json", "latex"], "terminal",
-    "Format to print.",
-  ),
+  "compare.format": (_TableFormat, "terminal", "Format to print."),
   "topology": (str, "", "TPU slice, such as v5e:4x4."),
   "dir": (list[str], [], "Run folder or export; --dir= may be left out."),
   "context": (list[str], [], "A turn; repeat for each turn, the user's last."),

@@ -115,7 +115,7 @@ def _abstract_steps(
   compiled = trainable.compile_steps(devices)
   p_eval_step = steps.compile_eval_step(model, devices)
   p_predict_step = steps.compile_predict_step(model, config.eval, devices)
-  found = {"mle": (compiled.mle, (state, batch, key))}
+  found: dict[str, Any] = {"mle": (compiled.mle, (state, batch, key))}
   if discriminators is not None:
     arguments = discriminators, state.params, batch, key
     found["discriminator"] = compiled.discriminator, arguments
