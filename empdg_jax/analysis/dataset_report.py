@@ -57,14 +57,9 @@ def padding_waste(
 def _split_table(
   dataset: Dataset, encoded: dict[str, list[EncodedExample]]
 ) -> Table:
-  columns = {
-    split: _split_column(dataset, split, e) for split, e in encoded.items()
-  }
-  names = list(columns["train"])
-  rows = [
-    [name, *(column[name] for column in columns.values())] for name in names
-  ]
-  return terminal.table(("", *columns), rows, title="Dataset", left=[""])
+  columns = [_split_column(dataset, s, e) for s, e in encoded.items()]
+  rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
+  return terminal.table(("", *encoded), rows, title="Dataset", left=[""])
 
 
 def _split_column(

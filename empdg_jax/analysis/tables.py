@@ -42,17 +42,13 @@ def _members(rows: Sequence[Row]) -> dict[str, list[Row]]:
     )
   }
   members: dict[str, list[Row]] = {}
-  for title, own in present.items():
-    # Of two tables with the same systems the first is kept; otherwise the
-    # larger one, wherever it stands.
-    covered = any(
-      all(row in other for row in own)
-      for t, other in present.items()
-      if t in members or (t != title and len(other) > len(own))
-    )
-    if not covered:
+  # Larger tables first, since only they can cover others; of two tables with
+  # the same systems the first is kept, as the sort is stable.
+  for title in sorted(present, key=lambda t: -len(present[t])):
+    own = present[title]
+    if not any(all(row in other for row in own) for other in members.values()):
       members[title] = own
-  return members
+  return {title: members[title] for title in present if title in members}
 
 
 def _tables(comparison: Comparison) -> dict[str, list[list[str]]]:

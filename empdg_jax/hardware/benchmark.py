@@ -180,10 +180,9 @@ def _time_decoding(
   dataset: Dataset, config: Config, params: Any, console: Console
 ) -> dict[str, Any]:
   """Times greedy decoding of the valid split."""
-  system = System(
-    Run(pathlib.Path(), config, dataset.vocabulary, dataset.corpus.emotions),
-    params,
-  )
+  labels = dataset.corpus.emotions
+  run = Run(pathlib.Path(), config, dataset.vocabulary, labels)
+  system = System(run, params)
   valid = dataset.encoded("valid")
   console.print("Compiling the decoding step", style="dim")
   # The first pass compiles every shape and is not counted.
@@ -253,9 +252,8 @@ def benchmark(
     }
   devices = jax.local_device_count()
   shapes = []
-  for (count, shape, _), batch, s in zip(
-    by_shape, batches, seconds, strict=True
-  ):
+  timed = zip(by_shape, batches, seconds, strict=True)
+  for (count, shape, _), batch, s in timed:
     lowered = p_mle_step.lower(states["generator"], batch, key)
     flops = step_flops(lowered.compile())
     floor = mle_step_floor(flops, parameters, peak, bandwidth)
