@@ -159,12 +159,10 @@ def _adversarial_steps(
     trainable = _assemble(dataset, dataclasses.replace(config, train=train))
     generator, discriminators = trainable.create_states(config.train.seed)
     # Every step donates its state, so that each signal needs its own.
-    states = replicate(
-      {
-        "generator": generator.replace(params=params),
-        "discriminator": discriminators,
-      }
-    )
+    states = {
+      "generator": replicate(generator.replace(params=params)),
+      "discriminator": replicate(discriminators),
+    }
     compiled = trainable.compile_steps()
     for player, other, step in (
       ("discriminator", "generator", compiled.discriminator),

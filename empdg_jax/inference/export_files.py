@@ -3,13 +3,12 @@
 An export is one folder from which a system is evaluated and chatted with.
 """
 
-import dataclasses
 import hashlib
 import io
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,20 +46,19 @@ REQUIRED = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Export:
+class Export(NamedTuple):
   """The content of an export.
 
   Attributes:
     run: The run that it comes from.
-    lexicon: The run's lexicon.
     params: The generator's parameters as NumPy float32, nested as the model's.
+    lexicon: The run's lexicon.
     step: The number of updates before the checkpoint; None for an average.
   """
 
   run: Run
-  lexicon: HashedWords
   params: Any
+  lexicon: HashedWords
   step: int | None
 
 
@@ -201,7 +199,7 @@ def read_export(folder: pathlib.Path) -> Export:
     flat = np.frombuffer(entry["data"], _TYPES[entry["dtype"]])
     params[name] = flat.reshape(entry["shape"]).astype(np.float32)
   step = json.loads(files[ABOUT])["step"]
-  return Export(checked.run(), HashedWords(hashes), nested(params), step)
+  return Export(checked.run(), nested(params), HashedWords(hashes), step)
 
 
 def bytes_of(array: np.ndarray) -> bytes:

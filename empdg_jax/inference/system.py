@@ -225,9 +225,7 @@ def load_system(
   if run_folder.is_export(folder):
     with hosts.refusing_together():
       exported = export_files.read_export(folder)
-    return System(
-      exported.run, exported.params, exported.lexicon, exported.step, config
-    )
+    return System(*exported, config)
   with hosts.refusing_together():
     run = run_folder.open_run(folder)
     checkpoints = checkpoint.Checkpoints(folder)
