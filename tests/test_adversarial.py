@@ -106,11 +106,17 @@ def make_players(
   return Players(
     TrainState(np.int32(0), params, optimizer.init(params)),
     unreplicate(replicate(discriminators)),
-    steps.compile_discriminator_step(
-      model, adversary(config), discriminator_optimizer
+    steps.compile_step(
+      steps.discriminator_step,
+      model=model,
+      adversary=adversary(config),
+      optimizer=discriminator_optimizer,
     ),
-    steps.compile_adversarial_generator_step(
-      model, adversary(config), optimizer
+    steps.compile_step(
+      steps.adversarial_generator_step,
+      model=model,
+      adversary=adversary(config),
+      optimizer=optimizer,
     ),
   )
 
@@ -391,8 +397,10 @@ def test_a_constant_signal_leaves_maximum_likelihood_alone(
   sampling: Players,
 ) -> None:
   players = make_players("constant")
-  p_mle_step = steps.compile_mle_step(
-    MODEL, create_optimizer(TRAIN, MODEL.config.emb_dim)
+  p_mle_step = steps.compile_step(
+    steps.mle_step,
+    model=MODEL,
+    optimizer=create_optimizer(TRAIN, MODEL.config.emb_dim),
   )
   batch = make_dialogues(5)
   expected, _ = p_mle_step(

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import pathlib
-import zlib
 
 import numpy as np
 import rich.progress
@@ -235,23 +234,17 @@ def _annotate(
   path = data_dir / "tokenized"
   path /= f"{name}-{digest.hexdigest()[:16]}-v{_RULES_VERSION}.json.gz"
   if path.exists():
-    try:
-      with gzip.open(path, "rt", encoding="utf-8") as file:
-        return {
-          split: [
-            Dialogue(
-              name,
-              emotion,
-              tuple(Utterance(tuple(t), tuple(f)) for t, f in turns),
-            )
-            for name, emotion, turns in dialogues
-          ]
-          for split, dialogues in json.load(file).items()
-        }
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-      raise InputError(
-        f"{path}: damaged ({error}); delete it and it is made again"
-      ) from error
+    what = f"{path}: damaged; delete it and it is made again"
+    with storage.errors(what, InputError), gzip.open(path, "rb") as file:
+      return {
+        split: [
+          Dialogue(
+            name, emotion, tuple(Utterance(*map(tuple, turn)) for turn in turns)
+          )
+          for name, emotion, turns in dialogues
+        ]
+        for split, dialogues in json.load(file).items()
+      }
   tokenizer = text.Tokenizer()
   dialogues = {
     split: [

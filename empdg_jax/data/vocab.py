@@ -75,11 +75,9 @@ def parse_vocabulary(data: bytes, where: str) -> Vocabulary:
   Raises:
     InputError: It is no text or does not begin with the special tokens.
   """
-  try:
+  with storage.errors(f"{where}: not a vocabulary", InputError):
     # Not `splitlines`, which would also split at separators inside tokens.
     tokens = tuple(data.decode("utf-8").removesuffix("\n").split("\n"))
-  except UnicodeDecodeError as error:
-    raise InputError(f"{where}: not a vocabulary ({error})") from error
   if tokens[: len(SPECIAL_TOKENS)] != SPECIAL_TOKENS:
     raise InputError(
       f"{where}: not a vocabulary: its first lines must be "

@@ -136,8 +136,10 @@ def _abstract_steps(
         (state, discriminators.params, batch, key),
       ),
     ]
-  p_eval_step = steps.compile_eval_step(model, devices)
-  p_predict_step = steps.compile_predict_step(model, config.eval, devices)
+  p_eval_step = steps.compile_step(steps.eval_step, devices, model=model)
+  p_predict_step = steps.compile_step(
+    steps.predict_step, devices, model=model, config=config.eval
+  )
   return [
     *found,
     _AbstractStep("eval", p_eval_step, eval_arguments),

@@ -117,9 +117,7 @@ class System:
       InputError: The batch size does not divide among the devices.
     """
     config = config or run.config
-    devices.rows_per_device(
-      config.eval.batch_size, jax.device_count(), "config.eval.batch_size"
-    )
+    devices.rows_per_device(config, "eval", jax.device_count())
     self.config = config
     self.vocabulary = run.vocabulary
     self.emotions = run.emotions
@@ -130,8 +128,10 @@ class System:
     self.params = devices.replicate(params)
     model = create_model(run)
     self.parameters = count_parameters(model)
-    self.p_eval_step = steps.compile_eval_step(model)
-    self.p_predict_step = steps.compile_predict_step(model, config.eval)
+    self.p_eval_step = steps.compile_step(steps.eval_step, model=model)
+    self.p_predict_step = steps.compile_step(
+      steps.predict_step, model=model, config=config.eval
+    )
 
   def respond(
     self, encoded: Sequence[EncodedExample], batch_size: int

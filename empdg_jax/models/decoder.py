@@ -1,5 +1,6 @@
 """The Transformer decoder (paper eqs. 10-12), for sequences and for steps."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -122,6 +123,47 @@ class DecoderLayer(nn.Module):
     return x, weights, LayerCache(keys, values, feed_forward)
 
 
+def project_memory(
+  stack: Sequence[DecoderLayer], memory: jax.Array, mask: jax.Array
+) -> Memory:
+  """Projects contexts `[batch, memory_length, d]` for a stack of layers."""
+  return Memory(tuple(layer.keys_values(memory) for layer in stack), mask)
+
+
+def run_stack(
+  stack: Sequence[DecoderLayer],
+  x: jax.Array,
+  memory: Memory,
+  keys: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Runs a stack of layers; returns its output and the last attention."""
+  attention = []
+  for layer, keys_values in zip(stack, memory.keys_values, strict=True):
+    x, weights = layer(x, keys_values, memory.mask, keys)
+    attention.append(weights)
+  return x, attention[-1]
+
+
+def step_stack(
+  stack: Sequence[DecoderLayer],
+  x: jax.Array,
+  memory: Memory,
+  cache: tuple[LayerCache, ...],
+  index: jax.Array,
+) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
+  """Runs a stack of layers at one position; see `Decoder.step`."""
+  new_cache, attention = [], []
+  for layer, keys_values, layer_cache in zip(
+    stack, memory.keys_values, cache, strict=True
+  ):
+    x, weights, layer_cache = layer.step(
+      x, keys_values, memory.mask, layer_cache, index
+    )
+    new_cache.append(layer_cache)
+    attention.append(weights)
+  return x, attention[-1], tuple(new_cache)
+
+
 class Decoder(nn.Module):
   """A stack of decoder layers; positions are added here.
 
@@ -140,9 +182,7 @@ class Decoder(nn.Module):
 
   def project_memory(self, memory: jax.Array, mask: jax.Array) -> Memory:
     """Projects contexts `[batch, memory_length, d]` for all layers."""
-    return Memory(
-      tuple(layer.keys_values(memory) for layer in self.layers), mask
-    )
+    return project_memory(self.layers, memory, mask)
 
   def __call__(
     self, x: jax.Array, memory: Memory, keys: jax.Array | None
@@ -160,11 +200,8 @@ class Decoder(nn.Module):
     """
     x += layers.sinusoidal_positions(x.shape[1], x.shape[2])
     x = self.dropout(x, keys)
-    attention = []
-    for layer, keys_values in zip(self.layers, memory.keys_values, strict=True):
-      x, weights = layer(x, keys_values, memory.mask, keys)
-      attention.append(weights)
-    return self.norm(x), attention[-1]
+    x, attention = run_stack(self.layers, x, memory, keys)
+    return self.norm(x), attention
 
   def init_cache(self, batch: int, max_steps: int) -> tuple[LayerCache, ...]:
     """Returns an empty cache for every layer."""
@@ -193,13 +230,5 @@ class Decoder(nn.Module):
     # whole table, which is a constant of the compiled loop.
     steps = cache[0].keys.shape[2]
     x += layers.sinusoidal_positions(steps, x.shape[2])[index]
-    new_cache, attention = [], []
-    for layer, keys_values, layer_cache in zip(
-      self.layers, memory.keys_values, cache, strict=True
-    ):
-      x, weights, layer_cache = layer.step(
-        x, keys_values, memory.mask, layer_cache, index
-      )
-      new_cache.append(layer_cache)
-      attention.append(weights)
-    return self.norm(x), attention[-1], tuple(new_cache)
+    x, attention, cache = step_stack(self.layers, x, memory, cache, index)
+    return self.norm(x), attention, cache

@@ -16,15 +16,8 @@ from empdg_jax.data import vocab
 from empdg_jax.losses import Pointer, log_mixture
 from empdg_jax.models import decoder, layers
 
-# Ids that no response holds. UNK is not among them: it copies a source word.
-_NEVER_GENERATED = (
-  vocab.PAD,
-  vocab.SOS,
-  vocab.USR,
-  vocab.SYS,
-  vocab.CLS,
-  vocab.LAB,
-)
+# The special tokens that a response may hold: UNK copies a source word.
+_GENERATED = (vocab.UNK, vocab.EOS)
 
 
 class Inputs(NamedTuple):
@@ -291,8 +284,9 @@ class EncoderDecoder(nn.Module):
     copied_from = jnp.argmax(jnp.where(unknown, attention[:, 0], -1.0), axis=-1)
     copies = jnp.any(unknown, axis=-1) & self.config.pointer_generator
     ids = jnp.arange(self.vocab_size)
-    # These ids have logits like any other, which could win at any step.
-    never = jnp.isin(ids, jnp.array(_NEVER_GENERATED))
+    # Special tokens have logits like any other, which could win at any step.
+    special = ids < len(vocab.SPECIAL_TOKENS)
+    never = special & ~jnp.isin(ids, jnp.array(_GENERATED))
     impossible = never | ((ids == vocab.UNK) & ~copies[:, None])
     log_probs = jnp.where(impossible, layers.NEGATIVE_INFINITY, log_probs)
     copied_from = jnp.where(copies, copied_from, -1).astype(jnp.int32)

@@ -13,10 +13,8 @@ from empdg_jax.data.pipeline import Batch
 from empdg_jax.parallel import devices
 from empdg_jax.training import checkpoint, steps, train_state, validation
 from empdg_jax.training.checkpoint import Checkpoints
-from empdg_jax.training.train_state import TrainState
+from empdg_jax.training.train_state import DISCRIMINATOR, GENERATOR, TrainState
 from empdg_jax.training.trainable import assemble
-
-GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 
 
 class Update(NamedTuple):
@@ -73,51 +71,51 @@ class Learner:
     )
     self.parameters = train_state.count_parameters(trainable.generator)
     self.has_discriminators = trainable.adversary is not None
-    self._generator: Any
-    self._discriminators: Any
-    self._generator, self._discriminators = trainable.create_states(
-      self._seed, embeddings
-    )
+    generator, discriminators = trainable.create_states(self._seed, embeddings)
+    self._states: dict[str, TrainState] = {GENERATOR: generator}
+    if discriminators is not None:
+      self._states[DISCRIMINATOR] = discriminators
     self._p_steps = trainable.compile_steps()
-    self._p_eval_step = steps.compile_eval_step(trainable.generator)
+    self._p_eval_step = steps.compile_step(
+      steps.eval_step, model=trainable.generator
+    )
 
   def take_over(self, workdir: pathlib.Path) -> None:
     """Takes the best generator of another run, given its folder."""
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-      self._generator = checkpoints.restore_generator(
-        checkpoint.BEST, self._generator
+      self._states[GENERATOR] = checkpoints.restore_state(
+        checkpoint.BEST, GENERATOR, self._states[GENERATOR]
       )
 
   def restore(self, checkpoints: Checkpoints) -> None:
     """Takes the states of the latest checkpoint."""
-    self._generator = checkpoints.restore_generator(
-      checkpoint.LATEST, self._generator
-    )
-    if self.has_discriminators:
-      self._discriminators = checkpoints.restore_discriminators(
-        checkpoint.LATEST, self._discriminators
-      )
+    self._states = {
+      player: checkpoints.restore_state(checkpoint.LATEST, player, state)
+      for player, state in self._states.items()
+    }
 
   def start(self) -> None:
     """Puts the states on the devices; steps may be taken from then on."""
-    self._generator_steps = int(self._generator.step)
-    self._generator, self._discriminators, self._key = devices.replicate(
-      (self._generator, self._discriminators, jax.random.key(self._seed))
+    self._generator_steps = int(self._states[GENERATOR].step)
+    self._states, self._key = devices.replicate(
+      (self._states, jax.random.key(self._seed))
     )
 
   def restore_best(self, checkpoints: Checkpoints) -> None:
     """Goes back to the best generator, with its optimiser's state."""
-    best = checkpoints.restore_generator(
-      checkpoint.BEST, devices.unreplicate(self._generator)
+    best = checkpoints.restore_state(
+      checkpoint.BEST,
+      GENERATOR,
+      devices.unreplicate(self._states[GENERATOR]),
     )
     self._generator_steps = int(best.step)
-    self._generator = devices.replicate(best)
+    self._states[GENERATOR] = devices.replicate(best)
 
-  def states(self) -> tuple[TrainState, TrainState | None]:
-    """Returns the states of generator and discriminators as NumPy arrays."""
+  def states(self) -> dict[str, TrainState]:
+    """Returns the players' states as NumPy arrays."""
     # Copies, since the next step reuses the memory on the devices while the
     # checkpoint is still being written.
-    return devices.unreplicate((self._generator, self._discriminators))
+    return devices.unreplicate(self._states)
 
   def learning_rate(self) -> float:
     """Returns the learning rate of the generator's latest update."""
@@ -125,39 +123,33 @@ class Learner:
 
   def mle_step(self, batch: Batch) -> Update:
     """Updates the generator by maximum likelihood."""
-    self._generator, sums = self._p_steps.mle(
-      self._generator, devices.shard(batch), self._key
-    )
-    self._generator_steps += 1
-    return self._taken(GENERATOR, sums)
+    return self._take(GENERATOR, self._p_steps.mle, devices.shard(batch))
 
   def discriminator_step(self, batch: Batch) -> Update:
     """Updates the discriminators; the generator stays as it is."""
-    self._discriminators, sums = self._p_steps.discriminator(
-      self._discriminators,
-      self._generator.params,
+    generator = self._states[GENERATOR].params
+    return self._take(
+      DISCRIMINATOR,
+      self._p_steps.discriminator,
+      generator,
       devices.shard(batch),
-      self._key,
     )
-    return self._taken(DISCRIMINATOR, sums)
 
   def adversarial_generator_step(self, batch: Batch) -> Update:
     """Updates the generator by likelihood and the discriminators' signal."""
-    self._generator, sums = self._p_steps.adversarial(
-      self._generator,
-      self._discriminators.params,
-      devices.shard(batch),
-      self._key,
+    discriminators = self._states[DISCRIMINATOR].params
+    return self._take(
+      GENERATOR, self._p_steps.adversarial, discriminators, devices.shard(batch)
     )
-    self._generator_steps += 1
-    return self._taken(GENERATOR, sums)
 
-  def _taken(self, player: str, sums: Any) -> Update:
+  def _take(self, player: str, step: Any, *inputs: Any) -> Update:
+    self._states[player], sums = step(self._states[player], *inputs, self._key)
+    self._generator_steps += player == GENERATOR
     self.running = sums["examples"]
     return Update(player, sums)
 
   def validate(self, batches: list[Batch]) -> dict[str, float]:
     """Scores a split with teacher forcing; see `validation.validate`."""
     return validation.validate(
-      self._p_eval_step, self._generator.params, batches
+      self._p_eval_step, self._states[GENERATOR].params, batches
     )

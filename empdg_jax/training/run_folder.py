@@ -120,14 +120,9 @@ def read_config(workdir: pathlib.Path) -> Config:
       f"as --bundle={workdir}"
     )
   path = workdir / "config.json"
-  try:
+  what = f"--workdir={workdir} is no run folder; 'empdg train' makes one"
+  with storage.errors(what, InputError):
     text = path.read_text(encoding="utf-8")
-  except OSError as error:
-    reason = error.strerror or error
-    raise InputError(
-      f"--workdir={workdir} is no run folder ({reason}: config.json); 'empdg "
-      "train' makes one"
-    ) from error
   return config_lib.from_json(text, str(path))
 
 

@@ -102,7 +102,7 @@ class Session:
     self.checkpoints.save(
       kind,
       self.progress.updates,
-      *self.learner.states(),
+      self.learner.states(),
       dataclasses.asdict(self.progress),
     )
 

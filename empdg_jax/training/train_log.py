@@ -13,9 +13,10 @@ from empdg_jax import config as config_lib
 from empdg_jax.config import SaveError, TrainConfig
 from empdg_jax.parallel import hosts
 from empdg_jax.training import terminal, validation
-from empdg_jax.training.learner import DISCRIMINATOR, GENERATOR, Update
+from empdg_jax.training.learner import Update
 from empdg_jax.training.metric_writer import MetricWriter
 from empdg_jax.training.profiling import Trace
+from empdg_jax.training.train_state import DISCRIMINATOR, GENERATOR
 
 _SHOWN = {
   "perplexity": "train/perplexity",

@@ -19,6 +19,9 @@ from empdg_jax.models.discriminators import (
 )
 from empdg_jax.models.encoder_decoder import Inputs
 
+# The players of the adversarial game; all discriminators together are one.
+GENERATOR, DISCRIMINATOR = "generator", "discriminator"
+
 
 class TrainState(flax.struct.PyTreeNode):
   """Everything that an update changes.

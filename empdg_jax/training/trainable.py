@@ -1,6 +1,7 @@
 """A system assembled for training: modules, optimisers, states and steps."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -82,17 +83,19 @@ class Trainable:
 
     JAX compiles a step at its first batch of each shape.
     """
-    mle = steps.compile_mle_step(self.generator, self.optimizer, devices)
+    compile_step = functools.partial(
+      steps.compile_step, devices=devices, model=self.generator
+    )
+    mle = compile_step(steps.mle_step, optimizer=self.optimizer)
     if self.adversary is None:
       return TrainSteps(mle)
+    compile_step = functools.partial(compile_step, adversary=self.adversary)
     return TrainSteps(
       mle,
-      steps.compile_discriminator_step(
-        self.generator, self.adversary, self.discriminator_optimizer, devices
+      compile_step(
+        steps.discriminator_step, optimizer=self.discriminator_optimizer
       ),
-      steps.compile_adversarial_generator_step(
-        self.generator, self.adversary, self.optimizer, devices
-      ),
+      compile_step(steps.adversarial_generator_step, optimizer=self.optimizer),
     )
 
 
