@@ -46,18 +46,12 @@ class DecoderLayer(nn.Module):
   def setup(self) -> None:
     """Creates the three sub-layers."""
     c = self.config
-    self.self_attention = layers.MultiHeadAttention(
-      c.num_heads, c.key_value_depth, c.emb_dim
-    )
-    self.cross_attention = layers.MultiHeadAttention(
-      c.num_heads, c.key_value_depth, c.emb_dim
-    )
-    self.feed_forward = layers.FeedForward(
-      c.filter_size, c.emb_dim, c.feed_forward, True
-    )
-    self.self_residual = layers.Residual(c.norm_order, c.dropout_rate)
-    self.cross_residual = layers.Residual(c.norm_order, c.dropout_rate)
-    self.feed_forward_residual = layers.Residual(c.norm_order, c.dropout_rate)
+    self.self_attention = layers.MultiHeadAttention(c)
+    self.cross_attention = layers.MultiHeadAttention(c)
+    self.feed_forward = layers.FeedForward(c, causal=True)
+    self.self_residual = layers.Residual(c)
+    self.cross_residual = layers.Residual(c)
+    self.feed_forward_residual = layers.Residual(c)
 
   def keys_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Projects the contexts for `cross_attention`."""
@@ -75,15 +69,22 @@ class DecoderLayer(nn.Module):
     causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
     y, _ = self.self_attention(y, y, causal)
     x = self.self_residual.after(x, y, keys)
-    y = self.cross_residual.before(x)
-    y, weights = self.cross_attention.attend(
-      y, *memory, memory_mask[:, None, None, :]
-    )
-    x = self.cross_residual.after(x, y, keys)
+    x, weights = self._attend_to_contexts(x, memory, memory_mask, keys)
     y = self.feed_forward_residual.before(x)
     # No mask: padding follows a response, and causal layers never look ahead.
     y = self.feed_forward(y, jnp.ones(x.shape[:2], bool))
     return self.feed_forward_residual.after(x, y, keys), weights
+
+  def _attend_to_contexts(
+    self,
+    x: jax.Array,
+    memory: tuple[jax.Array, jax.Array],
+    mask: jax.Array,
+    keys: jax.Array | None,
+  ) -> tuple[jax.Array, jax.Array]:
+    y = self.cross_residual.before(x)
+    y, weights = self.cross_attention.attend(y, *memory, mask[:, None, None])
+    return self.cross_residual.after(x, y, keys), weights
 
   def init_cache(self, batch: int, max_steps: int) -> LayerCache:
     """Returns an empty cache."""
@@ -112,11 +113,7 @@ class DecoderLayer(nn.Module):
     seen = jnp.arange(keys.shape[2]) <= index
     y, _ = self.self_attention.attend(y, keys, values, seen)
     x = self.self_residual.after(x, y, None)
-    y = self.cross_residual.before(x)
-    y, weights = self.cross_attention.attend(
-      y, *memory, memory_mask[:, None, None, :]
-    )
-    x = self.cross_residual.after(x, y, None)
+    x, weights = self._attend_to_contexts(x, memory, memory_mask, None)
     y = self.feed_forward_residual.before(x)
     y, feed_forward = self.feed_forward.step(y, cache.feed_forward)
     x = self.feed_forward_residual.after(x, y, None)

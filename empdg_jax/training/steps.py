@@ -377,20 +377,12 @@ def predict_step(
       variables, encoded, tokens, cache, index, method="decode_step"
     )
 
+  ids = {"eos": vocab.EOS, "pad": vocab.PAD}
   if beams == 1:
-    tokens, cache = decoding.greedy_search(
-      step, cache, rows, steps, eos=vocab.EOS, pad=vocab.PAD
-    )
+    tokens, cache = decoding.greedy_search(step, cache, rows, steps, **ids)
   else:
     tokens, _, cache = decoding.beam_search(
-      step,
-      cache,
-      rows,
-      steps,
-      beams,
-      config.length_penalty,
-      eos=vocab.EOS,
-      pad=vocab.PAD,
+      step, cache, rows, steps, beams, config.length_penalty, **ids
     )
   return Prediction(tokens, cache.copied_from, emotion_probs)
 

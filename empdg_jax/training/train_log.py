@@ -138,9 +138,8 @@ def average(taken: Sequence[Update]) -> dict[str, float]:
   if generator := summed(GENERATOR):
     examples = generator["examples"]
     averages = validation.average_metrics(generator)
-    for name in ("loss", "perplexity", "emotion_accuracy"):
-      if name in averages:
-        values[f"train/{name}"] = averages[name]
+    shown = ("loss", "perplexity", "emotion_accuracy")
+    values |= {f"train/{n}": averages[n] for n in shown if n in averages}
     if "signal" in generator:
       # Only examples with feedback are judged; a batch may have none.
       judged = max(generator["judged"], 1.0)
@@ -151,8 +150,10 @@ def average(taken: Sequence[Update]) -> dict[str, float]:
     values["examples"] += examples
   if discriminators := summed(DISCRIMINATOR):
     judged = discriminators.pop("examples")
-    for name, total in discriminators.items():
-      values[f"discriminator/{name}"] = total / max(judged, 1.0)
+    values |= {
+      f"discriminator/{name}": total / max(judged, 1.0)
+      for name, total in discriminators.items()
+    }
     values["examples"] += judged
   return values
 

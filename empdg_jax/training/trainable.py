@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -64,9 +65,12 @@ class Trainable:
       The states of the generator and of the discriminators, None without
       discriminators.
     """
-    generator = train_state.create_train_state(
-      self.generator, self.optimizer, seed, embeddings
-    )
+    key = jax.random.key(seed)
+    draw = functools.partial(train_state.init_params, self.generator)
+    params = jax.jit(draw)(key)
+    if embeddings is not None:
+      params["embedding"] = jnp.asarray(embeddings)
+    generator = train_state.start(params, self.optimizer)
     if self.adversary is None:
       return generator, None
     return generator, train_state.create_discriminator_state(
