@@ -38,10 +38,6 @@ class Vocabulary:
     """Returns the tokens, one a line, in the order of their ids."""
     return "\n".join(self.tokens) + "\n"
 
-  def save(self, path: pathlib.Path) -> None:
-    """Writes the vocabulary to a file, as `to_text` gives it."""
-    path.write_text(self.to_text(), encoding="utf-8")
-
 
 def build_vocabulary(utterances: Iterable[Sequence[str]]) -> Vocabulary:
   """Builds the vocabulary of all tokens, the most frequent first."""
@@ -52,7 +48,7 @@ def build_vocabulary(utterances: Iterable[Sequence[str]]) -> Vocabulary:
 
 
 def load_vocabulary(path: pathlib.Path) -> Vocabulary:
-  """Reads a vocabulary's file, as `Vocabulary.save` writes it.
+  """Reads a vocabulary's file, the content that `Vocabulary.to_text` returns.
 
   Raises:
     InputError: The file is missing or does not begin with the special tokens.

@@ -171,9 +171,8 @@ def refusing_together() -> Generator[None]:
     refusal = error
   if jax.process_count() > 1:
     # Hosts exchange arrays of one shape, not strings.
-    said = np.zeros(512, np.uint8)
-    words = str(refusal or "").encode()[: said.size]
-    said[: len(words)] = np.frombuffer(words, np.uint8)
+    words = str(refusal or "").encode()[:512].ljust(512, b"\0")
+    said = np.frombuffer(words, np.uint8)
     for process, line in enumerate(multihost_utils.process_allgather(said)):
       message = line.tobytes().rstrip(b"\0").decode(errors="ignore")
       if message and refusal is None:

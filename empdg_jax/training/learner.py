@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -123,27 +124,26 @@ class Learner:
 
   def mle_step(self, batch: Batch) -> Update:
     """Updates the generator by maximum likelihood."""
-    return self._take(GENERATOR, self._p_steps.mle, devices.shard(batch))
+    return self._take(GENERATOR, self._p_steps.mle, batch)
 
   def discriminator_step(self, batch: Batch) -> Update:
     """Updates the discriminators; the generator stays as it is."""
-    generator = self._states[GENERATOR].params
-    return self._take(
-      DISCRIMINATOR,
-      self._p_steps.discriminator,
-      generator,
-      devices.shard(batch),
-    )
+    step = self._p_steps.discriminator
+    return self._take(DISCRIMINATOR, step, batch, reads=[GENERATOR])
 
   def adversarial_generator_step(self, batch: Batch) -> Update:
     """Updates the generator by likelihood and the discriminators' signal."""
-    discriminators = self._states[DISCRIMINATOR].params
-    return self._take(
-      GENERATOR, self._p_steps.adversarial, discriminators, devices.shard(batch)
-    )
+    step = self._p_steps.adversarial
+    return self._take(GENERATOR, step, batch, reads=[DISCRIMINATOR])
 
-  def _take(self, player: str, step: Any, *inputs: Any) -> Update:
-    self._states[player], sums = step(self._states[player], *inputs, self._key)
+  def _take(
+    self, player: str, step: Any, batch: Batch, reads: Sequence[str] = ()
+  ) -> Update:
+    """Updates a player by a step that reads others' parameters."""
+    others = [self._states[other].params for other in reads]
+    self._states[player], sums = step(
+      self._states[player], *others, devices.shard(batch), self._key
+    )
     self._generator_steps += player == GENERATOR
     self.running = sums["examples"]
     return Update(player, sums)

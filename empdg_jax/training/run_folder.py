@@ -57,29 +57,27 @@ def write_run(
   check_same_config(workdir, config)
   with storage.errors(f"--workdir={workdir}: cannot write", InputError):
     workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / "vocab.txt").exists():
-      with storage.atomic_path(workdir / "vocab.txt") as path:
-        vocabulary.save(path)
-    elif vocab.load_vocabulary(workdir / "vocab.txt") != vocabulary:
-      raise InputError(
-        f"{workdir}/vocab.txt differs from the data's vocabulary: the data "
-        "have changed; use another --workdir"
-      )
+    kept = {"vocab.txt": ("the data", vocabulary.to_text())}
     if config.data.emotions != corpora.EMPATHETIC_DIALOGUES:
       # Parameters know a label by its index alone. The user's file of labels
       # may change, so that the run keeps its own copy.
-      labels = workdir / EMOTIONS_FILE
-      if not labels.exists():
-        with storage.atomic_path(labels) as path:
-          path.write_text(corpora.to_text(emotions), encoding="utf-8")
-      elif corpora.read_labels(str(labels)) != emotions:
+      kept[EMOTIONS_FILE] = "config.data.emotions", corpora.to_text(emotions)
+    for name, (source, text) in kept.items():
+      path = workdir / name
+      if not path.exists():
+        _write(path, text)
+      elif path.read_bytes() != text.encode():
         raise InputError(
-          f"{labels} differs from config.data.emotions: the labels have "
-          "changed; use another --workdir"
+          f"{path} differs from {source}, which must have changed; use another "
+          "--workdir"
         )
     # Last, since this file marks the folder as a run folder.
-    with storage.atomic_path(workdir / "config.json") as path:
-      path.write_text(config_lib.to_json(config), encoding="utf-8")
+    _write(workdir / "config.json", config_lib.to_json(config))
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  with storage.atomic_path(path) as temporary:
+    temporary.write_text(text, encoding="utf-8")
 
 
 def check_same_config(workdir: pathlib.Path, config: Config) -> None:
