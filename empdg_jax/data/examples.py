@@ -81,11 +81,9 @@ def join_dialogues(
   return dialogues
 
 
-def annotate(
-  utterance: str, tokenizer: text.Tokenizer, lexicon: Container[str]
-) -> Utterance:
+def annotate(utterance: str, lexicon: Container[str]) -> Utterance:
   """Tokenises an utterance and marks its emotional words."""
-  tokens = tokenizer(utterance)
+  tokens = text.tokenize(utterance)
   return Utterance(
     tuple(tokens), tuple(lexicon_lib.is_emotional(tokens, lexicon))
   )

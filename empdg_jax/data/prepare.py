@@ -15,13 +15,7 @@ import tensorflow_datasets as tfds
 
 from empdg_jax import storage
 from empdg_jax.config import DataConfig, InputError
-from empdg_jax.data import (
-  corpora,
-  empathetic_dialogues,
-  examples,
-  text,
-  vocab,
-)
+from empdg_jax.data import corpora, empathetic_dialogues, examples, vocab
 from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data.corpora import Conversation, Corpus
 from empdg_jax.data.examples import Dialogue, Example, Utterance
@@ -245,15 +239,12 @@ def _annotate(
         ]
         for split, dialogues in json.load(file).items()
       }
-  tokenizer = text.Tokenizer()
   dialogues = {
     split: [
       Dialogue(
         joined.id,
         joined.emotion,
-        tuple(
-          examples.annotate(u, tokenizer, lexicon) for u in joined.utterances
-        ),
+        tuple(examples.annotate(u, lexicon) for u in joined.utterances),
       )
       for joined in rich.progress.track(
         examples.join_dialogues(conversations, corpus),

@@ -196,20 +196,14 @@ def csv_files() -> dict[str, bytes]:
   """
   files = {}
   for split, members in dialogues().items():
-    rows = [
-      (
-        d.id,
-        str(turn),
-        d.emotion,
-        d.situation,
-        str((turn + 1) % 2),
-        text,
-        "",
-        "",
-      )
-      for d in members
-      for turn, text in enumerate(d.utterances, start=1)
-    ]
-    lines = [",".join(f.replace(",", "_comma_") for f in row) for row in rows]
-    files[split] = "\n".join([_HEADER, *lines, ""]).encode()
+    rows = [_HEADER]
+    for dialogue in members:
+      situation = dialogue.situation.replace(",", "_comma_")
+      for index, utterance in enumerate(dialogue.utterances):
+        utterance = utterance.replace(",", "_comma_")
+        rows.append(
+          f"{dialogue.id},{index + 1},{dialogue.emotion},{situation},"
+          f"{index % 2},{utterance},,"
+        )
+    files[split] = ("\n".join(rows) + "\n").encode()
   return files

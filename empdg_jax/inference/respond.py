@@ -10,7 +10,7 @@ from rich.console import Console
 
 from empdg_jax.config import InputError
 from empdg_jax.data import lexicon as lexicon_lib
-from empdg_jax.data import pipeline, text
+from empdg_jax.data import pipeline
 from empdg_jax.data.examples import Utterance, annotate
 from empdg_jax.data.pipeline import EncodedExample
 from empdg_jax.inference.system import Response, System
@@ -35,7 +35,6 @@ class Responder:
       if system.lexicon is None
       else system.lexicon
     )
-    self._tokenizer = text.Tokenizer()
 
   def encode(self, utterances: Sequence[str]) -> EncodedExample:
     """Turns a dialogue's turns into ids, with an empty target.
@@ -56,7 +55,7 @@ class Responder:
       raise InputError(
         f"{utterances[:60]!r}: expected a list of turns, the user's last"
       )
-    turns = [annotate(u, self._tokenizer, self._lexicon) for u in utterances]
+    turns = [annotate(u, self._lexicon) for u in utterances]
     # The listener began: an empty turn keeps the user's turns at even numbers.
     if len(turns) % 2 == 0:
       turns.insert(0, Utterance((), ()))
