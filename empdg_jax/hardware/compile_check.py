@@ -22,6 +22,7 @@ from empdg_jax.hardware import chips
 from empdg_jax.hardware.compile_report import Fit, Report, Slice, read_report
 from empdg_jax.parallel.devices import check_batches
 from empdg_jax.training import steps
+from empdg_jax.training.train_state import DISCRIMINATOR, GENERATOR
 from empdg_jax.training.trainable import assemble
 
 _WITHOUT_UPDATE = ("eval", "predict")
@@ -116,14 +117,15 @@ def _abstract_steps(
   )
   model = trainable.generator
   # No array is ever made: states and keys are shapes, like the batches.
-  state, discriminators = jax.eval_shape(lambda: trainable.create_states(0))
+  states = jax.eval_shape(lambda: trainable.create_states(0))
+  state = states[GENERATOR]
   key = jax.eval_shape(lambda: jax.random.key(0))
   longest = pipeline.padded_shapes(config.data)[-1]
   batch = _batch(longest, len(devices), train_rows)
   eval_arguments = state.params, _batch(longest, len(devices), eval_rows)
   compiled = trainable.compile_steps(devices)
   found = [_AbstractStep("mle", compiled.mle, (state, batch, key))]
-  if discriminators is not None:
+  if discriminators := states.get(DISCRIMINATOR):
     found += [
       _AbstractStep(
         "discriminator",

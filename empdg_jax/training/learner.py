@@ -72,10 +72,7 @@ class Learner:
     )
     self.parameters = train_state.count_parameters(trainable.generator)
     self.has_discriminators = trainable.adversary is not None
-    generator, discriminators = trainable.create_states(self._seed, embeddings)
-    self._states: dict[str, TrainState] = {GENERATOR: generator}
-    if discriminators is not None:
-      self._states[DISCRIMINATOR] = discriminators
+    self._states = trainable.create_states(self._seed, embeddings)
     self._p_steps = trainable.compile_steps()
     self._p_eval_step = steps.compile_step(
       steps.eval_step, model=trainable.generator

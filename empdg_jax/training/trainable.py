@@ -15,7 +15,7 @@ from empdg_jax.models import registry
 from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.encoder_decoder import EncoderDecoder
 from empdg_jax.training import steps, train_state
-from empdg_jax.training.train_state import TrainState
+from empdg_jax.training.train_state import DISCRIMINATOR, GENERATOR, TrainState
 
 
 class TrainSteps(NamedTuple):
@@ -54,7 +54,7 @@ class Trainable:
 
   def create_states(
     self, seed: int, embeddings: np.ndarray | None = None
-  ) -> tuple[TrainState, TrainState | None]:
+  ) -> dict[str, TrainState]:
     """Draws the states before the first update.
 
     Args:
@@ -62,7 +62,7 @@ class Trainable:
       embeddings: The initial word embeddings, `[V, d]`, or None to draw them.
 
     Returns:
-      The states of the generator and of the discriminators, None without
+      The states by player: `GENERATOR`, and `DISCRIMINATOR` if the system has
       discriminators.
     """
     key = jax.random.key(seed)
@@ -70,15 +70,15 @@ class Trainable:
     params = jax.jit(draw)(key)
     if embeddings is not None:
       params["embedding"] = jnp.asarray(embeddings)
-    generator = train_state.start(params, self.optimizer)
-    if self.adversary is None:
-      return generator, None
-    return generator, train_state.create_discriminator_state(
-      self.adversary.discriminator,
-      self.discriminators,
-      self.discriminator_optimizer,
-      seed,
-    )
+    states = {GENERATOR: train_state.start(params, self.optimizer)}
+    if self.adversary is not None:
+      states[DISCRIMINATOR] = train_state.create_discriminator_state(
+        self.adversary.discriminator,
+        self.discriminators,
+        self.discriminator_optimizer,
+        seed,
+      )
+    return states
 
   def compile_steps(
     self, devices: Sequence[jax.Device] | None = None
