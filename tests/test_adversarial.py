@@ -42,7 +42,6 @@ from empdg_jax.parallel.devices import replicate, shard, unreplicate
 from empdg_jax.training import steps
 from empdg_jax.training.train_state import (
   TrainState,
-  create_discriminator_optimizer,
   create_discriminator_state,
   create_optimizer,
   init_params,
@@ -96,7 +95,7 @@ def make_players(
   """Compiles the steps for a signal over the devices of this process."""
   config = dataclasses.replace(TRAIN, generator_signal=signal, **fields)
   optimizer = optimizer or create_optimizer(config, model.config.emb_dim)
-  discriminator_optimizer = create_discriminator_optimizer(config)
+  discriminator_optimizer = optax.adam(config.discriminator_learning_rate)
   params = reference.random_params(
     jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   )
@@ -283,7 +282,7 @@ def test_samples_have_the_gradient_of_every_step(tie_embeddings: bool) -> None:
     x, ended = encoded.first_input, jnp.zeros(ROWS, bool)
     total, sequence = 0.0, []
     for index in range(MAX_STEPS):
-      log_probs, _, cache = model.apply(
+      log_probs, cache, _ = model.apply(
         variables, encoded, x, cache, index, method="decode_embedded"
       )
       step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)

@@ -314,18 +314,14 @@ def test_hosts_share_the_same_global_batches(hosts: int) -> None:
         SHAPES,
         batch_size=8,
         seed=1,
-        host=host,
-        num_hosts=num_hosts,
+        rows=pipeline.host_rows(8, host, num_hosts),
       ),
       12,
     )
 
   def evaluation(host: int, num_hosts: int) -> list[Batch]:
-    return list(
-      pipeline.eval_batches(
-        encoded, SHAPES, batch_size=8, host=host, num_hosts=num_hosts
-      )
-    )
+    rows = pipeline.host_rows(8, host, num_hosts)
+    return list(pipeline.eval_batches(encoded, SHAPES, batch_size=8, rows=rows))
 
   for read in (training, evaluation):
     parts = [read(host, hosts) for host in range(hosts)]
@@ -367,7 +363,7 @@ def test_a_state_can_resume_on_another_number_of_hosts() -> None:
 
   for host in range(2):
     two = pipeline.train_batches(
-      encoded, SHAPES, batch_size=8, seed=1, host=host, num_hosts=2
+      encoded, SHAPES, batch_size=8, seed=1, rows=pipeline.host_rows(8, host, 2)
     )
     two.set_state(state)
     (batch,) = take(two, 1)

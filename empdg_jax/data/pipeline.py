@@ -277,8 +277,7 @@ def train_batches(
   *,
   batch_size: int,
   seed: int,
-  host: int = 0,
-  num_hosts: int = 1,
+  rows: slice = slice(None),
 ) -> grain.DatasetIterator:
   """Returns an endless, checkpointable iterator over training batches.
 
@@ -287,15 +286,13 @@ def train_batches(
     shapes: The padded lengths; the last holds every example.
     batch_size: The global batch size.
     seed: The seed of the order.
-    host: This host's number.
-    num_hosts: The number of hosts that share each global batch.
+    rows: The rows of each global batch that this host needs.
 
   Returns:
     An iterator of `Batch`. `get_state` gives its position, a JSON value that
     does not depend on the hosts.
   """
   plan = BatchPlan(encoded, shapes, batch_size)
-  rows = host_rows(batch_size, host, num_hosts)
   # Two epochs: at the border, prefetching reads the next one while the last
   # batches of this one are still asked for.
   ordered = functools.lru_cache(2)(functools.partial(plan.shuffled_epoch, seed))
@@ -330,11 +327,9 @@ def eval_batches(
   shapes: Sequence[Shape],
   *,
   batch_size: int,
-  host: int = 0,
-  num_hosts: int = 1,
+  rows: slice = slice(None),
 ) -> Iterator[Batch]:
   """Yields batches that hold every example once; filling has mask 0."""
-  rows = host_rows(batch_size, host, num_hosts)
   plan = BatchPlan(encoded, shapes, batch_size)
   for shape, index in plan.epoch(np.arange(len(encoded))):
     yield collate(encoded, index, shape, batch_size, rows)

@@ -196,12 +196,9 @@ class System:
     batch_size: int,
   ) -> Iterator[Batch]:
     """Yields this host's part of each batch of the examples."""
+    rows = hosts.rows(batch_size)
     return pipeline.eval_batches(
-      encoded,
-      shapes,
-      batch_size=batch_size,
-      host=jax.process_index(),
-      num_hosts=jax.process_count(),
+      encoded, shapes, batch_size=batch_size, rows=rows
     )
 
 

@@ -244,8 +244,7 @@ class EncoderDecoder(nn.Module):
       cache for the next step.
     """
     x = jnp.where(index == 0, encoded.first_input, self.embed(tokens))
-    log_probs, _, cache = self.decode_embedded(encoded, x, cache, index)
-    return log_probs, cache
+    return self.decode_embedded(encoded, x, cache, index)[:2]
 
   def decode_embedded(
     self,
@@ -254,7 +253,7 @@ class EncoderDecoder(nn.Module):
     cache: Cache,
     index: jax.Array,
     added: jax.typing.ArrayLike = 0.0,
-  ) -> tuple[jax.Array, jax.Array, Cache]:
+  ) -> tuple[jax.Array, Cache, jax.Array]:
     """Predicts like `decode_step`, but from an embedded token.
 
     Args:
@@ -266,8 +265,8 @@ class EncoderDecoder(nn.Module):
       added: A term added to the logits, for a gradient with respect to them.
 
     Returns:
-      The log-probabilities as from `decode_step`, the input of `project`
-      `[batch, d]`, and the cache.
+      The log-probabilities and the cache as from `decode_step`, and the input
+      of `project`, `[batch, d]`.
     """
     hidden, attention, layer_caches = self.decoder.step(
       x[:, None], encoded.memory, cache.layers, index
@@ -290,8 +289,5 @@ class EncoderDecoder(nn.Module):
     impossible = never | ((ids == vocab.UNK) & ~copies[:, None])
     log_probs = jnp.where(impossible, layers.NEGATIVE_INFINITY, log_probs)
     copied_from = jnp.where(copies, copied_from, -1).astype(jnp.int32)
-    return (
-      log_probs,
-      hidden,
-      Cache(layer_caches, cache.copied_from.at[:, index].set(copied_from)),
-    )
+    copied_from = cache.copied_from.at[:, index].set(copied_from)
+    return log_probs, Cache(layer_caches, copied_from), hidden

@@ -67,8 +67,7 @@ class TrainBatches:
       self._shapes if phase == MLE else pipeline.coarse_shapes(self._shapes),
       batch_size=self._config.batch_size,
       seed=self._config.seed,
-      host=jax.process_index(),
-      num_hosts=jax.process_count(),
+      rows=hosts.rows(self._config.batch_size),
     )
     if state is not None:
       self._batches.set_state(state)
@@ -171,8 +170,7 @@ def open_session(config: Config, workdir: pathlib.Path) -> Session:
       dataset.encoded("valid"),
       pipeline.coarse_shapes(dataset.shapes),
       batch_size=config.eval.batch_size,
-      host=jax.process_index(),
-      num_hosts=jax.process_count(),
+      rows=hosts.rows(config.eval.batch_size),
     )
   )
   # 7. the devices, once the states on the host are final.

@@ -388,10 +388,9 @@ def predict_step(
 
 
 # The axes of each step's arguments and results, and whether it donates its
-# state.
-# A donated state is overwritten by the next one, so that a device never holds
-# two copies of parameters and moments. Callers must not read the state that
-# they passed.
+# state: the next state overwrites the given one in memory, so that a device
+# never holds two copies of parameters and moments. Callers must not read the
+# state that they passed.
 _PLAYER = (None, None, 0, None), (None, None), True
 _AXES: dict[Callable[..., Any], tuple[Any, Any, bool]] = {
   mle_step: ((None, 0, None), (None, None), True),

@@ -76,13 +76,6 @@ def create_optimizer(
   )
 
 
-def create_discriminator_optimizer(
-  config: TrainConfig,
-) -> optax.GradientTransformation:
-  """Returns Adam with the discriminators' constant learning rate."""
-  return optax.adam(config.discriminator_learning_rate)
-
-
 def init_params(model: nn.Module, key: jax.Array) -> Any:
   """Draws a system's parameters."""
   # No parameter's shape depends on the batch: any ids will do.

@@ -125,5 +125,5 @@ def assemble(
     train_state.create_optimizer(config.train, config.model.emb_dim),
     names,
     registry.create_adversary(config, is_emotional) if names else None,
-    train_state.create_discriminator_optimizer(config.train),
+    optax.adam(config.train.discriminator_learning_rate),
   )
