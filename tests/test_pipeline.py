@@ -14,7 +14,7 @@ from empdg_jax import config as config_lib
 from empdg_jax import storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, vectors, vocab
-from empdg_jax.data.examples import Utterance
+from empdg_jax.data.examples import Example, Utterance
 from empdg_jax.data.pipeline import Batch, BatchPlan, EncodedExample, Shape
 from empdg_jax.data.prepare import Dataset
 from empdg_jax.data.vocab import SPECIAL_TOKENS, Vocabulary
@@ -72,6 +72,25 @@ CONTEXT = (
 )
 
 
+def encode(
+  context: tuple[Utterance, ...],
+  target: tuple[str, ...],
+  emotion: int,
+  vocabulary: Vocabulary,
+  longest: Shape,
+  feedback: tuple[str, ...] = (),
+) -> EncodedExample:
+  """Encodes an example of these parts."""
+  example = Example(
+    "",
+    emotion,
+    context,
+    Utterance(target, (False,) * len(target)),
+    Utterance(feedback, (False,) * len(feedback)),
+  )
+  return pipeline.encode(example, vocabulary, longest)
+
+
 def test_special_tokens_have_the_ids_0_to_7() -> None:
   assert " ".join(SPECIAL_TOKENS) == "UNK PAD EOS SOS USR SYS CLS LAB"
   assert (vocab.UNK, vocab.PAD, vocab.EOS, vocab.SOS) == (0, 1, 2, 3)
@@ -79,7 +98,7 @@ def test_special_tokens_have_the_ids_0_to_7() -> None:
 
 
 def test_encode() -> None:
-  encoded = pipeline.encode(
+  encoded = encode(
     CONTEXT, ("a", "y"), 3, VOCABULARY, Shape(9, 9, 9, 3), ("b", "q", "a")
   )
 
@@ -97,7 +116,7 @@ def test_encode() -> None:
 
 
 def test_encode_without_emotional_words() -> None:
-  encoded = pipeline.encode(CONTEXT[2:], (), 0, VOCABULARY, Shape(9, 9, 9))
+  encoded = encode(CONTEXT[2:], (), 0, VOCABULARY, Shape(9, 9, 9))
 
   assert encoded.emotion_context == [7]
   assert encoded.emotion_words == ()
@@ -106,14 +125,14 @@ def test_encode_without_emotional_words() -> None:
 
 
 def test_encode_keeps_what_just_fits() -> None:
-  encoded = pipeline.encode(CONTEXT, ("a", "b"), 0, VOCABULARY, Shape(6, 3, 3))
+  encoded = encode(CONTEXT, ("a", "b"), 0, VOCABULARY, Shape(6, 3, 3))
 
   assert encoded.cut == (0, 0, 0, 0)
   assert encoded.context == [6, 8, 9, 10, 0, 11]
 
 
 def test_encode_cuts_the_oldest_of_the_context() -> None:
-  encoded = pipeline.encode(CONTEXT, ("a",), 0, VOCABULARY, Shape(4, 9, 9))
+  encoded = encode(CONTEXT, ("a",), 0, VOCABULARY, Shape(4, 9, 9))
 
   assert encoded.context == [6, 10, 0, 11]
   assert encoded.state == [6, 5, 4, 4]
@@ -123,7 +142,7 @@ def test_encode_cuts_the_oldest_of_the_context() -> None:
 
 
 def test_encode_cuts_the_oldest_emotional_words() -> None:
-  encoded = pipeline.encode(CONTEXT, ("a",), 0, VOCABULARY, Shape(9, 2, 9))
+  encoded = encode(CONTEXT, ("a",), 0, VOCABULARY, Shape(9, 2, 9))
 
   assert encoded.emotion_context == [7, 10]
   assert encoded.emotion_words == ("c",)
@@ -131,16 +150,14 @@ def test_encode_cuts_the_oldest_emotional_words() -> None:
 
 
 def test_encode_cuts_the_end_of_the_target() -> None:
-  encoded = pipeline.encode(
-    CONTEXT, ("d", "c", "b", "a"), 0, VOCABULARY, Shape(9, 9, 3)
-  )
+  encoded = encode(CONTEXT, ("d", "c", "b", "a"), 0, VOCABULARY, Shape(9, 9, 3))
 
   assert encoded.target == [11, 10, 2]
   assert encoded.cut == (0, 0, 2, 0)
 
 
 def test_encode_cuts_the_end_of_the_feedback() -> None:
-  encoded = pipeline.encode(
+  encoded = encode(
     CONTEXT, ("a",), 0, VOCABULARY, Shape(9, 9, 9, 2), ("d", "c", "b")
   )
 
@@ -154,7 +171,7 @@ def test_encode_cuts_the_end_of_the_feedback() -> None:
 def test_collate() -> None:
   """Three examples in a batch of four, the fourth row filling."""
   encoded = [
-    pipeline.encode(
+    encode(
       CONTEXT[:n],
       ("a",) * n,
       n,

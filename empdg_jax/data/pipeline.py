@@ -9,7 +9,8 @@ import grain
 import numpy as np
 
 from empdg_jax.config import DataConfig
-from empdg_jax.data import examples, vocab
+from empdg_jax.data import vocab
+from empdg_jax.data.examples import Example
 from empdg_jax.data.vocab import Vocabulary
 
 Array = Any  # NumPy's in the pipeline, JAX's inside compiled steps.
@@ -87,29 +88,21 @@ def padded_shapes(config: DataConfig) -> tuple[Shape, ...]:
 
 
 def encode(
-  context: Sequence[examples.Utterance],
-  target: Sequence[str],
-  emotion: int,
-  vocabulary: Vocabulary,
-  longest: Shape,
-  feedback: Sequence[str] = (),
+  example: Example, vocabulary: Vocabulary, longest: Shape
 ) -> EncodedExample:
   """Turns one example into ids, cut to the longest lengths.
 
   Args:
-    context: The turns before the target, the speaker's first.
-    target: The target's tokens.
-    emotion: The emotion label.
+    example: The example.
     vocabulary: The ids of tokens.
     longest: The lengths that no part may exceed.
-    feedback: The feedback's tokens, empty if there is none.
 
   Returns:
     The example's ids.
   """
   turns = [
     (token, vocab.SYS if turn % 2 else vocab.USR, emotional)
-    for turn, utterance in enumerate(context)
+    for turn, utterance in enumerate(example.context)
     for token, emotional in zip(
       utterance.tokens, utterance.emotional, strict=True
     )
@@ -119,7 +112,9 @@ def encode(
   kept = turns[max(0, len(turns) - longest.context + 1) :]
   emotional = [token for token, _, flag in kept if flag]
   emotion_words = emotional[max(0, len(emotional) - longest.emotion + 1) :]
+  target = example.target.tokens
   kept_target = target[: longest.target - 1]
+  feedback = example.feedback.tokens if example.feedback else ()
   kept_feedback = feedback[: longest.feedback]
   words = tuple(token for token, _, _ in kept)
   return EncodedExample(
@@ -128,7 +123,7 @@ def encode(
     emotion_context=[vocab.LAB, *vocabulary.encode(emotion_words)],
     target=[*vocabulary.encode(kept_target), vocab.EOS],
     feedback=vocabulary.encode(kept_feedback),
-    emotion=emotion,
+    emotion=example.emotion,
     words=words,
     emotion_words=tuple(emotion_words),
     cut=(

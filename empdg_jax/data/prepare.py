@@ -63,15 +63,8 @@ class Dataset:
   def encoded(self, split: str) -> list[EncodedExample]:
     """Returns a split's examples as ids."""
     return [
-      encode(
-        e.context,
-        e.target.tokens,
-        e.emotion,
-        self.vocabulary,
-        self.shapes[-1],
-        e.feedback.tokens if e.feedback else (),
-      )
-      for e in self.examples[split]
+      encode(example, self.vocabulary, self.shapes[-1])
+      for example in self.examples[split]
     ]
 
 

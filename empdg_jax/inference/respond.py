@@ -11,7 +11,7 @@ from rich.console import Console
 from empdg_jax.config import InputError
 from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data import pipeline
-from empdg_jax.data.examples import Utterance, annotate
+from empdg_jax.data.examples import Example, Utterance, annotate
 from empdg_jax.data.pipeline import EncodedExample
 from empdg_jax.inference.system import Response, System
 
@@ -74,7 +74,8 @@ class Responder:
         f"no word of the context is in the vocabulary of {len(vocabulary):,} "
         f"words: {' '.join(tokens)[:60]!r}"
       )
-    return pipeline.encode(turns, (), 0, vocabulary, self.system.shapes[-1])
+    example = Example("", 0, tuple(turns), Utterance((), ()), None)
+    return pipeline.encode(example, vocabulary, self.system.shapes[-1])
 
   def respond(self, context: Sequence[str]) -> Response:
     """Returns the response to a dialogue.
