@@ -91,21 +91,13 @@ class Checkpoints:
     Raises:
       SaveError: This checkpoint or the one before could not be written.
     """
-    trees = {}
+    items: dict[str, Any] = {"progress": ocp.args.JsonSave(progress)}
     for player, state in states.items():
       params, optimizer = _ITEMS[player]
-      trees |= {params: state.params, optimizer: _optimizer(state)}
+      items[params] = ocp.args.StandardSave(_arrays(state.params))
+      items[optimizer] = ocp.args.StandardSave(_arrays(_optimizer(state)))
     with self._writing():
-      self._managers[kind].save(
-        step,
-        args=ocp.args.Composite(
-          **{
-            name: ocp.args.StandardSave(_arrays(tree))
-            for name, tree in trees.items()
-          },
-          progress=ocp.args.JsonSave(progress),
-        ),
-      )
+      self._managers[kind].save(step, args=ocp.args.Composite(**items))
 
   def wait(self) -> None:
     """Waits until everything is written; see `save`."""
