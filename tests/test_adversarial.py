@@ -42,7 +42,6 @@ from empdg_jax.parallel.devices import replicate, shard, unreplicate
 from empdg_jax.training import steps
 from empdg_jax.training.train_state import (
   TrainState,
-  create_discriminator_optimizer,
   create_discriminator_state,
   create_optimizer,
   init_params,
@@ -96,7 +95,7 @@ def make_players(
   """Compiles the steps for a signal over the devices of this process."""
   config = dataclasses.replace(TRAIN, generator_signal=signal, **fields)
   optimizer = optimizer or create_optimizer(config, model.config.emb_dim)
-  discriminator_optimizer = create_discriminator_optimizer(config)
+  discriminator_optimizer = optax.adam(config.discriminator_learning_rate)
   params = reference.random_params(
     jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   )
@@ -106,11 +105,17 @@ def make_players(
   return Players(
     TrainState(np.int32(0), params, optimizer.init(params)),
     unreplicate(replicate(discriminators)),
-    steps.compile_discriminator_step(
-      model, adversary(config), discriminator_optimizer
+    steps.compile_step(
+      steps.discriminator_step,
+      model=model,
+      adversary=adversary(config),
+      optimizer=discriminator_optimizer,
     ),
-    steps.compile_adversarial_generator_step(
-      model, adversary(config), optimizer
+    steps.compile_step(
+      steps.adversarial_generator_step,
+      model=model,
+      adversary=adversary(config),
+      optimizer=optimizer,
     ),
   )
 
@@ -277,7 +282,7 @@ def test_samples_have_the_gradient_of_every_step(tie_embeddings: bool) -> None:
     x, ended = encoded.first_input, jnp.zeros(ROWS, bool)
     total, sequence = 0.0, []
     for index in range(MAX_STEPS):
-      log_probs, _, cache = model.apply(
+      log_probs, cache, _ = model.apply(
         variables, encoded, x, cache, index, method="decode_embedded"
       )
       step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
@@ -391,8 +396,10 @@ def test_a_constant_signal_leaves_maximum_likelihood_alone(
   sampling: Players,
 ) -> None:
   players = make_players("constant")
-  p_mle_step = steps.compile_mle_step(
-    MODEL, create_optimizer(TRAIN, MODEL.config.emb_dim)
+  p_mle_step = steps.compile_step(
+    steps.mle_step,
+    model=MODEL,
+    optimizer=create_optimizer(TRAIN, MODEL.config.emb_dim),
   )
   batch = make_dialogues(5)
   expected, _ = p_mle_step(

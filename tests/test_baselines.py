@@ -131,7 +131,9 @@ def test_listeners_equal_a_loop() -> None:
   mixed = rng.dirichlet(np.ones(32), 2).astype(np.float32)
 
   def whole(module: ListenersDecoder, weights: Any) -> Any:
-    return module(x, module.project_memory(memory, mask, weights), None)
+    return module(
+      x, module.project_memory(memory, mask)._replace(weights=weights), None
+    )
 
   params = reference.random_params(
     jax.eval_shape(lambda: decoder.init(KEYS[0], mixed, method=whole))["params"]

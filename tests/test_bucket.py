@@ -17,7 +17,11 @@ from empdg_jax import main
 from empdg_jax.config import Config, InputError
 from empdg_jax.inference import export_files
 from empdg_jax.training.checkpoint import BEST, LATEST, Checkpoints
-from empdg_jax.training.train_state import TrainState
+from empdg_jax.training.train_state import (
+  DISCRIMINATOR,
+  GENERATOR,
+  TrainState,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -157,7 +161,8 @@ def test_checkpoints_of_earlier_versions(
   root = "gs://pod/old" if place == "bucket" else str(tmp_path)
   workdir: Any = epath.Path(root)
   written = Checkpoints(workdir, create=True)
-  written.save(LATEST, 3, state_of(1), state_of(2), {"phase": "adversarial"})
+  states = {GENERATOR: state_of(1), DISCRIMINATOR: state_of(2)}
+  written.save(LATEST, 3, states, {"phase": "adversarial"})
   written.close()
   names = {
     "discriminators": "critics",
@@ -190,11 +195,11 @@ def test_checkpoints_of_earlier_versions(
   assert checkpoints.step(LATEST) == 3
   assert checkpoints.step(BEST) is None
   assert [tuple(c) for c in checkpoints.all()] == [(LATEST, 3)]
-  found = checkpoints.restore_discriminators(LATEST, state_of(0))
+  found = checkpoints.restore_state(LATEST, DISCRIMINATOR, state_of(0))
   np.testing.assert_array_equal(found.params["w"], state_of(2).params["w"])
   np.testing.assert_array_equal(found.opt_state, state_of(2).opt_state)
   assert found.step == 2
-  assert checkpoints.restore_generator(LATEST, state_of(0)).step == 1
+  assert checkpoints.restore_state(LATEST, GENERATOR, state_of(0)).step == 1
   assert checkpoints.restore_progress(LATEST) == {"phase": "adversarial"}
   checkpoints.close()
 
@@ -202,6 +207,6 @@ def test_checkpoints_of_earlier_versions(
   (workdir / "checkpoints" / "latest" / "3" / "critics").rmtree()
   checkpoints = Checkpoints(workdir)
   with pytest.raises(InputError, match=r"latest/3: damaged") as error:
-    checkpoints.restore_discriminators(LATEST, state_of(0))
+    checkpoints.restore_state(LATEST, DISCRIMINATOR, state_of(0))
   assert "\n" not in str(error.value)
   checkpoints.close()

@@ -60,7 +60,7 @@ def make_run(
   evaluation = folder / "eval" / "test"
   evaluation.mkdir(parents=True)
   (folder / "config.json").write_text(config.to_json(run_config))
-  VOCABULARY.save(folder / "vocab.txt")
+  (folder / "vocab.txt").write_text(VOCABULARY.to_text())
   lines = make_lines(seed)
   if model == "transformer":
     lines = [{**line, "predicted_emotion": None} for line in lines]
@@ -311,7 +311,8 @@ def test_refuses_what_cannot_be_compared(
     capsys, first, turns
   )
   words = make_run(tmp_path / "words", "moel", 1)
-  build_vocabulary([WORDS[:5]]).save(words / "vocab.txt")
+  fewer = build_vocabulary([WORDS[:5]])
+  (words / "vocab.txt").write_text(fewer.to_text())
   assert "different vocabularies, of 18 and 13" in _refused(
     capsys, first, words
   )

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from empdg_jax.config import DataConfig
-from empdg_jax.data import examples, prepare, text
+from empdg_jax.data import examples, prepare
 from empdg_jax.data.corpora import Conversation, find_corpus
 from empdg_jax.data.examples import Dialogue, Utterance
 
@@ -95,13 +95,11 @@ def test_deletes_quotes() -> None:
 
 
 def test_annotate() -> None:
-  utterance = examples.annotate(
-    "I'm at the STORM.", text.Tokenizer(), frozenset({"storm", "at"})
-  )
+  utterance = examples.annotate("I'm at the STORM.", frozenset({"storm", "at"}))
 
   assert utterance.tokens == ("i", "am", "at", "the", "storm", ".")
   assert utterance.emotional == (False, False, False, False, True, False)
-  empty = examples.annotate("", text.Tokenizer(), frozenset({"storm"}))
+  empty = examples.annotate("", frozenset({"storm"}))
   assert empty == Utterance((), ())
 
 

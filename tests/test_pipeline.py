@@ -14,7 +14,7 @@ from empdg_jax import config as config_lib
 from empdg_jax import storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, vectors, vocab
-from empdg_jax.data.examples import Utterance
+from empdg_jax.data.examples import Example, Utterance
 from empdg_jax.data.pipeline import Batch, BatchPlan, EncodedExample, Shape
 from empdg_jax.data.prepare import Dataset
 from empdg_jax.data.vocab import SPECIAL_TOKENS, Vocabulary
@@ -72,6 +72,25 @@ CONTEXT = (
 )
 
 
+def encode(
+  context: tuple[Utterance, ...],
+  target: tuple[str, ...],
+  emotion: int,
+  vocabulary: Vocabulary,
+  longest: Shape,
+  feedback: tuple[str, ...] = (),
+) -> EncodedExample:
+  """Encodes an example of these parts."""
+  example = Example(
+    "",
+    emotion,
+    context,
+    Utterance(target, (False,) * len(target)),
+    Utterance(feedback, (False,) * len(feedback)),
+  )
+  return pipeline.encode(example, vocabulary, longest)
+
+
 def test_special_tokens_have_the_ids_0_to_7() -> None:
   assert " ".join(SPECIAL_TOKENS) == "UNK PAD EOS SOS USR SYS CLS LAB"
   assert (vocab.UNK, vocab.PAD, vocab.EOS, vocab.SOS) == (0, 1, 2, 3)
@@ -79,7 +98,7 @@ def test_special_tokens_have_the_ids_0_to_7() -> None:
 
 
 def test_encode() -> None:
-  encoded = pipeline.encode(
+  encoded = encode(
     CONTEXT, ("a", "y"), 3, VOCABULARY, Shape(9, 9, 9, 3), ("b", "q", "a")
   )
 
@@ -97,7 +116,7 @@ def test_encode() -> None:
 
 
 def test_encode_without_emotional_words() -> None:
-  encoded = pipeline.encode(CONTEXT[2:], (), 0, VOCABULARY, Shape(9, 9, 9))
+  encoded = encode(CONTEXT[2:], (), 0, VOCABULARY, Shape(9, 9, 9))
 
   assert encoded.emotion_context == [7]
   assert encoded.emotion_words == ()
@@ -106,14 +125,14 @@ def test_encode_without_emotional_words() -> None:
 
 
 def test_encode_keeps_what_just_fits() -> None:
-  encoded = pipeline.encode(CONTEXT, ("a", "b"), 0, VOCABULARY, Shape(6, 3, 3))
+  encoded = encode(CONTEXT, ("a", "b"), 0, VOCABULARY, Shape(6, 3, 3))
 
   assert encoded.cut == (0, 0, 0, 0)
   assert encoded.context == [6, 8, 9, 10, 0, 11]
 
 
 def test_encode_cuts_the_oldest_of_the_context() -> None:
-  encoded = pipeline.encode(CONTEXT, ("a",), 0, VOCABULARY, Shape(4, 9, 9))
+  encoded = encode(CONTEXT, ("a",), 0, VOCABULARY, Shape(4, 9, 9))
 
   assert encoded.context == [6, 10, 0, 11]
   assert encoded.state == [6, 5, 4, 4]
@@ -123,7 +142,7 @@ def test_encode_cuts_the_oldest_of_the_context() -> None:
 
 
 def test_encode_cuts_the_oldest_emotional_words() -> None:
-  encoded = pipeline.encode(CONTEXT, ("a",), 0, VOCABULARY, Shape(9, 2, 9))
+  encoded = encode(CONTEXT, ("a",), 0, VOCABULARY, Shape(9, 2, 9))
 
   assert encoded.emotion_context == [7, 10]
   assert encoded.emotion_words == ("c",)
@@ -131,16 +150,14 @@ def test_encode_cuts_the_oldest_emotional_words() -> None:
 
 
 def test_encode_cuts_the_end_of_the_target() -> None:
-  encoded = pipeline.encode(
-    CONTEXT, ("d", "c", "b", "a"), 0, VOCABULARY, Shape(9, 9, 3)
-  )
+  encoded = encode(CONTEXT, ("d", "c", "b", "a"), 0, VOCABULARY, Shape(9, 9, 3))
 
   assert encoded.target == [11, 10, 2]
   assert encoded.cut == (0, 0, 2, 0)
 
 
 def test_encode_cuts_the_end_of_the_feedback() -> None:
-  encoded = pipeline.encode(
+  encoded = encode(
     CONTEXT, ("a",), 0, VOCABULARY, Shape(9, 9, 9, 2), ("d", "c", "b")
   )
 
@@ -154,7 +171,7 @@ def test_encode_cuts_the_end_of_the_feedback() -> None:
 def test_collate() -> None:
   """Three examples in a batch of four, the fourth row filling."""
   encoded = [
-    pipeline.encode(
+    encode(
       CONTEXT[:n],
       ("a",) * n,
       n,
@@ -314,18 +331,14 @@ def test_hosts_share_the_same_global_batches(hosts: int) -> None:
         SHAPES,
         batch_size=8,
         seed=1,
-        host=host,
-        num_hosts=num_hosts,
+        rows=pipeline.host_rows(8, host, num_hosts),
       ),
       12,
     )
 
   def evaluation(host: int, num_hosts: int) -> list[Batch]:
-    return list(
-      pipeline.eval_batches(
-        encoded, SHAPES, batch_size=8, host=host, num_hosts=num_hosts
-      )
-    )
+    rows = pipeline.host_rows(8, host, num_hosts)
+    return list(pipeline.eval_batches(encoded, SHAPES, batch_size=8, rows=rows))
 
   for read in (training, evaluation):
     parts = [read(host, hosts) for host in range(hosts)]
@@ -367,7 +380,7 @@ def test_a_state_can_resume_on_another_number_of_hosts() -> None:
 
   for host in range(2):
     two = pipeline.train_batches(
-      encoded, SHAPES, batch_size=8, seed=1, host=host, num_hosts=2
+      encoded, SHAPES, batch_size=8, seed=1, rows=pipeline.host_rows(8, host, 2)
     )
     two.set_state(state)
     (batch,) = take(two, 1)
@@ -441,7 +454,7 @@ def test_vocabulary_file(tmp_path: Path) -> None:
   path = tmp_path / "vocab.txt"
   built = Vocabulary((*SPECIAL_TOKENS, "caf\xe9", "x\x85y", "\u2028", "a"))
 
-  built.save(path)
+  path.write_text(built.to_text(), encoding="utf-8")
 
   assert vocab.load_vocabulary(path) == built
 

@@ -100,8 +100,8 @@ def compile_steps() -> Steps:
   )
   return Steps(
     TrainState(np.int32(0), params, optimizer.init(params)),
-    steps.compile_mle_step(MODEL, optimizer),
-    steps.compile_eval_step(MODEL),
+    steps.compile_step(steps.mle_step, model=MODEL, optimizer=optimizer),
+    steps.compile_step(steps.eval_step, model=MODEL),
   )
 
 
@@ -240,7 +240,7 @@ def test_evaluation_equals_the_reference(compiled: Steps) -> None:
 def test_prediction_is_the_references_argmax(compiled: Steps) -> None:
   """Greedy responses, token by token, from the whole equations."""
   config = EvalConfig(max_decode_steps=5)
-  predict = steps.compile_predict_step(MODEL, config)
+  predict = steps.compile_step(steps.predict_step, model=MODEL, config=config)
   prediction = unshard(
     predict(replicate(compiled.state.params), shard(make_batch(7)))
   )

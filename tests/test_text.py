@@ -33,8 +33,7 @@ def valid_utterances(real_data: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def valid_tokens(valid_utterances: list[str]) -> list[list[str]]:
   """The tokens of `valid_utterances`."""
-  tokenizer = text.Tokenizer()
-  return [tokenizer(utterance) for utterance in valid_utterances]
+  return [text.tokenize(utterance) for utterance in valid_utterances]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +71,7 @@ def test_expands_contractions(contraction: str, expansion: str) -> None:
 
 def test_leaves_other_contractions_to_the_tokeniser() -> None:
   assert text.normalize("She'll say he hasn't") == "she'll say he hasn't"
-  assert text.Tokenizer()("She'll say he hasn't") == [
+  assert text.tokenize("She'll say he hasn't") == [
     *("she", "'ll", "say", "he", "has", "n't")
   ]
 
@@ -94,7 +93,7 @@ def test_leaves_other_contractions_to_the_tokeniser() -> None:
   ],
 )
 def test_tokenizes(utterance: str, tokens: str) -> None:
-  assert text.Tokenizer()(utterance) == tokens.split()
+  assert text.tokenize(utterance) == tokens.split()
 
 
 @pytest.mark.parametrize(

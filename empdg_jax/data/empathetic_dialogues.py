@@ -106,9 +106,8 @@ def read_source(path: pathlib.Path) -> Mapping[str, bytes]:
     InputError,
   ):
     if path.is_dir():
-      for split in SPLITS:
-        if (file := path / f"{split}.csv").is_file():
-          files[split] = file.read_bytes()
+      csv_files = {split: path / f"{split}.csv" for split in SPLITS}
+      files = {s: f.read_bytes() for s, f in csv_files.items() if f.is_file()}
     else:
       with tarfile.open(path) as archive:
         for member in archive:

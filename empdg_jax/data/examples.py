@@ -81,11 +81,9 @@ def join_dialogues(
   return dialogues
 
 
-def annotate(
-  utterance: str, tokenizer: text.Tokenizer, lexicon: Container[str]
-) -> Utterance:
+def annotate(utterance: str, lexicon: Container[str]) -> Utterance:
   """Tokenises an utterance and marks its emotional words."""
-  tokens = tokenizer(utterance)
+  tokens = text.tokenize(utterance)
   return Utterance(
     tuple(tokens), tuple(lexicon_lib.is_emotional(tokens, lexicon))
   )
@@ -106,20 +104,17 @@ def build_examples(
     The examples, in the order of the dialogues and their turns.
   """
   needed = {"empdg": 2, "all_turns": 0}[example_set]
-  examples = []
-  for dialogue in dialogues:
-    turns = dialogue.turns
-    for turn in range(1, len(turns) - needed, 2):
-      examples.append(
-        Example(
-          id=f"{dialogue.id}:{turn}",
-          emotion=dialogue.emotion,
-          context=turns[:turn],
-          target=turns[turn],
-          feedback=turns[turn + 1] if turn + 1 < len(turns) else None,
-        )
-      )
-  return examples
+  return [
+    Example(
+      id=f"{name}:{turn}",
+      emotion=emotion,
+      context=turns[:turn],
+      target=turns[turn],
+      feedback=turns[turn + 1] if turn + 1 < len(turns) else None,
+    )
+    for name, emotion, turns in dialogues
+    for turn in range(1, len(turns) - needed, 2)
+  ]
 
 
 def utterances(examples: Sequence[Example]) -> Iterable[Sequence[str]]:

@@ -9,7 +9,8 @@ import grain
 import numpy as np
 
 from empdg_jax.config import DataConfig
-from empdg_jax.data import examples, vocab
+from empdg_jax.data import vocab
+from empdg_jax.data.examples import Example
 from empdg_jax.data.vocab import Vocabulary
 
 Array = Any  # NumPy's in the pipeline, JAX's inside compiled steps.
@@ -87,29 +88,21 @@ def padded_shapes(config: DataConfig) -> tuple[Shape, ...]:
 
 
 def encode(
-  context: Sequence[examples.Utterance],
-  target: Sequence[str],
-  emotion: int,
-  vocabulary: Vocabulary,
-  longest: Shape,
-  feedback: Sequence[str] = (),
+  example: Example, vocabulary: Vocabulary, longest: Shape
 ) -> EncodedExample:
   """Turns one example into ids, cut to the longest lengths.
 
   Args:
-    context: The turns before the target, the speaker's first.
-    target: The target's tokens.
-    emotion: The emotion label.
+    example: The example.
     vocabulary: The ids of tokens.
     longest: The lengths that no part may exceed.
-    feedback: The feedback's tokens, empty if there is none.
 
   Returns:
     The example's ids.
   """
   turns = [
     (token, vocab.SYS if turn % 2 else vocab.USR, emotional)
-    for turn, utterance in enumerate(context)
+    for turn, utterance in enumerate(example.context)
     for token, emotional in zip(
       utterance.tokens, utterance.emotional, strict=True
     )
@@ -119,7 +112,9 @@ def encode(
   kept = turns[max(0, len(turns) - longest.context + 1) :]
   emotional = [token for token, _, flag in kept if flag]
   emotion_words = emotional[max(0, len(emotional) - longest.emotion + 1) :]
+  target = example.target.tokens
   kept_target = target[: longest.target - 1]
+  feedback = example.feedback.tokens if example.feedback else ()
   kept_feedback = feedback[: longest.feedback]
   words = tuple(token for token, _, _ in kept)
   return EncodedExample(
@@ -128,7 +123,7 @@ def encode(
     emotion_context=[vocab.LAB, *vocabulary.encode(emotion_words)],
     target=[*vocabulary.encode(kept_target), vocab.EOS],
     feedback=vocabulary.encode(kept_feedback),
-    emotion=emotion,
+    emotion=example.emotion,
     words=words,
     emotion_words=tuple(emotion_words),
     cut=(
@@ -277,8 +272,7 @@ def train_batches(
   *,
   batch_size: int,
   seed: int,
-  host: int = 0,
-  num_hosts: int = 1,
+  rows: slice = slice(None),
 ) -> grain.DatasetIterator:
   """Returns an endless, checkpointable iterator over training batches.
 
@@ -287,15 +281,13 @@ def train_batches(
     shapes: The padded lengths; the last holds every example.
     batch_size: The global batch size.
     seed: The seed of the order.
-    host: This host's number.
-    num_hosts: The number of hosts that share each global batch.
+    rows: The rows of each global batch that this host needs.
 
   Returns:
     An iterator of `Batch`. `get_state` gives its position, a JSON value that
     does not depend on the hosts.
   """
   plan = BatchPlan(encoded, shapes, batch_size)
-  rows = host_rows(batch_size, host, num_hosts)
   # Two epochs: at the border, prefetching reads the next one while the last
   # batches of this one are still asked for.
   ordered = functools.lru_cache(2)(functools.partial(plan.shuffled_epoch, seed))
@@ -330,11 +322,9 @@ def eval_batches(
   shapes: Sequence[Shape],
   *,
   batch_size: int,
-  host: int = 0,
-  num_hosts: int = 1,
+  rows: slice = slice(None),
 ) -> Iterator[Batch]:
   """Yields batches that hold every example once; filling has mask 0."""
-  rows = host_rows(batch_size, host, num_hosts)
   plan = BatchPlan(encoded, shapes, batch_size)
   for shape, index in plan.epoch(np.arange(len(encoded))):
     yield collate(encoded, index, shape, batch_size, rows)

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import pathlib
-import zlib
 
 import numpy as np
 import rich.progress
@@ -16,13 +15,7 @@ import tensorflow_datasets as tfds
 
 from empdg_jax import storage
 from empdg_jax.config import DataConfig, InputError
-from empdg_jax.data import (
-  corpora,
-  empathetic_dialogues,
-  examples,
-  text,
-  vocab,
-)
+from empdg_jax.data import corpora, empathetic_dialogues, examples, vocab
 from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data.corpora import Conversation, Corpus
 from empdg_jax.data.examples import Dialogue, Example, Utterance
@@ -70,15 +63,8 @@ class Dataset:
   def encoded(self, split: str) -> list[EncodedExample]:
     """Returns a split's examples as ids."""
     return [
-      encode(
-        e.context,
-        e.target.tokens,
-        e.emotion,
-        self.vocabulary,
-        self.shapes[-1],
-        e.feedback.tokens if e.feedback else (),
-      )
-      for e in self.examples[split]
+      encode(example, self.vocabulary, self.shapes[-1])
+      for example in self.examples[split]
     ]
 
 
@@ -235,32 +221,23 @@ def _annotate(
   path = data_dir / "tokenized"
   path /= f"{name}-{digest.hexdigest()[:16]}-v{_RULES_VERSION}.json.gz"
   if path.exists():
-    try:
-      with gzip.open(path, "rt", encoding="utf-8") as file:
-        return {
-          split: [
-            Dialogue(
-              identifier,
-              emotion,
-              tuple(Utterance(tuple(t), tuple(f)) for t, f in turns),
-            )
-            for identifier, emotion, turns in dialogues
-          ]
-          for split, dialogues in json.load(file).items()
-        }
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-      raise InputError(
-        f"{path}: damaged ({error}); delete it and it is made again"
-      ) from error
-  tokenizer = text.Tokenizer()
+    what = f"{path}: damaged; delete it and it is made again"
+    with storage.errors(what, InputError), gzip.open(path, "rb") as file:
+      return {
+        split: [
+          Dialogue(
+            name, emotion, tuple(Utterance(*map(tuple, turn)) for turn in turns)
+          )
+          for name, emotion, turns in dialogues
+        ]
+        for split, dialogues in json.load(file).items()
+      }
   dialogues = {
     split: [
       Dialogue(
         joined.id,
         joined.emotion,
-        tuple(
-          examples.annotate(u, tokenizer, lexicon) for u in joined.utterances
-        ),
+        tuple(examples.annotate(u, lexicon) for u in joined.utterances),
       )
       for joined in rich.progress.track(
         examples.join_dialogues(conversations, corpus),

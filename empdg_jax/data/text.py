@@ -55,20 +55,14 @@ def normalize(text: str) -> str:
   return text
 
 
-class Tokenizer:
-  """Splits normalised text into tokens.
+def tokenize(text: str) -> list[str]:
+  """Normalises text and splits it into tokens.
 
-  >>> Tokenizer()("I'm fine. You can't complain?")
+  >>> tokenize("I'm fine. You can't complain?")
   ['i', 'am', 'fine', '.', 'you', 'can', 'not', 'complain', '?']
   """
-
-  def __init__(self) -> None:
-    """Creates the tokeniser, which needs no downloaded data."""
-    self._words = NLTKWordTokenizer()
-
-  def __call__(self, text: str) -> list[str]:
-    """Returns the tokens of `text`, normalised first."""
-    return self._words.tokenize(_SENTENCE_END.sub(" .", normalize(text)))
+  sentences = _SENTENCE_END.sub(" .", normalize(text))
+  return NLTKWordTokenizer().tokenize(sentences)
 
 
 def join_tokens(tokens: Sequence[str]) -> str:

@@ -2,10 +2,10 @@
 
 import gzip
 import pathlib
-import zlib
 
 import numpy as np
 
+from empdg_jax import storage
 from empdg_jax.config import InputError
 from empdg_jax.data.vocab import SPECIAL_TOKENS, Vocabulary
 
@@ -49,7 +49,11 @@ def load_vectors(
   embeddings = random_embeddings(len(vocabulary), dim, rng)
   width = 0
   found: set[int] = set()
-  try:
+  with storage.errors(
+    f"config.data.vectors: cannot read {path!r}; give a file in GloVe's text "
+    "format, or '' for none",
+    InputError,
+  ):
     opened = gzip.open if path.endswith(".gz") else open
     with opened(pathlib.Path(path), "rt", encoding="utf-8") as lines:
       for number, line in enumerate(lines, start=1):
@@ -68,18 +72,11 @@ def load_vectors(
           )
         # Only these rows are parsed: most of the file is other words.
         if (token := vocabulary.ids.get(word)) is not None:
-          try:
+          with storage.errors(f"{path}:{number}: no numbers", InputError):
             embeddings[token, :width] = np.array(values, np.float32)
-          except ValueError as error:
-            raise InputError(f"{path}:{number}: {error}") from error
           if not np.isfinite(embeddings[token]).all():
             raise InputError(f"{path}:{number}: expected finite numbers")
           found.add(token)
-  except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-    raise InputError(
-      f"config.data.vectors: cannot read {path!r} ({error}); give a file in "
-      "GloVe's text format, or '' for none"
-    ) from error
   if not width:
     raise InputError(f"{path}: holds no vector")
   # The model multiplies embeddings by sqrt(dim), which makes these of size 1.

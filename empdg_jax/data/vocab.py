@@ -38,10 +38,6 @@ class Vocabulary:
     """Returns the tokens, one a line, in the order of their ids."""
     return "\n".join(self.tokens) + "\n"
 
-  def save(self, path: pathlib.Path) -> None:
-    """Writes the vocabulary to a file, as `to_text` gives it."""
-    path.write_text(self.to_text(), encoding="utf-8")
-
 
 def build_vocabulary(utterances: Iterable[Sequence[str]]) -> Vocabulary:
   """Builds the vocabulary of all tokens, the most frequent first."""
@@ -52,7 +48,7 @@ def build_vocabulary(utterances: Iterable[Sequence[str]]) -> Vocabulary:
 
 
 def load_vocabulary(path: pathlib.Path) -> Vocabulary:
-  """Reads a vocabulary's file, as `Vocabulary.save` writes it.
+  """Reads a vocabulary's file, the content that `Vocabulary.to_text` returns.
 
   Raises:
     InputError: The file is missing or does not begin with the special tokens.
@@ -75,11 +71,9 @@ def parse_vocabulary(data: bytes, where: str) -> Vocabulary:
   Raises:
     InputError: It is no text or does not begin with the special tokens.
   """
-  try:
+  with storage.errors(f"{where}: not a vocabulary", InputError):
     # Not `splitlines`, which would also split at separators inside tokens.
     tokens = tuple(data.decode("utf-8").removesuffix("\n").split("\n"))
-  except UnicodeDecodeError as error:
-    raise InputError(f"{where}: not a vocabulary ({error})") from error
   if tokens[: len(SPECIAL_TOKENS)] != SPECIAL_TOKENS:
     raise InputError(
       f"{where}: not a vocabulary: its first lines must be "

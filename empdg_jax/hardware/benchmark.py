@@ -27,7 +27,11 @@ from empdg_jax.inference.system import System
 from empdg_jax.parallel.devices import replicate, shard, step_flops, unreplicate
 from empdg_jax.training import terminal
 from empdg_jax.training.run_folder import Run
-from empdg_jax.training.train_state import count_parameters
+from empdg_jax.training.train_state import (
+  DISCRIMINATOR,
+  GENERATOR,
+  count_parameters,
+)
 from empdg_jax.training.trainable import Trainable, assemble
 
 # Large enough for the machine's peak rates: the product's 2048 rows and columns
@@ -157,16 +161,14 @@ def _adversarial_steps(
   for signal in ("straight_through", "expected"):
     train = dataclasses.replace(config.train, generator_signal=signal)
     trainable = _assemble(dataset, dataclasses.replace(config, train=train))
-    generator, discriminators = trainable.create_states(config.train.seed)
     # Every step donates its state, so that each signal needs its own.
-    states = {
-      "generator": replicate(generator.replace(params=params)),
-      "discriminator": replicate(discriminators),
-    }
+    states = trainable.create_states(config.train.seed)
+    states[GENERATOR] = states[GENERATOR].replace(params=params)
+    states = replicate(states)
     compiled = trainable.compile_steps()
     for player, other, step in (
-      ("discriminator", "generator", compiled.discriminator),
-      ("generator", "discriminator", compiled.adversarial),
+      (DISCRIMINATOR, GENERATOR, compiled.discriminator),
+      (GENERATOR, DISCRIMINATOR, compiled.adversarial),
     ):
       calls[f"{player}, {signal}"] = functools.partial(
         _advance, states, player, step, batch, key, other
@@ -222,7 +224,7 @@ def benchmark(
   """
   trainable = _assemble(dataset, config)
   parameters = count_parameters(trainable.generator)
-  initial, _ = trainable.create_states(config.train.seed)
+  initial = trainable.create_states(config.train.seed)[GENERATOR]
   # A copy on this host, since the first step donates the state's buffers.
   params = unreplicate(replicate(initial.params))
   states = {"generator": replicate(initial)}

@@ -21,6 +21,7 @@ from empdg_jax.hardware import chips
 from empdg_jax.hardware.compile_report import Fit, Slice, read_report
 from empdg_jax.parallel.devices import check_batches
 from empdg_jax.training import steps
+from empdg_jax.training.train_state import DISCRIMINATOR, GENERATOR
 from empdg_jax.training.trainable import assemble
 
 _WITHOUT_UPDATE = ("eval", "predict")
@@ -107,16 +108,19 @@ def _abstract_steps(
   )
   model = trainable.generator
   # No array is ever made: states and keys are shapes, like the batches.
-  state, discriminators = jax.eval_shape(lambda: trainable.create_states(0))
+  states = jax.eval_shape(lambda: trainable.create_states(0))
+  state = states[GENERATOR]
   key = jax.eval_shape(lambda: jax.random.key(0))
   longest = pipeline.padded_shapes(config.data)[-1]
   batch = _batch(longest, len(devices), train_rows)
   eval_arguments = state.params, _batch(longest, len(devices), eval_rows)
   compiled = trainable.compile_steps(devices)
-  p_eval_step = steps.compile_eval_step(model, devices)
-  p_predict_step = steps.compile_predict_step(model, config.eval, devices)
+  p_eval_step = steps.compile_step(steps.eval_step, devices, model=model)
+  p_predict_step = steps.compile_step(
+    steps.predict_step, devices, model=model, config=config.eval
+  )
   found: dict[str, Any] = {"mle": (compiled.mle, (state, batch, key))}
-  if discriminators is not None:
+  if discriminators := states.get(DISCRIMINATOR):
     arguments = discriminators, state.params, batch, key
     found["discriminator"] = compiled.discriminator, arguments
     arguments = state, discriminators.params, batch, key

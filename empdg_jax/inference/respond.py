@@ -10,8 +10,8 @@ from rich.console import Console
 
 from empdg_jax.config import InputError
 from empdg_jax.data import lexicon as lexicon_lib
-from empdg_jax.data import pipeline, text
-from empdg_jax.data.examples import Utterance, annotate
+from empdg_jax.data import pipeline
+from empdg_jax.data.examples import Example, Utterance, annotate
 from empdg_jax.data.pipeline import EncodedExample
 from empdg_jax.inference.system import Response, System
 from empdg_jax.training import terminal
@@ -36,7 +36,6 @@ class Responder:
       if system.lexicon is None
       else system.lexicon
     )
-    self._tokenizer = text.Tokenizer()
 
   def encode(self, utterances: Sequence[str]) -> EncodedExample:
     """Turns a dialogue's turns into ids, with an empty target.
@@ -57,7 +56,7 @@ class Responder:
       raise InputError(
         f"{utterances[:60]!r}: expected a list of turns, the user's last"
       )
-    turns = [annotate(u, self._tokenizer, self._lexicon) for u in utterances]
+    turns = [annotate(u, self._lexicon) for u in utterances]
     # The listener began: an empty turn keeps the user's turns at even numbers.
     if len(turns) % 2 == 0:
       turns.insert(0, Utterance((), ()))
@@ -76,7 +75,8 @@ class Responder:
         f"no word of the context is in the vocabulary of {len(vocabulary):,} "
         f"words: {' '.join(tokens)[:60]!r}"
       )
-    return pipeline.encode(turns, (), 0, vocabulary, self.system.shapes[-1])
+    example = Example("", 0, tuple(turns), Utterance((), ()), None)
+    return pipeline.encode(example, vocabulary, self.system.shapes[-1])
 
   def respond(self, context: Sequence[str]) -> Response:
     """Returns the response to a dialogue.

@@ -117,9 +117,7 @@ class System:
       InputError: The batch size does not divide among the devices.
     """
     config = config or run.config
-    devices.rows_per_device(
-      config.eval.batch_size, jax.device_count(), "config.eval.batch_size"
-    )
+    devices.rows_per_device(config, "eval", jax.device_count())
     self.config = config
     self.vocabulary = run.vocabulary
     self.emotions = run.emotions
@@ -130,8 +128,10 @@ class System:
     self.params = devices.replicate(params)
     self.model = create_model(run)
     self.parameters = count_parameters(self.model)
-    self.p_eval_step = steps.compile_eval_step(self.model)
-    self.p_predict_step = steps.compile_predict_step(self.model, config.eval)
+    self.p_eval_step = steps.compile_step(steps.eval_step, model=self.model)
+    self.p_predict_step = steps.compile_step(
+      steps.predict_step, model=self.model, config=config.eval
+    )
 
   def respond(
     self, encoded: Sequence[EncodedExample], batch_size: int
@@ -196,12 +196,9 @@ class System:
     batch_size: int,
   ) -> Iterator[Batch]:
     """Yields this host's part of each batch of the examples."""
+    rows = hosts.rows(batch_size)
     return pipeline.eval_batches(
-      encoded,
-      shapes,
-      batch_size=batch_size,
-      host=jax.process_index(),
-      num_hosts=jax.process_count(),
+      encoded, shapes, batch_size=batch_size, rows=rows
     )
 
 

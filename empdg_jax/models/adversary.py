@@ -94,7 +94,7 @@ def _draw(
   variables = {"params": params | jax.lax.stop_gradient(matrices)}
 
   def step(x: jax.Array, cache: Any, index: jax.Array, tap: _Taps) -> Any:
-    taken: Any = model.apply(
+    return model.apply(
       variables,
       encoded,
       x + tap.embedded,
@@ -103,8 +103,6 @@ def _draw(
       tap.logits,
       method="decode_embedded",
     )
-    log_probs, hidden, cache = taken
-    return log_probs, cache, hidden
 
   def embed(tokens: jax.Array, weights: jax.Array) -> Any:
     return model.apply(variables, tokens, weights, method="embed")

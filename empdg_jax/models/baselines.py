@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from empdg_jax.config import ModelConfig
 from empdg_jax.data import vocab
-from empdg_jax.models import encoders, layers
+from empdg_jax.models import decoder, encoders, layers
 from empdg_jax.models.decoder import DecoderLayer, LayerCache
 from empdg_jax.models.encoder_decoder import EncoderDecoder, Encoding, Inputs
 
@@ -88,16 +88,15 @@ class ListenersMemory(NamedTuple):
       `[batch, heads, memory_length, depth]`.
     listeners: Those of the listeners,
       `[batch, listeners, heads, memory_length, depth]`.
-    meta: Those of every meta layer, shaped like `shared`.
-    mask: True at real tokens, `[batch, memory_length]`.
-    weights: The weights of the listeners, which sum to 1, `[batch, listeners]`.
+    meta: The memory of the meta listener.
+    weights: The weights of the listeners, which sum to 1, `[batch, listeners]`;
+      None before `MoEL` has predicted them.
   """
 
   shared: tuple[jax.Array, jax.Array]
   listeners: tuple[jax.Array, jax.Array]
-  meta: tuple[tuple[jax.Array, jax.Array], ...]
-  mask: jax.Array
-  weights: jax.Array
+  meta: decoder.Memory
+  weights: jax.Array | None = None
 
 
 class ListenersCache(NamedTuple):
@@ -166,21 +165,13 @@ class ListenersDecoder(nn.Module):
     self.norm = nn.LayerNorm() if c.norm_order == "pre" else lambda x: x
 
   def project_memory(
-    self, memory: jax.Array, mask: jax.Array, weights: jax.Array
+    self, memory: jax.Array, mask: jax.Array
   ) -> ListenersMemory:
-    """Projects contexts for `__call__` and `step`.
-
-    Args:
-      memory: `[batch, memory_length, d]`.
-      mask: True at real tokens, `[batch, memory_length]`.
-      weights: The weights of the listeners, `[batch, listeners]`.
-    """
+    """Projects contexts; see `decoder.Decoder`. `MoEL` adds the weights."""
     return ListenersMemory(
       self.shared.keys_values(memory),
       self.listeners.keys_values(memory),
-      tuple(layer.keys_values(memory) for layer in self.meta),
-      mask,
-      weights,
+      decoder.project_memory(self.meta, memory, mask),
     )
 
   def __call__(
@@ -195,14 +186,12 @@ class ListenersDecoder(nn.Module):
     if keys is not None:
       fold_in = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
       listener_keys = fold_in(keys, jnp.arange(self.num_emotions))
-    shared, _ = self.shared(x, memory.shared, memory.mask, keys)
-    each, _ = self.listeners(x, memory.listeners, memory.mask, listener_keys)
+    mask = memory.meta.mask
+    shared, _ = self.shared(x, memory.shared, mask, keys)
+    each, _ = self.listeners(x, memory.listeners, mask, listener_keys)
     x = shared + jnp.einsum("bl,bl...->b...", memory.weights, each)
-    attention = []
-    for layer, keys_values in zip(self.meta, memory.meta, strict=True):
-      x, weights = layer(x, keys_values, memory.mask, keys)
-      attention.append(weights)
-    return self.norm(x), attention[-1]
+    x, attention = decoder.run_stack(self.meta, x, memory.meta, keys)
+    return self.norm(x), attention
 
   def init_cache(self, batch: int, max_steps: int) -> ListenersCache:
     """Returns empty caches."""
@@ -223,7 +212,7 @@ class ListenersDecoder(nn.Module):
     """Decodes one position; see `decoder.Decoder.step`."""
     steps = cache.shared.keys.shape[2]
     x += layers.sinusoidal_positions(steps, x.shape[2])[index]
-    mask = memory.mask
+    mask = memory.meta.mask
     shared, _, shared_cache = self.shared.step(
       x, memory.shared, mask, cache.shared, index
     )
@@ -231,17 +220,11 @@ class ListenersDecoder(nn.Module):
       x, memory.listeners, mask, cache.listeners, index
     )
     x = shared + jnp.einsum("bl,bl...->b...", memory.weights, each)
-    meta_cache, attention = [], []
-    for layer, keys_values, layer_cache in zip(
-      self.meta, memory.meta, cache.meta, strict=True
-    ):
-      x, weights, layer_cache = layer.step(
-        x, keys_values, mask, layer_cache, index
-      )
-      meta_cache.append(layer_cache)
-      attention.append(weights)
-    new_cache = ListenersCache(shared_cache, listeners_cache, tuple(meta_cache))
-    return self.norm(x), attention[-1], new_cache
+    x, attention, meta_cache = decoder.step_stack(
+      self.meta, x, memory.meta, cache.meta, index
+    )
+    new_cache = ListenersCache(shared_cache, listeners_cache, meta_cache)
+    return self.norm(x), attention, new_cache
 
 
 class MoEL(Transformer):
@@ -263,20 +246,15 @@ class MoEL(Transformer):
     self, inputs: Inputs, embedded: list[jax.Array], keys: jax.Array | None
   ) -> Encoding:
     """Encodes the dialogue's words; see `EncoderDecoder.read`."""
-    words, states, start = embedded
-    mask = inputs.context != vocab.PAD
-    semantic = self.encoder(words + states, mask, keys)
-    emotion_logits = self.emotion(semantic[:, 0])
+    encoded = super().read(inputs, embedded, keys)
+    emotion_logits = self.emotion(encoded.semantic)
     weights = listener_weights(emotion_logits, self.config.listener_top_k)
     if inputs.listener is not None:
       gold = jax.nn.one_hot(inputs.listener, self.num_emotions)
       weights = jnp.where(inputs.listener[:, None] < 0, weights, gold)
-    return Encoding(
-      semantic[:, 0],
-      start[:, 0],
-      self.decoder.project_memory(semantic, mask, weights),
-      inputs.context,
-      emotion_logits,
+    return encoded._replace(
+      memory=encoded.memory._replace(weights=weights),
+      emotion_logits=emotion_logits,
     )
 
 

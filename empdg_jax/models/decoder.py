@@ -1,5 +1,6 @@
 """The Transformer decoder (paper eqs. 10-12), for sequences and for steps."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -45,18 +46,12 @@ class DecoderLayer(nn.Module):
   def setup(self) -> None:
     """Creates the three sub-layers."""
     c = self.config
-    self.self_attention = layers.MultiHeadAttention(
-      c.num_heads, c.key_value_depth, c.emb_dim
-    )
-    self.cross_attention = layers.MultiHeadAttention(
-      c.num_heads, c.key_value_depth, c.emb_dim
-    )
-    self.feed_forward = layers.FeedForward(
-      c.filter_size, c.emb_dim, c.feed_forward, True
-    )
-    self.self_residual = layers.Residual(c.norm_order, c.dropout_rate)
-    self.cross_residual = layers.Residual(c.norm_order, c.dropout_rate)
-    self.feed_forward_residual = layers.Residual(c.norm_order, c.dropout_rate)
+    self.self_attention = layers.MultiHeadAttention(c)
+    self.cross_attention = layers.MultiHeadAttention(c)
+    self.feed_forward = layers.FeedForward(c, causal=True)
+    self.self_residual = layers.Residual(c)
+    self.cross_residual = layers.Residual(c)
+    self.feed_forward_residual = layers.Residual(c)
 
   def keys_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Projects the contexts for `cross_attention`."""
@@ -74,15 +69,22 @@ class DecoderLayer(nn.Module):
     causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
     y, _ = self.self_attention(y, y, causal)
     x = self.self_residual.after(x, y, keys)
-    y = self.cross_residual.before(x)
-    y, weights = self.cross_attention.attend(
-      y, *memory, memory_mask[:, None, None, :]
-    )
-    x = self.cross_residual.after(x, y, keys)
+    x, weights = self._attend_to_contexts(x, memory, memory_mask, keys)
     y = self.feed_forward_residual.before(x)
     # No mask: padding follows a response, and causal layers never look ahead.
     y = self.feed_forward(y, jnp.ones(x.shape[:2], bool))
     return self.feed_forward_residual.after(x, y, keys), weights
+
+  def _attend_to_contexts(
+    self,
+    x: jax.Array,
+    memory: tuple[jax.Array, jax.Array],
+    mask: jax.Array,
+    keys: jax.Array | None,
+  ) -> tuple[jax.Array, jax.Array]:
+    y = self.cross_residual.before(x)
+    y, weights = self.cross_attention.attend(y, *memory, mask[:, None, None])
+    return self.cross_residual.after(x, y, keys), weights
 
   def init_cache(self, batch: int, max_steps: int) -> LayerCache:
     """Returns an empty cache."""
@@ -111,15 +113,52 @@ class DecoderLayer(nn.Module):
     seen = jnp.arange(keys.shape[2]) <= index
     y, _ = self.self_attention.attend(y, keys, values, seen)
     x = self.self_residual.after(x, y, None)
-    y = self.cross_residual.before(x)
-    y, weights = self.cross_attention.attend(
-      y, *memory, memory_mask[:, None, None, :]
-    )
-    x = self.cross_residual.after(x, y, None)
+    x, weights = self._attend_to_contexts(x, memory, memory_mask, None)
     y = self.feed_forward_residual.before(x)
     y, feed_forward = self.feed_forward.step(y, cache.feed_forward)
     x = self.feed_forward_residual.after(x, y, None)
     return x, weights, LayerCache(keys, values, feed_forward)
+
+
+def project_memory(
+  stack: Sequence[DecoderLayer], memory: jax.Array, mask: jax.Array
+) -> Memory:
+  """Projects contexts `[batch, memory_length, d]` for a stack of layers."""
+  return Memory(tuple(layer.keys_values(memory) for layer in stack), mask)
+
+
+def run_stack(
+  stack: Sequence[DecoderLayer],
+  x: jax.Array,
+  memory: Memory,
+  keys: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Runs a stack of layers; returns its output and the last attention."""
+  attention = []
+  for layer, keys_values in zip(stack, memory.keys_values, strict=True):
+    x, weights = layer(x, keys_values, memory.mask, keys)
+    attention.append(weights)
+  return x, attention[-1]
+
+
+def step_stack(
+  stack: Sequence[DecoderLayer],
+  x: jax.Array,
+  memory: Memory,
+  cache: tuple[LayerCache, ...],
+  index: jax.Array,
+) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
+  """Runs a stack of layers at one position; see `Decoder.step`."""
+  new_cache, attention = [], []
+  for layer, keys_values, layer_cache in zip(
+    stack, memory.keys_values, cache, strict=True
+  ):
+    x, weights, layer_cache = layer.step(
+      x, keys_values, memory.mask, layer_cache, index
+    )
+    new_cache.append(layer_cache)
+    attention.append(weights)
+  return x, attention[-1], tuple(new_cache)
 
 
 class Decoder(nn.Module):
@@ -140,9 +179,7 @@ class Decoder(nn.Module):
 
   def project_memory(self, memory: jax.Array, mask: jax.Array) -> Memory:
     """Projects contexts `[batch, memory_length, d]` for all layers."""
-    return Memory(
-      tuple(layer.keys_values(memory) for layer in self.layers), mask
-    )
+    return project_memory(self.layers, memory, mask)
 
   def __call__(
     self, x: jax.Array, memory: Memory, keys: jax.Array | None
@@ -160,11 +197,8 @@ class Decoder(nn.Module):
     """
     x += layers.sinusoidal_positions(x.shape[1], x.shape[2])
     x = self.dropout(x, keys)
-    attention = []
-    for layer, keys_values in zip(self.layers, memory.keys_values, strict=True):
-      x, weights = layer(x, keys_values, memory.mask, keys)
-      attention.append(weights)
-    return self.norm(x), attention[-1]
+    x, attention = run_stack(self.layers, x, memory, keys)
+    return self.norm(x), attention
 
   def init_cache(self, batch: int, max_steps: int) -> tuple[LayerCache, ...]:
     """Returns an empty cache for every layer."""
@@ -193,13 +227,5 @@ class Decoder(nn.Module):
     # whole table, which is a constant of the compiled loop.
     steps = cache[0].keys.shape[2]
     x += layers.sinusoidal_positions(steps, x.shape[2])[index]
-    new_cache, attention = [], []
-    for layer, keys_values, layer_cache in zip(
-      self.layers, memory.keys_values, cache, strict=True
-    ):
-      x, weights, layer_cache = layer.step(
-        x, keys_values, memory.mask, layer_cache, index
-      )
-      new_cache.append(layer_cache)
-      attention.append(weights)
-    return self.norm(x), attention[-1], tuple(new_cache)
+    x, attention, cache = step_stack(self.layers, x, memory, cache, index)
+    return self.norm(x), attention, cache

@@ -16,15 +16,8 @@ from empdg_jax.data import vocab
 from empdg_jax.losses import Pointer, log_mixture
 from empdg_jax.models import decoder, layers
 
-# Ids that no response holds. UNK is not among them: it copies a source word.
-_NEVER_GENERATED = (
-  vocab.PAD,
-  vocab.SOS,
-  vocab.USR,
-  vocab.SYS,
-  vocab.CLS,
-  vocab.LAB,
-)
+# The special tokens that a response may hold: UNK copies a source word.
+_GENERATED = (vocab.UNK, vocab.EOS)
 
 
 class Inputs(NamedTuple):
@@ -251,8 +244,7 @@ class EncoderDecoder(nn.Module):
       cache for the next step.
     """
     x = jnp.where(index == 0, encoded.first_input, self.embed(tokens))
-    log_probs, _, cache = self.decode_embedded(encoded, x, cache, index)
-    return log_probs, cache
+    return self.decode_embedded(encoded, x, cache, index)[:2]
 
   def decode_embedded(
     self,
@@ -261,7 +253,7 @@ class EncoderDecoder(nn.Module):
     cache: Cache,
     index: jax.Array,
     added: jax.typing.ArrayLike = 0.0,
-  ) -> tuple[jax.Array, jax.Array, Cache]:
+  ) -> tuple[jax.Array, Cache, jax.Array]:
     """Predicts like `decode_step`, but from an embedded token.
 
     Args:
@@ -273,8 +265,8 @@ class EncoderDecoder(nn.Module):
       added: A term added to the logits, for a gradient with respect to them.
 
     Returns:
-      The log-probabilities as from `decode_step`, the input of `project`
-      `[batch, d]`, and the cache.
+      The log-probabilities and the cache as from `decode_step`, and the input
+      of `project`, `[batch, d]`.
     """
     hidden, attention, layer_caches = self.decoder.step(
       x[:, None], encoded.memory, cache.layers, index
@@ -291,13 +283,11 @@ class EncoderDecoder(nn.Module):
     copied_from = jnp.argmax(jnp.where(unknown, attention[:, 0], -1.0), axis=-1)
     copies = jnp.any(unknown, axis=-1) & self.config.pointer_generator
     ids = jnp.arange(self.vocab_size)
-    # These ids have logits like any other, which could win at any step.
-    never = jnp.isin(ids, jnp.array(_NEVER_GENERATED))
+    # Special tokens have logits like any other, which could win at any step.
+    special = ids < len(vocab.SPECIAL_TOKENS)
+    never = special & ~jnp.isin(ids, jnp.array(_GENERATED))
     impossible = never | ((ids == vocab.UNK) & ~copies[:, None])
     log_probs = jnp.where(impossible, layers.NEGATIVE_INFINITY, log_probs)
     copied_from = jnp.where(copies, copied_from, -1).astype(jnp.int32)
-    return (
-      log_probs,
-      hidden,
-      Cache(layer_caches, cache.copied_from.at[:, index].set(copied_from)),
-    )
+    copied_from = cache.copied_from.at[:, index].set(copied_from)
+    return log_probs, Cache(layer_caches, copied_from), hidden

@@ -15,14 +15,10 @@ class EncoderLayer(nn.Module):
   def setup(self) -> None:
     """Creates the two sub-layers."""
     c = self.config
-    self.attention = layers.MultiHeadAttention(
-      c.num_heads, c.key_value_depth, c.emb_dim
-    )
-    self.feed_forward = layers.FeedForward(
-      c.filter_size, c.emb_dim, c.feed_forward, False
-    )
-    self.attention_residual = layers.Residual(c.norm_order, c.dropout_rate)
-    self.feed_forward_residual = layers.Residual(c.norm_order, c.dropout_rate)
+    self.attention = layers.MultiHeadAttention(c)
+    self.feed_forward = layers.FeedForward(c, causal=False)
+    self.attention_residual = layers.Residual(c)
+    self.feed_forward_residual = layers.Residual(c)
 
   def __call__(
     self, x: jax.Array, mask: jax.Array, keys: jax.Array | None

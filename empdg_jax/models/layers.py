@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from empdg_jax.config import ModelConfig
 from empdg_jax.rng import random_words
 
 # Finite, so that a softmax over masked positions alone is not NaN.
@@ -137,24 +138,22 @@ class MultiHeadAttention(nn.Module):
   """Scaled dot-product attention with several heads and no biases.
 
   Attributes:
-    num_heads: The number of heads.
-    key_value_depth: The depth of queries, keys and values over all heads.
-    dim: The number of output features.
+    config: The number of heads, the depth of queries, keys and values over all
+      heads, and d.
   """
 
-  num_heads: int
-  key_value_depth: int
-  dim: int
+  config: ModelConfig
 
   def setup(self) -> None:
     """Creates the four projections."""
-    self.query = nn.Dense(self.key_value_depth, use_bias=False)
-    self.key = nn.Dense(self.key_value_depth, use_bias=False)
-    self.value = nn.Dense(self.key_value_depth, use_bias=False)
-    self.output = nn.Dense(self.dim, use_bias=False)
+    depth = self.config.key_value_depth
+    self.query = nn.Dense(depth, use_bias=False)
+    self.key = nn.Dense(depth, use_bias=False)
+    self.value = nn.Dense(depth, use_bias=False)
+    self.output = nn.Dense(self.config.emb_dim, use_bias=False)
 
   def _split(self, x: jax.Array) -> jax.Array:
-    x = x.reshape(*x.shape[:2], self.num_heads, -1)
+    x = x.reshape(*x.shape[:2], self.config.num_heads, -1)
     return x.transpose(0, 2, 1, 3)  # -> [batch, heads, length, depth]
 
   def keys_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -200,27 +199,24 @@ class FeedForward(nn.Module):
   """Two layers with ReLU between them: dense, or convolutions of width 3.
 
   Attributes:
-    filter_size: The number of hidden units.
-    dim: The number of output features.
-    kind: `"conv"` (Lin et al., 2019) or `"dense"` (the paper's wording).
+    config: The number of hidden units, d, and the kind: `"conv"` (Lin et al.,
+      2019) or `"dense"` (the paper's wording).
     causal: Whether a convolution covers the two previous positions rather than
       the previous and the next one.
   """
 
-  filter_size: int
-  dim: int
-  kind: str
+  config: ModelConfig
   causal: bool
 
   def setup(self) -> None:
     """Creates both layers."""
     # A convolution is a dense layer over concatenated windows: one large
     # product, and the same parameters serve `step`, which holds the window.
-    self.hidden = nn.Dense(self.filter_size)
-    self.output = nn.Dense(self.dim)
+    self.hidden = nn.Dense(self.config.filter_size)
+    self.output = nn.Dense(self.config.emb_dim)
 
   def _windows(self, x: jax.Array) -> jax.Array:
-    if self.kind == "dense":
+    if self.config.feed_forward == "dense":
       return x
     length = x.shape[1]
     x = jnp.pad(x, ((0, 0), (2, 0) if self.causal else (1, 1), (0, 0)))
@@ -242,11 +238,11 @@ class FeedForward(nn.Module):
 
   def init_cache(self, batch: int, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
     """Returns the two zero positions before the first, for both layers."""
-    if self.kind == "dense":
+    if self.config.feed_forward == "dense":
       return ()
     return (
-      jnp.zeros((batch, 2, self.dim), dtype),
-      jnp.zeros((batch, 2, self.filter_size), dtype),
+      jnp.zeros((batch, 2, self.config.emb_dim), dtype),
+      jnp.zeros((batch, 2, self.config.filter_size), dtype),
     )
 
   def step(
@@ -261,7 +257,7 @@ class FeedForward(nn.Module):
     Returns:
       `[batch, 1, dim]`, and the cache for the next position.
     """
-    if self.kind == "dense":
+    if self.config.feed_forward == "dense":
       return self.output(nn.relu(self.hidden(x))), ()
     before_x, before_hidden = cache
     x = jnp.concatenate([before_x, x], axis=1)
@@ -278,25 +274,23 @@ class Residual(nn.Module):
   as printed in eqs. 2-3, 5-6 and 10-12.
 
   Attributes:
-    norm_order: `"pre"` or `"post"`.
-    dropout_rate: The dropout rate of the sub-layer's output.
+    config: The order, and the dropout rate of the sub-layer's output.
   """
 
-  norm_order: str
-  dropout_rate: float
+  config: ModelConfig
 
   def setup(self) -> None:
     """Creates the normalisation and the dropout."""
     self.norm = nn.LayerNorm()
-    self.dropout = Dropout(self.dropout_rate)
+    self.dropout = Dropout(self.config.dropout_rate)
 
   def before(self, x: jax.Array) -> jax.Array:
     """Returns the sub-layer's input for the residual stream `x`."""
-    return self.norm(x) if self.norm_order == "pre" else x
+    return self.norm(x) if self.config.norm_order == "pre" else x
 
   def after(
     self, x: jax.Array, y: jax.Array, keys: jax.Array | None
   ) -> jax.Array:
     """Returns the stream after a sub-layer that maps `before(x)` to `y`."""
     y = x + self.dropout(y, keys)
-    return y if self.norm_order == "pre" else self.norm(y)
+    return y if self.config.norm_order == "pre" else self.norm(y)

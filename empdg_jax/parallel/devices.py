@@ -20,11 +20,10 @@ AXIS = "batch"
 
 def compile_step(
   step: Callable[..., Any],
-  *,
   in_axes: tuple[int | None, ...],
   out_axes: int | None | tuple[int | None, ...],
-  donate_state: bool = False,
-  devices: Sequence[jax.Device] | None = None,
+  donate_state: bool,
+  devices: Sequence[jax.Device] | None,
 ) -> Any:
   """Compiles a step for all devices.
 
@@ -99,27 +98,28 @@ def step_flops(compiled: Any) -> float:
   return float(analysis["flops"])
 
 
-def rows_per_device(batch_size: int, devices: int, name: str) -> int:
+def rows_per_device(config: Config, section: str, devices: int) -> int:
   """Returns the number of examples of a global batch on each device.
 
   Args:
-    batch_size: The global batch size.
+    config: The run's configuration.
+    section: `"train"` or `"eval"`, whose batch size counts.
     devices: The number of devices on all hosts.
-    name: The field that holds the batch size, for the message.
 
   Raises:
     InputError: The batch size does not divide; the message names the nearest
       that does.
 
-  >>> rows_per_device(32, 8, "config.train.batch_size")
-  4
+  >>> rows_per_device(Config(), "train", 8)
+  2
   """
+  batch_size = getattr(config, section).batch_size
   rows, rest = divmod(batch_size, devices)
   if rest:
     nearest = max(1, round(batch_size / devices)) * devices
     raise InputError(
-      f"{name}={batch_size} does not divide among {devices} devices; the "
-      f"nearest that does is {nearest}"
+      f"config.{section}.batch_size={batch_size} does not divide among "
+      f"{devices} devices; the nearest that does is {nearest}"
     )
   return rows
 
@@ -130,13 +130,10 @@ def check_batches(config: Config, devices: int) -> tuple[int, int]:
   Raises:
     InputError: A batch size does not divide; see `rows_per_device`.
   """
-  train, evaluation = (
-    rows_per_device(
-      getattr(config, name).batch_size, devices, f"config.{name}.batch_size"
-    )
-    for name in ("train", "eval")
+  return (
+    rows_per_device(config, "train", devices),
+    rows_per_device(config, "eval", devices),
   )
-  return train, evaluation
 
 
 def check_devices() -> None:

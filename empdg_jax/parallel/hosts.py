@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from empdg_jax import config as config_lib
 from empdg_jax import storage
 from empdg_jax.config import InputError
+from empdg_jax.data import pipeline
 
 INITIALIZATION_SECONDS = 120  # The hosts of a pod do not start all at once.
 SHARED_SECONDS = 60  # The longest wait until all hosts see a new file.
@@ -171,9 +172,8 @@ def refusing_together() -> Generator[None]:
     refusal = error
   if jax.process_count() > 1:
     # Hosts exchange arrays of one shape, not strings.
-    said = np.zeros(512, np.uint8)
-    words = str(refusal or "").encode()[: said.size]
-    said[: len(words)] = np.frombuffer(words, np.uint8)
+    words = str(refusal or "").encode()[:512].ljust(512, b"\0")
+    said = np.frombuffer(words, np.uint8)
     for process, line in enumerate(multihost_utils.process_allgather(said)):
       message = line.tobytes().rstrip(b"\0").decode(errors="ignore")
       if message and refusal is None:
@@ -217,6 +217,13 @@ def check_shared(folder: pathlib.Path, flag: str) -> None:
 def is_main_process() -> bool:
   """Returns whether this process writes the files and lines of all hosts."""
   return jax.process_index() == 0
+
+
+def rows(batch_size: int) -> slice:
+  """Returns the rows of a global batch that this host reads."""
+  return pipeline.host_rows(
+    batch_size, jax.process_index(), jax.process_count()
+  )
 
 
 def check_same(value: Callable[[], str], what: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,14 @@ import orbax.checkpoint as ocp
 
 from empdg_jax import storage
 from empdg_jax.config import InputError, SaveError
-from empdg_jax.training.train_state import TrainState
+from empdg_jax.training.train_state import DISCRIMINATOR, GENERATOR, TrainState
 
 LATEST, BEST = "latest", "best"
+# The items that hold a player's parameters and its optimiser's state.
+_ITEMS = {
+  GENERATOR: ("params", "optimizer"),
+  DISCRIMINATOR: ("discriminators", "discriminator_optimizer"),
+}
 # The names of items in checkpoints of earlier versions, which stay readable.
 _FORMER_NAMES = {
   "discriminators": "critics",
@@ -71,8 +77,7 @@ class Checkpoints:
     self,
     kind: str,
     step: int,
-    generator: TrainState,
-    discriminators: TrainState | None,
+    states: Mapping[str, TrainState],
     progress: dict[str, Any],
   ) -> None:
     """Begins to write a checkpoint; the arrays may be changed afterwards.
@@ -80,28 +85,19 @@ class Checkpoints:
     Args:
       kind: `LATEST` or `BEST`.
       step: The number of updates so far in the whole run.
-      generator: The generator's state as NumPy arrays.
-      discriminators: The discriminators' state, None if there are none.
+      states: The players' states as NumPy arrays.
       progress: A JSON value, the position of training and data.
 
     Raises:
       SaveError: This checkpoint or the one before could not be written.
     """
-    trees = {"params": generator.params, "optimizer": _optimizer(generator)}
-    if discriminators is not None:
-      trees["discriminators"] = discriminators.params
-      trees["discriminator_optimizer"] = _optimizer(discriminators)
+    items: dict[str, Any] = {"progress": ocp.args.JsonSave(progress)}
+    for player, state in states.items():
+      params, optimizer = _ITEMS[player]
+      items[params] = ocp.args.StandardSave(_arrays(state.params))
+      items[optimizer] = ocp.args.StandardSave(_arrays(_optimizer(state)))
     with self._writing():
-      self._managers[kind].save(
-        step,
-        args=ocp.args.Composite(
-          **{
-            name: ocp.args.StandardSave(_arrays(tree))
-            for name, tree in trees.items()
-          },
-          progress=ocp.args.JsonSave(progress),
-        ),
-      )
+      self._managers[kind].save(step, args=ocp.args.Composite(**items))
 
   def wait(self) -> None:
     """Waits until everything is written; see `save`."""
@@ -186,19 +182,11 @@ class Checkpoints:
     """
     return self._read(kind, "params", like, step)
 
-  def restore_generator(self, kind: str, like: TrainState) -> TrainState:
-    """Reads the generator and its optimiser's state; see `restore_params`."""
-    return self._restore_state(kind, like, "params", "optimizer")
-
-  def restore_discriminators(self, kind: str, like: TrainState) -> TrainState:
-    """Reads the discriminators likewise; see `restore_params`."""
-    return self._restore_state(
-      kind, like, "discriminators", "discriminator_optimizer"
-    )
-
-  def _restore_state(
-    self, kind: str, like: TrainState, params: str, optimizer: str
+  def restore_state(
+    self, kind: str, player: str, like: TrainState
   ) -> TrainState:
+    """Reads a player's state; see `restore_params`."""
+    params, optimizer = _ITEMS[player]
     return TrainState(
       params=self._read(kind, params, like.params),
       **self._read(kind, optimizer, _optimizer(like)),

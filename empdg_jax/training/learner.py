@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +14,8 @@ from empdg_jax.data.pipeline import Batch
 from empdg_jax.parallel import devices
 from empdg_jax.training import checkpoint, steps, train_state, validation
 from empdg_jax.training.checkpoint import Checkpoints
-from empdg_jax.training.train_state import TrainState
+from empdg_jax.training.train_state import DISCRIMINATOR, GENERATOR, TrainState
 from empdg_jax.training.trainable import assemble
-
-GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 
 
 class Update(NamedTuple):
@@ -73,51 +72,48 @@ class Learner:
     )
     self.parameters = train_state.count_parameters(trainable.generator)
     self.has_discriminators = trainable.adversary is not None
-    self._generator: Any
-    self._discriminators: Any
-    self._generator, self._discriminators = trainable.create_states(
-      self._seed, embeddings
-    )
+    self._states = trainable.create_states(self._seed, embeddings)
     self._p_steps = trainable.compile_steps()
-    self._p_eval_step = steps.compile_eval_step(trainable.generator)
+    self._p_eval_step = steps.compile_step(
+      steps.eval_step, model=trainable.generator
+    )
 
   def take_over(self, workdir: pathlib.Path) -> None:
     """Takes the best generator of another run, given its folder."""
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-      self._generator = checkpoints.restore_generator(
-        checkpoint.BEST, self._generator
+      self._states[GENERATOR] = checkpoints.restore_state(
+        checkpoint.BEST, GENERATOR, self._states[GENERATOR]
       )
 
   def restore(self, checkpoints: Checkpoints) -> None:
     """Takes the states of the latest checkpoint."""
-    self._generator = checkpoints.restore_generator(
-      checkpoint.LATEST, self._generator
-    )
-    if self.has_discriminators:
-      self._discriminators = checkpoints.restore_discriminators(
-        checkpoint.LATEST, self._discriminators
-      )
+    self._states = {
+      player: checkpoints.restore_state(checkpoint.LATEST, player, state)
+      for player, state in self._states.items()
+    }
 
   def start(self) -> None:
     """Puts the states on the devices; steps may be taken from then on."""
-    self._generator_steps = int(self._generator.step)
-    self._generator, self._discriminators, self._key = devices.replicate(
-      (self._generator, self._discriminators, jax.random.key(self._seed))
+    self._generator_steps = int(self._states[GENERATOR].step)
+    self._states, self._key = devices.replicate(
+      (self._states, jax.random.key(self._seed))
     )
 
   def restore_best(self, checkpoints: Checkpoints) -> None:
     """Goes back to the best generator, with its optimiser's state."""
-    best = checkpoints.restore_generator(
-      checkpoint.BEST, devices.unreplicate(self._generator)
+    best = checkpoints.restore_state(
+      checkpoint.BEST,
+      GENERATOR,
+      devices.unreplicate(self._states[GENERATOR]),
     )
     self._generator_steps = int(best.step)
-    self._generator = devices.replicate(best)
+    self._states[GENERATOR] = devices.replicate(best)
 
-  def states(self) -> tuple[TrainState, TrainState | None]:
-    """Returns the states of generator and discriminators as NumPy arrays."""
+  def states(self) -> dict[str, TrainState]:
+    """Returns the players' states as NumPy arrays."""
     # Copies, since the next step reuses the memory on the devices while the
     # checkpoint is still being written.
-    return devices.unreplicate((self._generator, self._discriminators))
+    return devices.unreplicate(self._states)
 
   def learning_rate(self) -> float:
     """Returns the learning rate of the generator's latest update."""
@@ -125,39 +121,32 @@ class Learner:
 
   def mle_step(self, batch: Batch) -> Update:
     """Updates the generator by maximum likelihood."""
-    self._generator, sums = self._p_steps.mle(
-      self._generator, devices.shard(batch), self._key
-    )
-    self._generator_steps += 1
-    return self._taken(GENERATOR, sums)
+    return self._take(GENERATOR, self._p_steps.mle, batch)
 
   def discriminator_step(self, batch: Batch) -> Update:
     """Updates the discriminators; the generator stays as it is."""
-    self._discriminators, sums = self._p_steps.discriminator(
-      self._discriminators,
-      self._generator.params,
-      devices.shard(batch),
-      self._key,
-    )
-    return self._taken(DISCRIMINATOR, sums)
+    step = self._p_steps.discriminator
+    return self._take(DISCRIMINATOR, step, batch, reads=[GENERATOR])
 
   def adversarial_generator_step(self, batch: Batch) -> Update:
     """Updates the generator by likelihood and the discriminators' signal."""
-    self._generator, sums = self._p_steps.adversarial(
-      self._generator,
-      self._discriminators.params,
-      devices.shard(batch),
-      self._key,
-    )
-    self._generator_steps += 1
-    return self._taken(GENERATOR, sums)
+    step = self._p_steps.adversarial
+    return self._take(GENERATOR, step, batch, reads=[DISCRIMINATOR])
 
-  def _taken(self, player: str, sums: Any) -> Update:
+  def _take(
+    self, player: str, step: Any, batch: Batch, reads: Sequence[str] = ()
+  ) -> Update:
+    """Updates a player by a step that reads others' parameters."""
+    others = [self._states[other].params for other in reads]
+    self._states[player], sums = step(
+      self._states[player], *others, devices.shard(batch), self._key
+    )
+    self._generator_steps += player == GENERATOR
     self.running = sums["examples"]
     return Update(player, sums)
 
   def validate(self, batches: list[Batch]) -> dict[str, float]:
     """Scores a split with teacher forcing; see `validation.validate`."""
     return validation.validate(
-      self._p_eval_step, self._generator.params, batches
+      self._p_eval_step, self._states[GENERATOR].params, batches
     )

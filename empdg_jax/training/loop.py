@@ -180,7 +180,7 @@ class _Trainer:
   def _take_round(self, phase: Phase) -> None:
     """Takes a round's steps, without waiting for their results."""
     progress, learner = self._progress, self._learner
-    with self._log.before(progress.updates, len(phase.steps)):
+    with self._log.trace.before(progress.updates, len(phase.steps)):
       for step in phase.steps:
         batch = self.session.batches.next(learner.running)
         self._window.append(step(batch))

@@ -37,49 +37,48 @@ def is_export(folder: pathlib.Path) -> bool:
   return any((folder / name).exists() for name in EXPORT_FILES)
 
 
-def write_run(
-  workdir: pathlib.Path,
-  config: Config,
-  vocabulary: Vocabulary,
-  emotions: tuple[str, ...],
-) -> None:
-  """Starts a run folder, or checks that an existing one is of the same run.
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """The contents of a run folder besides its checkpoints and logs."""
 
-  Args:
-    workdir: The run folder.
-    config: The run's configuration.
-    vocabulary: The run's vocabulary.
-    emotions: The run's emotion labels.
+  workdir: pathlib.Path
+  config: Config
+  vocabulary: Vocabulary
+  emotions: tuple[str, ...]
+
+
+def write_run(run: Run) -> None:
+  """Starts a run folder, or checks that an existing one is of the same run.
 
   Raises:
     InputError: The folder cannot be written, or holds another run.
   """
+  workdir, config = run.workdir, run.config
   check_same_config(workdir, config)
   with storage.errors(f"--workdir={workdir}: cannot write", InputError):
     workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / "vocab.txt").exists():
-      with storage.atomic_path(workdir / "vocab.txt") as path:
-        vocabulary.save(path)
-    elif vocab.load_vocabulary(workdir / "vocab.txt") != vocabulary:
-      raise InputError(
-        f"{workdir}/vocab.txt differs from the data's vocabulary: the data "
-        "have changed; use another --workdir"
-      )
+    kept = {"vocab.txt": ("the data", run.vocabulary.to_text())}
     if config.data.emotions != corpora.EMPATHETIC_DIALOGUES:
       # Parameters know a label by its index alone. The user's file of labels
       # may change, so that the run keeps its own copy.
-      labels = workdir / EMOTIONS_FILE
-      if not labels.exists():
-        with storage.atomic_path(labels) as path:
-          path.write_text(corpora.to_text(emotions), encoding="utf-8")
-      elif corpora.read_labels(str(labels)) != emotions:
+      labels = corpora.to_text(run.emotions)
+      kept[EMOTIONS_FILE] = "config.data.emotions", labels
+    for name, (source, text) in kept.items():
+      path = workdir / name
+      if not path.exists():
+        _write(path, text)
+      elif path.read_bytes() != text.encode():
         raise InputError(
-          f"{labels} differs from config.data.emotions: the labels have "
-          "changed; use another --workdir"
+          f"{path} differs from {source}, which must have changed; use another "
+          "--workdir"
         )
     # Last, since this file marks the folder as a run folder.
-    with storage.atomic_path(workdir / "config.json") as path:
-      path.write_text(config_lib.to_json(config), encoding="utf-8")
+    _write(workdir / "config.json", config_lib.to_json(config))
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  with storage.atomic_path(path) as temporary:
+    temporary.write_text(text, encoding="utf-8")
 
 
 def check_same_config(workdir: pathlib.Path, config: Config) -> None:
@@ -120,25 +119,10 @@ def read_config(workdir: pathlib.Path) -> Config:
       f"as --bundle={workdir}"
     )
   path = workdir / "config.json"
-  try:
+  what = f"--workdir={workdir} is no run folder; 'empdg train' makes one"
+  with storage.errors(what, InputError):
     text = path.read_text(encoding="utf-8")
-  except OSError as error:
-    reason = error.strerror or error
-    raise InputError(
-      f"--workdir={workdir} is no run folder ({reason}: config.json); 'empdg "
-      "train' makes one"
-    ) from error
   return config_lib.from_json(text, str(path))
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """The contents of a run folder besides its checkpoints and logs."""
-
-  workdir: pathlib.Path
-  config: Config
-  vocabulary: Vocabulary
-  emotions: tuple[str, ...]
 
 
 def open_run(workdir: pathlib.Path) -> Run:
@@ -158,44 +142,38 @@ def open_run(workdir: pathlib.Path) -> Run:
   )
 
 
-def check_same_generator(
-  workdir: pathlib.Path,
-  config: Config,
-  vocabulary: Vocabulary,
-  emotions: tuple[str, ...],
-) -> None:
-  """Checks that this run can take the generator of another run.
+def check_same_generator(run: Run, workdir: pathlib.Path) -> None:
+  """Checks that a run can take the generator of another run.
 
   Args:
+    run: The run.
     workdir: The other run's folder.
-    config: This run's configuration.
-    vocabulary: This run's vocabulary.
-    emotions: This run's emotion labels.
 
   Raises:
     InputError: There is no such run, or its vocabulary, emotion labels or
       generator differ from this run's.
   """
   where = f"config.train.mle_checkpoint={str(workdir)!r}"
-  run = open_run(workdir)
-  if run.vocabulary != vocabulary:
+  other = open_run(workdir)
+  if other.vocabulary != run.vocabulary:
     raise InputError(
-      f"{where}: its vocabulary of {len(run.vocabulary):,} tokens is not this "
-      f"run's of {len(vocabulary):,}; both need the same config.data"
+      f"{where}: its vocabulary of {len(other.vocabulary):,} tokens is not "
+      f"this run's of {len(run.vocabulary):,}; both need the same config.data"
     )
-  if run.emotions != emotions:
+  if other.emotions != run.emotions:
     raise InputError(
       f"{where}: that run has other emotion labels; both need the same "
       "config.data.emotions"
     )
-  theirs, ours = map(registry.find_system, (run.config.model, config.model))
-  if theirs.generator is not ours.generator:
+  theirs, ours = other.config.model, run.config.model
+  systems = registry.find_system(theirs), registry.find_system(ours)
+  if systems[0].generator is not systems[1].generator:
     raise InputError(
-      f"{where}: that run has config.model.name={run.config.model.name!r}, "
-      f"whose generator is not that of {config.model.name!r}"
+      f"{where}: that run has config.model.name={theirs.name!r}, whose "
+      f"generator is not that of {ours.name!r}"
     )
   for name in _GENERATOR_FIELDS:
-    there, here = getattr(run.config.model, name), getattr(config.model, name)
+    there, here = getattr(theirs, name), getattr(ours, name)
     if there != here:
       raise InputError(
         f"{where}: that run has config.model.{name}={there!r}, this one "

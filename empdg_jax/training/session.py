@@ -67,8 +67,7 @@ class TrainBatches:
       self._shapes if phase == MLE else pipeline.coarse_shapes(self._shapes),
       batch_size=self._config.batch_size,
       seed=self._config.seed,
-      host=jax.process_index(),
-      num_hosts=jax.process_count(),
+      rows=hosts.rows(self._config.batch_size),
     )
     if state is not None:
       self._batches.set_state(state)
@@ -102,7 +101,7 @@ class Session:
     self.checkpoints.save(
       kind,
       self.progress.updates,
-      *self.learner.states(),
+      self.learner.states(),
       dataclasses.asdict(self.progress),
     )
 
@@ -131,7 +130,10 @@ def open_session(config: Config, workdir: pathlib.Path) -> Session:
     log = TrainLog(config.train, workdir)
     dataset = _load_dataset(config, workdir)
     embeddings = _load_vectors(config, dataset, log)
-    other_run = _other_run(config, dataset)
+    run = run_folder.Run(
+      workdir, config, dataset.vocabulary, dataset.corpus.emotions
+    )
+    other_run = _other_run(run)
   hosts.check_same(lambda: config_lib.to_json(config), "configurations")
   hosts.check_same(dataset.digest, "data")
   hosts.check_shared(workdir, "workdir")
@@ -149,9 +151,7 @@ def open_session(config: Config, workdir: pathlib.Path) -> Session:
   # 3. the run folder, not before the states: an error above leaves no folder;
   with hosts.refusing_together():
     if hosts.is_main_process():
-      run_folder.write_run(
-        workdir, config, dataset.vocabulary, dataset.corpus.emotions
-      )
+      run_folder.write_run(run)
   # 4. its latest checkpoint, if any, over the states and the position;
   checkpoints = checkpoint.Checkpoints(
     workdir, create=True, keep=config.train.keep_checkpoints
@@ -171,8 +171,7 @@ def open_session(config: Config, workdir: pathlib.Path) -> Session:
       dataset.encoded("valid"),
       pipeline.coarse_shapes(dataset.shapes),
       batch_size=config.eval.batch_size,
-      host=jax.process_index(),
-      num_hosts=jax.process_count(),
+      rows=hosts.rows(config.eval.batch_size),
     )
   )
   # 7. the devices, once the states on the host are final.
@@ -213,14 +212,11 @@ def _load_vectors(
   return embeddings
 
 
-def _other_run(config: Config, dataset: prepare.Dataset) -> pathlib.Path | None:
+def _other_run(run: run_folder.Run) -> pathlib.Path | None:
   """Returns the checked run whose generator this one takes, if any."""
-  if not config.train.mle_checkpoint:
+  given = run.config.train.mle_checkpoint
+  if not given:
     return None
-  path = storage.run_path(
-    config.train.mle_checkpoint, "config.train.mle_checkpoint"
-  )
-  run_folder.check_same_generator(
-    path, config, dataset.vocabulary, dataset.corpus.emotions
-  )
+  path = storage.run_path(given, "config.train.mle_checkpoint")
+  run_folder.check_same_generator(run, path)
   return path

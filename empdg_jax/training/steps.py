@@ -19,7 +19,8 @@ from empdg_jax.data.pipeline import Batch
 from empdg_jax.models import adversary as adversary_lib
 from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.encoder_decoder import EncoderDecoder, Inputs
-from empdg_jax.parallel.devices import compile_step, psum
+from empdg_jax.parallel import devices as parallel
+from empdg_jax.parallel.devices import psum
 from empdg_jax.training.train_state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -376,90 +377,42 @@ def predict_step(
       variables, encoded, tokens, cache, index, method="decode_step"
     )
 
+  ids = {"eos": vocab.EOS, "pad": vocab.PAD}
   if beams == 1:
-    tokens, cache = decoding.greedy_search(
-      step, cache, rows, steps, eos=vocab.EOS, pad=vocab.PAD
-    )
+    tokens, cache = decoding.greedy_search(step, cache, rows, steps, **ids)
   else:
     tokens, _, cache = decoding.beam_search(
-      step,
-      cache,
-      rows,
-      steps,
-      beams,
-      config.length_penalty,
-      eos=vocab.EOS,
-      pad=vocab.PAD,
+      step, cache, rows, steps, beams, config.length_penalty, **ids
     )
   return Prediction(tokens, cache.copied_from, emotion_probs)
 
 
-# None compiles a step for all devices.
-_Devices = Sequence[jax.Device] | None
+# The axes of each step's arguments and results, and whether it donates its
+# state: the next state overwrites the given one in memory, so that a device
+# never holds two copies of parameters and moments. Callers must not read the
+# state that they passed.
+_PLAYER = (None, None, 0, None), (None, None), True
+_AXES: dict[Callable[..., Any], tuple[Any, Any, bool]] = {
+  mle_step: ((None, 0, None), (None, None), True),
+  discriminator_step: _PLAYER,
+  adversarial_generator_step: _PLAYER,
+  eval_step: ((None, 0), (None, 0), False),
+  predict_step: ((None, 0), 0, False),
+}
 
 
-def compile_mle_step(
-  model: EncoderDecoder,
-  optimizer: optax.GradientTransformation,
-  devices: _Devices = None,
-) -> Any:
-  """Returns the compiled `mle_step`, which donates its state."""
-  # Donated: the next state overwrites the given one in memory, so that a device
-  # never holds two copies of parameters and moments. Callers must not read the
-  # state that they passed.
-  return compile_step(
-    functools.partial(mle_step, model=model, optimizer=optimizer),
-    in_axes=(None, 0, None),
-    out_axes=(None, None),
-    donate_state=True,
-    devices=devices,
-  )
-
-
-def compile_eval_step(model: EncoderDecoder, devices: _Devices = None) -> Any:
-  """Returns the compiled `eval_step`."""
-  return compile_step(
-    functools.partial(eval_step, model=model),
-    in_axes=(None, 0),
-    out_axes=(None, 0),
-    devices=devices,
-  )
-
-
-def compile_predict_step(
-  model: EncoderDecoder, config: EvalConfig, devices: _Devices = None
-) -> Any:
-  """Returns the compiled `predict_step`."""
-  return compile_step(
-    functools.partial(predict_step, model=model, config=config),
-    in_axes=(None, 0),
-    out_axes=0,
-    devices=devices,
-  )
-
-
-def _compile_adversarial(
+def compile_step(
   step: Callable[..., Any],
-  model: EncoderDecoder,
-  adversary: Adversary,
-  optimizer: optax.GradientTransformation,
-  devices: _Devices = None,
+  devices: Sequence[jax.Device] | None = None,
+  **static: Any,
 ) -> Any:
-  """Returns a player's compiled step, which donates the player's state."""
-  return compile_step(
-    functools.partial(
-      step, model=model, adversary=adversary, optimizer=optimizer
-    ),
-    in_axes=(None, None, 0, None),
-    out_axes=(None, None),
-    donate_state=True,
-    devices=devices,
+  """Compiles a step of this module.
+
+  Args:
+    step: The step.
+    devices: The devices to compile for; None for all.
+    **static: The step's keyword arguments, such as its model.
+  """
+  return parallel.compile_step(
+    functools.partial(step, **static), *_AXES[step], devices
   )
-
-
-compile_discriminator_step = functools.partial(
-  _compile_adversarial, discriminator_step
-)
-compile_adversarial_generator_step = functools.partial(
-  _compile_adversarial, adversarial_generator_step
-)

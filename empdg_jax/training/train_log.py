@@ -4,7 +4,6 @@ import contextlib
 import math
 import pathlib
 from collections.abc import Generator, Sequence
-from typing import Any
 
 import jax
 import rich.console
@@ -13,9 +12,10 @@ from empdg_jax import config as config_lib
 from empdg_jax.config import SaveError, TrainConfig
 from empdg_jax.parallel import hosts
 from empdg_jax.training import terminal, validation
-from empdg_jax.training.learner import DISCRIMINATOR, GENERATOR, Update
+from empdg_jax.training.learner import Update
 from empdg_jax.training.metric_writer import MetricWriter
 from empdg_jax.training.profiling import Trace
+from empdg_jax.training.train_state import DISCRIMINATOR, GENERATOR
 
 _SHOWN = {
   "perplexity": "train/perplexity",
@@ -33,6 +33,7 @@ class TrainLog:
 
   Attributes:
     console: The console that lines go to; quiet on the other hosts.
+    trace: The trace; `after` and `close` end it.
   """
 
   def __init__(self, config: TrainConfig, workdir: pathlib.Path) -> None:
@@ -45,7 +46,7 @@ class TrainLog:
     self.console = rich.console.Console(quiet=not main)
     self._workdir = workdir
     self._profile_steps = config.profile_steps
-    self._trace = Trace(
+    self.trace = Trace(
       config_lib.profile_range(config) if main else None,
       workdir / "tensorboard",
     )
@@ -72,16 +73,10 @@ class TrainLog:
       if self._writer is not None:
         self._writer.copy()
 
-  def before(
-    self, step: int, ahead: int
-  ) -> contextlib.AbstractContextManager[Any]:
-    """Begins the trace if it is due; see `Trace.before`."""
-    return self._trace.before(step, ahead)
-
   def after(self, step: int, result: jax.Array | None) -> None:
     """Ends the trace if it is due; see `Trace.after`."""
     with self._warning():
-      self._say_traced(self._trace.after(step, result))
+      self._say_traced(self.trace.after(step, result))
 
   def finish(self, step: int) -> None:
     """Marks the end of training, after which nothing is traced."""
@@ -91,7 +86,7 @@ class TrainLog:
     """Ends the trace and closes the files."""
     # Apart, so that a trace that cannot be copied still leaves the metrics.
     with self._warning():
-      self._say_traced(self._trace.close())
+      self._say_traced(self.trace.close())
     with self._warning():
       if self._writer is not None:
         self._writer.close()
@@ -112,7 +107,7 @@ class TrainLog:
 
   def _say_missed(self, step: float, why: str) -> None:
     """Warns, once, if a trace not begun by `step` never will be."""
-    if self._trace.missed(step):
+    if self.trace.missed(step):
       self.say(
         f"Warning: config.train.profile_steps={self._profile_steps}: nothing "
         f"is traced: {why}"
@@ -137,9 +132,8 @@ def average(taken: Sequence[Update]) -> dict[str, float]:
   if generator := summed(GENERATOR):
     examples = generator["examples"]
     averages = validation.average_metrics(generator)
-    for name in ("loss", "perplexity", "emotion_accuracy"):
-      if name in averages:
-        values[f"train/{name}"] = averages[name]
+    shown = ("loss", "perplexity", "emotion_accuracy")
+    values |= {f"train/{n}": averages[n] for n in shown if n in averages}
     if "signal" in generator:
       # Only examples with feedback are judged; a batch may have none.
       judged = max(generator["judged"], 1.0)
@@ -150,8 +144,10 @@ def average(taken: Sequence[Update]) -> dict[str, float]:
     values["examples"] += examples
   if discriminators := summed(DISCRIMINATOR):
     judged = discriminators.pop("examples")
-    for name, total in discriminators.items():
-      values[f"discriminator/{name}"] = total / max(judged, 1.0)
+    values |= {
+      f"discriminator/{name}": total / max(judged, 1.0)
+      for name, total in discriminators.items()
+    }
     values["examples"] += judged
   return values
 

@@ -1,6 +1,5 @@
 """The training state, parameters and optimisers."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,6 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from empdg_jax.config import TrainConfig
@@ -18,6 +16,9 @@ from empdg_jax.models.discriminators import (
   Utterances,
 )
 from empdg_jax.models.encoder_decoder import Inputs
+
+# The players of the adversarial game; all discriminators together are one.
+GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -75,13 +76,6 @@ def create_optimizer(
   )
 
 
-def create_discriminator_optimizer(
-  config: TrainConfig,
-) -> optax.GradientTransformation:
-  """Returns Adam with the discriminators' constant learning rate."""
-  return optax.adam(config.discriminator_learning_rate)
-
-
 def init_params(model: nn.Module, key: jax.Array) -> Any:
   """Draws a system's parameters."""
   # No parameter's shape depends on the batch: any ids will do.
@@ -95,7 +89,7 @@ def count_parameters(model: nn.Module) -> int:
   return sum(x.size for x in jax.tree.leaves(params))
 
 
-def _start(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def start(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
   """Returns the state before the first update."""
   return TrainState(
     step=jnp.int32(0), params=params, opt_state=optimizer.init(params)
@@ -125,24 +119,4 @@ def create_discriminator_state(
     name: jax.jit(discriminator.init)(key, inputs)["params"]
     for name, key in zip(names, keys, strict=True)
   }
-  return _start(params, optimizer)
-
-
-def create_train_state(
-  model: nn.Module,
-  optimizer: optax.GradientTransformation,
-  seed: int,
-  embeddings: np.ndarray | None = None,
-) -> TrainState:
-  """Returns the generator's state before the first update.
-
-  Args:
-    model: The generator.
-    optimizer: Its optimiser.
-    seed: The seed of the parameters.
-    embeddings: The initial word embeddings, `[V, d]`, or None to draw them.
-  """
-  params = jax.jit(functools.partial(init_params, model))(jax.random.key(seed))
-  if embeddings is not None:
-    params["embedding"] = jnp.asarray(embeddings)
-  return _start(params, optimizer)
+  return start(params, optimizer)

@@ -1,10 +1,12 @@
 """A system assembled for training: modules, optimisers, states and steps."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -13,7 +15,7 @@ from empdg_jax.models import registry
 from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.encoder_decoder import EncoderDecoder
 from empdg_jax.training import steps, train_state
-from empdg_jax.training.train_state import TrainState
+from empdg_jax.training.train_state import DISCRIMINATOR, GENERATOR, TrainState
 
 
 class TrainSteps(NamedTuple):
@@ -52,7 +54,7 @@ class Trainable:
 
   def create_states(
     self, seed: int, embeddings: np.ndarray | None = None
-  ) -> tuple[TrainState, TrainState | None]:
+  ) -> dict[str, TrainState]:
     """Draws the states before the first update.
 
     Args:
@@ -60,20 +62,23 @@ class Trainable:
       embeddings: The initial word embeddings, `[V, d]`, or None to draw them.
 
     Returns:
-      The states of the generator and of the discriminators, None without
+      The states by player: `GENERATOR`, and `DISCRIMINATOR` if the system has
       discriminators.
     """
-    generator = train_state.create_train_state(
-      self.generator, self.optimizer, seed, embeddings
-    )
-    if self.adversary is None:
-      return generator, None
-    return generator, train_state.create_discriminator_state(
-      self.adversary.discriminator,
-      self.discriminators,
-      self.discriminator_optimizer,
-      seed,
-    )
+    key = jax.random.key(seed)
+    draw = functools.partial(train_state.init_params, self.generator)
+    params = jax.jit(draw)(key)
+    if embeddings is not None:
+      params["embedding"] = jnp.asarray(embeddings)
+    states = {GENERATOR: train_state.start(params, self.optimizer)}
+    if self.adversary is not None:
+      states[DISCRIMINATOR] = train_state.create_discriminator_state(
+        self.adversary.discriminator,
+        self.discriminators,
+        self.discriminator_optimizer,
+        seed,
+      )
+    return states
 
   def compile_steps(
     self, devices: Sequence[jax.Device] | None = None
@@ -82,17 +87,19 @@ class Trainable:
 
     JAX compiles a step at its first batch of each shape.
     """
-    mle = steps.compile_mle_step(self.generator, self.optimizer, devices)
+    compile_step = functools.partial(
+      steps.compile_step, devices=devices, model=self.generator
+    )
+    mle = compile_step(steps.mle_step, optimizer=self.optimizer)
     if self.adversary is None:
       return TrainSteps(mle)
+    compile_step = functools.partial(compile_step, adversary=self.adversary)
     return TrainSteps(
       mle,
-      steps.compile_discriminator_step(
-        self.generator, self.adversary, self.discriminator_optimizer, devices
+      compile_step(
+        steps.discriminator_step, optimizer=self.discriminator_optimizer
       ),
-      steps.compile_adversarial_generator_step(
-        self.generator, self.adversary, self.optimizer, devices
-      ),
+      compile_step(steps.adversarial_generator_step, optimizer=self.optimizer),
     )
 
 
@@ -118,5 +125,5 @@ def assemble(
     train_state.create_optimizer(config.train, config.model.emb_dim),
     names,
     registry.create_adversary(config, is_emotional) if names else None,
-    train_state.create_discriminator_optimizer(config.train),
+    optax.adam(config.train.discriminator_learning_rate),
   )
