@@ -177,7 +177,7 @@ def _load_system(values: Any) -> tuple[Any, pathlib.Path]:
 
 
 def evaluate(values: Any) -> None:
-  r"""Scores and answers a split; writes predictions and metrics.
+  r"""Scores a split and responds to it; writes predictions and metrics.
 
   Examples:
     empdg evaluate --workdir=runs/quickstart --split=test
@@ -226,7 +226,7 @@ def metrics(values: Any) -> None:
 
 
 def generate(values: Any) -> None:
-  """Answers contexts: one JSON object a line in, one out.
+  """Responds to contexts: one JSON object a line in, one out.
 
   Examples:
     echo '{"context": ["I lost my job today."]}' |
@@ -254,7 +254,7 @@ def generate(values: Any) -> None:
 
 
 def chat(values: Any) -> None:
-  """Talks with the user and shows the emotion it perceives.
+  """Talks with the user and shows the emotion that it predicts.
 
   Examples:
     empdg chat --workdir=runs/quickstart
@@ -327,7 +327,7 @@ def compare(values: Any) -> None:
 
 
 def attention(values: Any) -> None:
-  """Draws what each word of a reply attends to, and the perceived emotion.
+  """Draws what each word of a response attends to, and the predicted emotion.
 
   Examples:
     empdg attention --workdir=runs/quickstart --context="I lost my job."

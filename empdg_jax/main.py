@@ -53,9 +53,9 @@ _FLAGS: dict[str, tuple[Any, Any, str]] = {
   "topology": (str, "", "TPU slice, such as v5e:4x4."),
   "dir": (list[str], [], "Run folder or export; --dir= may be left out."),
   "context": (list[str], [], "A turn; repeat for each turn, the user's last."),
-  "samples": (int, 6, "Replies to show, each to a different emotion."),
+  "samples": (int, 6, "Responses to show, each to a different emotion."),
   "average": (int, 0, "Latest checkpoints to average; 0 for none."),
-  "cases": (int, 0, "Examples to show with the replies of all systems."),
+  "cases": (int, 0, "Examples to show with all systems' responses."),
   "vocab_size": (int | None, None, "Vocabulary size, if not the data's."),
   "find_batch": (bool, False, "Find the largest batch that fits a chip."),
   "coordinator_address": (

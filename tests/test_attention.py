@@ -60,11 +60,11 @@ def test_attention_is_the_models(responder: respond.Responder) -> None:
   assert attended.emotional == ("LAB", *encoded.emotion_words)
   assert {"sad", "lost", "happy"} <= set(attended.emotional)
   columns = len(attended.semantic) + len(attended.emotional)
-  assert attended.weights.shape == (len(attended.reply), columns)
+  assert attended.weights.shape == (len(attended.response), columns)
   np.testing.assert_allclose(attended.weights.sum(axis=1), 1.0, rtol=1e-5)
 
   system = responder.system
-  ids = [system.vocabulary.ids.get(t, vocab.UNK) for t in attended.reply]
+  ids = [system.vocabulary.ids.get(t, vocab.UNK) for t in attended.response]
   expected = reference.generator(
     in_float64(devices.unreplicate(system.params)),
     system.config.model,
@@ -94,7 +94,7 @@ def test_it_draws_both_files(
   width, height = struct.unpack(">II", data[16:24])
   assert 500 < height < width
   drawn = svg.read_text()
-  for word in (*attended.semantic, *attended.emotional, *attended.reply):
+  for word in (*attended.semantic, *attended.emotional, *attended.response):
     assert f"<!-- {word} -->" in drawn
   # Emotional words stand out, in both contexts.
   assert drawn.count(attention._EMOTIONAL) == 2 * (len(attended.emotional) - 1)

@@ -5,10 +5,10 @@ import json
 import pathlib
 from typing import Any
 
+import invented
 import numpy as np
 import pytest
 import sacrebleu
-import test_compare
 from rich.console import Console
 
 from empdg_jax import main, metrics
@@ -21,7 +21,7 @@ from empdg_jax.training import validation
 def folders(tmp_path: pathlib.Path) -> list[pathlib.Path]:
   """Two systems' runs."""
   return [
-    test_compare.make_run(tmp_path / name, name, seed)
+    invented.make_run(tmp_path / name, name, seed)
     for seed, name in enumerate(("empdg", "moel"), start=1)
   ]
 
@@ -51,7 +51,7 @@ def test_a_new_metric_reaches_files_tables_intervals_and_tests(
   )
   values, wanted = [], []
   for seed in (1, 2):
-    lines = test_compare.make_lines(seed)
+    lines = invented.make_lines(seed)
     values.append(metrics.text_metrics(lines, 18)["recall"])
     pairs = [
       (set(x["reference"].split()), set(x["response"].split())) for x in lines
@@ -95,7 +95,7 @@ def test_a_new_metric_reaches_files_tables_intervals_and_tests(
 
 
 def test_metrics_json_keeps_its_order() -> None:
-  lines = test_compare.make_lines(1)
+  lines = invented.make_lines(1)
   assert list(metrics.text_metrics(lines, 18)) == [
     "examples", "perplexity", "perplexity_per_example", "emotion_accuracy",
     "distinct_1", "distinct_2", "ead_1", "ead_2", "bleu", "average_length",
@@ -106,7 +106,7 @@ def test_metrics_json_keeps_its_order() -> None:
 @pytest.mark.parametrize("count", [2, 100])
 def test_bleu_is_sacrebleus(count: int) -> None:
   """Also of replicates, and where no 4-gram matches and BLEU is smoothed."""
-  lines = test_compare.make_lines(1)[-count:]
+  lines = invented.make_lines(1)[-count:]
 
   def expected(some: list[dict[str, Any]]) -> float:
     return sacrebleu.corpus_bleu(
@@ -136,7 +136,7 @@ def test_bleu_is_sacrebleus(count: int) -> None:
 
 def test_validation_finishes_the_devices_sums_alike() -> None:
   """The sums of `steps.eval_step` give what the lines give."""
-  lines = test_compare.make_lines(1)
+  lines = invented.make_lines(1)
   _, sums, _ = metrics.contributions(lines)
   names = ("nll", "tokens", "mean_nll", "emotion_correct", "examples")
   of_devices = {name: float(sum(sums[name])) for name in names}
@@ -156,10 +156,10 @@ def test_validation_finishes_the_devices_sums_alike() -> None:
 def test_latex_escapes_and_names_its_package(tmp_path: pathlib.Path) -> None:
   """A title with LaTeX's special characters, and seeds with their ±."""
   folders = [
-    test_compare.make_run(tmp_path / "a_b&50%", "moel", 1),
-    test_compare.make_run(tmp_path / "c", "moel", 2, model__listener_top_k=5),
-    test_compare.make_run(tmp_path / "d", "empdg", 3),
-    test_compare.make_run(tmp_path / "e", "empdg", 4),
+    invented.make_run(tmp_path / "a_b&50%", "moel", 1),
+    invented.make_run(tmp_path / "c", "moel", 2, model__listener_top_k=5),
+    invented.make_run(tmp_path / "d", "empdg", 3),
+    invented.make_run(tmp_path / "e", "empdg", 4),
   ]
   file = io.StringIO()
   compared = compare.compare(folders, "test")

@@ -29,15 +29,15 @@ class Attended(NamedTuple):
     semantic: The tokens of the dialogue context, CLS first.
     emotional: The tokens of the emotional context, LAB first; none if the
       system does not read it.
-    reply: The tokens of the response, EOS last unless it was cut off.
+    response: The tokens of the response, EOS last unless it was cut off.
     weights: The attention of the decoder's last layer, averaged over heads,
-      `[reply, semantic + emotional]`.
+      `[response, semantic + emotional]`.
     emotions: The probability of every emotion label, or None.
   """
 
   semantic: tuple[str, ...]
   emotional: tuple[str, ...]
-  reply: tuple[str, ...]
+  response: tuple[str, ...]
   weights: np.ndarray
   emotions: dict[str, float] | None
 
@@ -58,19 +58,19 @@ def attend(responder: Responder, context: Sequence[str]) -> Attended:
   system = responder.system
   encoded = responder.encode(context)
   (response,) = responder.respond_encoded([encoded])
-  reply = list(response.tokens)
+  tokens = list(response.tokens)
   # A response of the full length was cut off before its EOS.
-  if len(reply) < system.config.eval.max_decode_steps:
-    reply.append("EOS")
+  if len(tokens) < system.config.eval.max_decode_steps:
+    tokens.append("EOS")
   # Decoding keeps no attention, hence a second pass. It must read the same
   # tokens: a copied word outside the vocabulary was fed back as UNK.
   known = system.vocabulary.ids
-  reply_ids = [known.get(token, vocab.UNK) for token in reply]
+  token_ids = [known.get(token, vocab.UNK) for token in tokens]
   read = encoded.context, encoded.state, encoded.emotion_context
   outputs: Any = system.model.apply(
     {"params": devices.unreplicate(system.params)},
     Inputs(*(jnp.array([ids]) for ids in read)),
-    jnp.array([reply_ids]),
+    jnp.array([token_ids]),
   )
   weights = np.asarray(outputs.attention[0])
   semantic = ("CLS", *encoded.words)
@@ -81,11 +81,11 @@ def attend(responder: Responder, context: Sequence[str]) -> Attended:
   emotions = response.emotions
   if emotions is not None:
     emotions = dict(zip(system.emotions, emotions.tolist(), strict=True))
-  return Attended(semantic, emotional, tuple(reply), weights, emotions)
+  return Attended(semantic, emotional, tuple(tokens), weights, emotions)
 
 
 def draw(attended: Attended, stem: pathlib.Path) -> list[pathlib.Path]:
-  """Draws the attention beside the perceived emotion.
+  """Draws the attention beside the predicted emotion.
 
   Args:
     attended: The response and its attention.
@@ -109,14 +109,14 @@ def draw(attended: Attended, stem: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _figure(attended: Attended) -> Figure:
-  semantic, emotional, reply, weights, emotions = attended
+  semantic, emotional, response, weights, emotions = attended
   maps = [("dialogue context", semantic, weights[:, : len(semantic)])]
   if emotional:
     maps.append(("emotional context", emotional, weights[:, len(semantic) :]))
   widths = [_CELL * len(words) for _, words, _ in maps]
   if emotions is not None:
     widths.append(2.0)
-  size = sum(widths) + 2.5, _CELL * len(reply) + 2.2
+  size = sum(widths) + 2.5, _CELL * len(response) + 2.2
   figure = Figure(figsize=size, layout="constrained")
   (panels,) = figure.subplots(
     1, len(widths), width_ratios=widths, squeeze=False
@@ -132,8 +132,8 @@ def _figure(attended: Attended) -> Figure:
     for label, word in zip(panel.get_xticklabels(), words, strict=True):
       if word in emotional[1:]:
         label.set(color=_EMOTIONAL, fontweight="bold")
-  panels[0].set_yticks(range(len(reply)), reply)
-  panels[0].set_ylabel("reply")
+  panels[0].set_yticks(range(len(response)), response)
+  panels[0].set_ylabel("response")
   figure.colorbar(
     panels[0].images[0], ax=panels[: len(maps)], label="attention", pad=0.01
   )
