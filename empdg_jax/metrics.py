@@ -1,14 +1,51 @@
-"""Metrics of responses and their scores (DESIGN §9)."""
+"""The registry of metrics: one record for each, read by everything else."""
 
-import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+import dataclasses
+from collections import ChainMap
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import sacrebleu
+from sacrebleu.metrics import BLEU
 
-Counts = tuple[int, int]
+Line = Mapping[str, Any]
+Totals = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """The definition of a metric: sums over examples, and a function of them.
+
+  Sums and types have names. Metrics that use the same one give it the same
+  name, and it is computed once.
+
+  Attributes:
+    title: The metric's name in tables.
+    decimals: The number of decimal places, wherever it is printed.
+    needs: The fields of a prediction line that it needs besides `response`.
+    sums: By name, an example's share of a sum, a number or an array `[k]`.
+    finish: Computes the metric from totals: the sums and the numbers of
+      distinct types by name, and the numbers `examples` and `vocab_size`. A
+      total is a number (or `[k]`) for a corpus and `[replicates]` (or
+      `[replicates, k]`) in a bootstrap.
+    types: By name, the items of an example whose distinct ones are counted.
+    rank: Its place in `metrics.json`; equal ranks follow the tables.
+    null: Whether `metrics.json` has a null if a line lacks a field. Other
+      metrics are left out.
+  """
+
+  title: str
+  decimals: int
+  needs: tuple[str, ...]
+  sums: dict[str, Callable[[Line], Any]]
+  finish: Callable[[Totals], Any]
+  types: dict[str, Callable[[Line], Iterable[Hashable]]] = dataclasses.field(
+    default_factory=dict
+  )
+  rank: int = 3
+  null: bool = False
 
 
 def ngrams(response: str, n: int) -> list[tuple[str, ...]]:
@@ -21,19 +58,14 @@ def ngrams(response: str, n: int) -> list[tuple[str, ...]]:
   return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
-def ngram_counts(responses: Iterable[str], n: int) -> Counts:
-  """Returns the distinct and all n-grams of white-space tokens.
+def ngram_counts(responses: Iterable[str], n: int) -> tuple[int, int]:
+  """Returns the numbers of distinct and of all n-grams.
 
   >>> ngram_counts(["a b a b"], 2)
   (2, 3)
   """
-  distinct: set[tuple[str, ...]] = set()
-  total = 0
-  for response in responses:
-    found = ngrams(response, n)
-    distinct.update(found)
-    total += len(found)
-  return len(distinct), total
+  found = [ngram for response in responses for ngram in ngrams(response, n)]
+  return len(set(found)), len(found)
 
 
 def distinct_n(responses: Iterable[str], n: int) -> float:
@@ -42,74 +74,193 @@ def distinct_n(responses: Iterable[str], n: int) -> float:
   >>> round(distinct_n(["a b a b"], 2), 2)
   66.67
   """
-  distinct, total = ngram_counts(responses, n)
-  return 100.0 * distinct / total if total else 0.0
+  return float(_distinct(*ngram_counts(responses, n)))
 
 
 def ead_n(responses: Iterable[str], n: int, vocab_size: int) -> float:
-  """Returns expectation-adjusted distinct (Liu et al., 2022).
+  """Returns the expectation-adjusted distinct score (Liu et al., 2022).
 
-  `100 * N / (V * (1 - ((V - 1) / V) ** C))` with N distinct and C all n-grams
+  `100 * N / (V * (1 - ((V - 1) / V) ** C))` with N distinct n-grams among C
   and V words in the vocabulary; 0 if there is no n-gram.
 
   >>> round(ead_n(["a b"], 1, vocab_size=2), 2)
   133.33
   """
-  distinct, total = ngram_counts(responses, n)
-  if not total:
-    return 0.0
-  return float(expectation_adjusted(distinct, total, vocab_size))
+  return float(_expectation_adjusted(*ngram_counts(responses, n), vocab_size))
 
 
-def expectation_adjusted(
-  distinct: npt.ArrayLike, total: npt.ArrayLike, vocab_size: int
-) -> np.ndarray:
-  """Returns `ead_n` of N distinct and C all n-grams, element by element."""
-  # expm1 and log1p keep the precision that V in the ten thousands would cost.
-  seen = -np.expm1(np.asarray(total) * np.log1p(-1.0 / vocab_size))
-  return 100.0 * np.asarray(distinct) / (vocab_size * seen)
+def _distinct(distinct: Any, total: Any, *_: Any) -> Any:
+  """Returns `distinct_n`, element by element."""
+  return 100.0 * distinct / np.maximum(total, 1)
 
 
-def text_metrics(
-  lines: Sequence[dict[str, Any]], vocab_size: int
-) -> dict[str, Any]:
+def _expectation_adjusted(distinct: Any, total: Any, vocab_size: int) -> Any:
+  """Returns `ead_n`, element by element."""
+  # A direct power would round away most digits of (V - 1) / V when V is in the
+  # ten thousands; expm1 and log1p keep them.
+  seen = -np.expm1(np.maximum(total, 1) * np.log1p(-1.0 / vocab_size))
+  return 100.0 * distinct / (vocab_size * seen)
+
+
+def _ngram_metric(title: str, n: int, finish: Callable[..., Any]) -> Metric:
+  """Returns the metric of n-grams that `finish` computes from their counts."""
+  total, distinct = f"ngrams_{n}", f"distinct_ngrams_{n}"
+  return Metric(
+    f"{title}-{n}",
+    2,
+    (),
+    {total: lambda line: len(ngrams(line["response"], n))},
+    lambda t: finish(t[distinct], t[total], t["vocab_size"]),
+    {distinct: lambda line: ngrams(line["response"], n)},
+  )
+
+
+def _bleu_counts(line: Line) -> np.ndarray:
+  """Returns an example's counts for BLEU.
+
+  Returns:
+    `[10]`: the matching and all n-grams for n = 1 .. 4, and the lengths of the
+    response and the reference.
+  """
+  # Responses are tokenised already, which `force` makes sacrebleu accept.
+  score = BLEU(tokenize="none", force=True).corpus_score(
+    [line["response"]], [[line["reference"]]]
+  )
+  return np.array([*score.counts, *score.totals, score.sys_len, score.ref_len])
+
+
+def _bleu(counts: npt.ArrayLike) -> np.ndarray:
+  """Returns corpus BLEU of summed counts, `[..., 10]` -> `[...]`."""
+
+  def score(row: np.ndarray) -> float:
+    found = row.astype(int).tolist()
+    # compute_bleu does not smooth by default, but corpus_bleu does.
+    return BLEU.compute_bleu(
+      found[:4], found[4:8], found[8], found[9], smooth_method="exp"
+    ).score
+
+  return np.apply_along_axis(score, -1, counts)
+
+
+# Tables show metrics in this order. Validation during training sums `nll`,
+# `tokens`, `mean_nll`, `emotion_correct` and `examples` on the devices, under
+# these names, and finishes them with the same functions.
+METRICS: dict[str, Metric] = {
+  "emotion_accuracy": Metric(
+    "accuracy",
+    4,
+    ("emotion", "predicted_emotion"),
+    {"emotion_correct": lambda x: x["emotion"] == x["predicted_emotion"]},
+    lambda t: t["emotion_correct"] / t["examples"],
+    rank=2,
+    null=True,
+  ),
+  # The published protocol: every example counts alike, however long.
+  "perplexity_per_example": Metric(
+    "perplexity, per example",
+    2,
+    ("nll", "tokens"),
+    {"mean_nll": lambda line: line["nll"] / line["tokens"]},
+    lambda t: np.exp(t["mean_nll"] / t["examples"]),
+    rank=1,
+  ),
+  "perplexity": Metric(
+    "perplexity",
+    2,
+    ("nll", "tokens"),
+    {"nll": itemgetter("nll"), "tokens": itemgetter("tokens")},
+    lambda t: np.exp(t["nll"] / t["tokens"]),
+    rank=0,
+  ),
+  "distinct_1": _ngram_metric("Distinct", 1, _distinct),
+  "distinct_2": _ngram_metric("Distinct", 2, _distinct),
+  "ead_1": _ngram_metric("EAD", 1, _expectation_adjusted),
+  "ead_2": _ngram_metric("EAD", 2, _expectation_adjusted),
+  "bleu": Metric(
+    "BLEU",
+    2,
+    ("reference",),
+    {"bleu": _bleu_counts},
+    lambda t: _bleu(t["bleu"]),
+  ),
+  "average_length": Metric(
+    "length",
+    1,
+    (),
+    {"words": lambda line: len(line["response"].split())},
+    lambda t: t["words"] / t["examples"],
+  ),
+}
+
+
+def ranked() -> list[tuple[str, Metric]]:
+  """Returns all metrics with their names, in the order of `metrics.json`."""
+  return sorted(METRICS.items(), key=lambda item: item[1].rank)
+
+
+class Contributions(NamedTuple):
+  """The parts of a corpus from which its metrics are computed.
+
+  Attributes:
+    metrics: The metrics whose fields no line lacks, by name.
+    sums: By name, each line's share of a sum; `examples` is always there.
+    types: By name, each line's types.
+  """
+
+  metrics: dict[str, Metric]
+  sums: dict[str, list[Any]]
+  types: dict[str, list[Iterable[Hashable]]]
+
+
+def contributions(lines: Sequence[Line]) -> Contributions:
+  """Evaluates each line's part in every metric that the lines allow."""
+  metrics = {
+    name: metric
+    for name, metric in METRICS.items()
+    if all(line.get(key) is not None for line in lines for key in metric.needs)
+  }
+  # Chained by name, a sum that several metrics share is evaluated once.
+  sums = ChainMap(*(metric.sums for metric in metrics.values()))
+  types = ChainMap(*(metric.types for metric in metrics.values()))
+  shares = {name: list(map(share, lines)) for name, share in sums.items()}
+  return Contributions(
+    metrics,
+    {"examples": [1] * len(lines), **shares},
+    {name: list(map(items, lines)) for name, items in types.items()},
+  )
+
+
+def text_metrics(lines: Sequence[Line], vocab_size: int) -> dict[str, Any]:
   """Computes every metric that predictions allow.
 
   Args:
-    lines: What `predictions.jsonl` holds. `response` is required; `reference`,
-      the pair `nll` and `tokens`, and the pair `emotion` and
-      `predicted_emotion` add their metrics if every line has them.
+    lines: The lines of a `predictions.jsonl`. `response` is required; a metric
+      is computed if every line has the other fields that it needs.
     vocab_size: V of `ead_n`.
 
   Returns:
-    Names and values; perplexities use natural logarithms and count EOS.
+    Names and values, in the order of `metrics.json`.
   """
-
-  def have(*names: str) -> bool:
-    return all(line.get(name) is not None for line in lines for name in names)
-
-  responses = [line["response"] for line in lines]
+  metrics, sums, types = contributions(lines)
+  totals: dict[str, Any] = {"vocab_size": vocab_size}
+  totals |= {name: sum(shares) for name, shares in sums.items()}
+  totals |= {name: len(set().union(*found)) for name, found in types.items()}
   values: dict[str, Any] = {"examples": len(lines)}
-  if have("nll", "tokens"):
-    values["perplexity"] = math.exp(
-      sum(line["nll"] for line in lines) / sum(line["tokens"] for line in lines)
-    )
-    values["perplexity_per_example"] = math.exp(
-      sum(line["nll"] / line["tokens"] for line in lines) / len(lines)
-    )
-  values["emotion_accuracy"] = None
-  if have("emotion", "predicted_emotion"):
-    right = sum(line["emotion"] == line["predicted_emotion"] for line in lines)
-    values["emotion_accuracy"] = right / len(lines)
-  for n in (1, 2):
-    values[f"distinct_{n}"] = distinct_n(responses, n)
-  for n in (1, 2):
-    values[f"ead_{n}"] = ead_n(responses, n, vocab_size)
-  if have("reference"):
-    references = [line["reference"] for line in lines]
-    values["bleu"] = sacrebleu.corpus_bleu(
-      responses, [references], tokenize="none", force=True
-    ).score
-  values["average_length"] = sum(len(r.split()) for r in responses) / len(lines)
-  values["vocab_size"] = vocab_size
-  return values
+  for name, metric in ranked():
+    if name in metrics:
+      values[name] = float(metric.finish(totals))
+    elif metric.null:
+      values[name] = None
+  return {**values, "vocab_size": vocab_size}
+
+
+def shown(name: str, value: Any) -> str:
+  """Returns an entry of `metrics.json` as people read it.
+
+  >>> shown("bleu", 20.0), shown("examples", 1000), shown("bleu", None)
+  ('20.00', '1,000', '-')
+  """
+  if isinstance(value, float):
+    decimals = METRICS[name].decimals if name in METRICS else 2
+    return f"{value:,.{decimals}f}"
+  return "-" if value is None else f"{value:,}"

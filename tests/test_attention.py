@@ -75,7 +75,11 @@ def test_attention_is_the_models(responder: respond.Responder) -> None:
     attended.weights, expected.attention, rtol=1e-3, atol=1e-5
   )
   probs = reference.softmax(expected.emotion_logits)
-  np.testing.assert_allclose(attended.emotions, probs, rtol=1e-3, atol=1e-6)
+  assert attended.emotions is not None
+  assert tuple(attended.emotions) == system.emotions
+  np.testing.assert_allclose(
+    list(attended.emotions.values()), probs, rtol=1e-3, atol=1e-6
+  )
 
 
 def test_it_draws_both_files(

@@ -1,5 +1,6 @@
-"""A picture of what each word of a reply attends to (the paper's Table 4)."""
+"""A picture of the attention of a response (the paper's Table 4)."""
 
+import heapq
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,16 +23,16 @@ _CELL = 0.28  # Inches.
 
 
 class Attended(NamedTuple):
-  """A reply and where its words looked.
+  """A response and its attention to the contexts.
 
   Attributes:
-    semantic: The dialogue context's tokens, CLS first.
-    emotional: The emotional context's tokens, LAB first; none if the system
-      does not read it.
-    reply: The reply's tokens, EOS last unless the reply was cut off.
-    weights: Of the decoder's last layer, the mean of its heads, over both
-      contexts; a row for each token of the reply.
-    emotions: The probability of every emotion by its label, or None.
+    semantic: The tokens of the dialogue context, CLS first.
+    emotional: The tokens of the emotional context, LAB first; none if the
+      system does not read it.
+    reply: The tokens of the response, EOS last unless it was cut off.
+    weights: The attention of the decoder's last layer, averaged over heads,
+      `[reply, semantic + emotional]`.
+    emotions: The probability of every emotion label, or None.
   """
 
   semantic: tuple[str, ...]
@@ -42,29 +43,31 @@ class Attended(NamedTuple):
 
 
 def attend(responder: Responder, context: Sequence[str]) -> Attended:
-  """Replies, then reads the reply with teacher forcing for its attention.
+  """Responds, then computes the response's attention with teacher forcing.
 
   Args:
-    responder: Who replies.
+    responder: The system that responds.
     context: The turns, the user's last.
 
   Returns:
-    The reply with its attention (eq. 11).
+    The response with its attention (eq. 11).
 
   Raises:
-    InputError: The context cannot be answered.
+    InputError: The system cannot respond to the context.
   """
   system = responder.system
   encoded = responder.encode(context)
   (response,) = responder.answer([encoded])
   reply = list(response.tokens)
+  # A response of the full length was cut off before its EOS.
   if len(reply) < system.config.eval.max_decode_steps:
     reply.append("EOS")
-  # A copied word that is not in the vocabulary was fed back as UNK.
-  ids = [system.vocabulary.ids.get(token, vocab.UNK) for token in reply]
   model = registry.create_model(
     system.config.model, len(system.vocabulary), len(system.emotions)
   )
+  # Decoding keeps no attention, hence a second pass. It must read the same
+  # tokens: a copied word outside the vocabulary was fed back as UNK.
+  ids = [system.vocabulary.ids.get(token, vocab.UNK) for token in reply]
   outputs: Any = model.apply(
     {"params": parallel.unreplicate(system.params)},
     Inputs(
@@ -77,6 +80,7 @@ def attend(responder: Responder, context: Sequence[str]) -> Attended:
   weights = np.asarray(outputs.attention[0])
   semantic = ("CLS", *encoded.words)
   emotional = ("LAB", *encoded.emotion_words)
+  # Without a column for them, the decoder attends to no emotional words.
   if weights.shape[1] == len(semantic):
     emotional = ()
   emotions = None
@@ -91,16 +95,17 @@ def draw(attended: Attended, stem: pathlib.Path) -> list[pathlib.Path]:
   """Draws the attention beside the perceived emotion.
 
   Args:
-    attended: The reply.
-    stem: The pictures' path without `.png` and `.svg`.
+    attended: The response and its attention.
+    stem: The path of the pictures without `.png` and `.svg`.
 
   Returns:
-    Both paths.
+    The two paths.
 
   Raises:
-    InputError: They cannot be written.
+    InputError: The pictures cannot be written.
   """
   figure = _figure(attended)
+  # Not `with_suffix`, which would cut a stem that holds a dot.
   paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
   with storage.errors(f"--image={stem}: cannot write", InputError):
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -112,9 +117,10 @@ def draw(attended: Attended, stem: pathlib.Path) -> list[pathlib.Path]:
 
 def _figure(attended: Attended) -> Figure:
   semantic, emotional, reply, weights, emotions = attended
-  widths = [_CELL * len(semantic)]
+  maps = [("dialogue context", semantic, weights[:, : len(semantic)])]
   if emotional:
-    widths.append(_CELL * len(emotional))
+    maps.append(("emotional context", emotional, weights[:, len(semantic) :]))
+  widths = [_CELL * len(words) for _, words, _ in maps]
   if emotions is not None:
     widths.append(2.0)
   size = sum(widths) + 2.5, _CELL * len(reply) + 2.2
@@ -122,26 +128,24 @@ def _figure(attended: Attended) -> Figure:
   (panels,) = figure.subplots(
     1, len(widths), width_ratios=widths, squeeze=False
   )
-  images = []
-  maps = [("dialogue context", semantic, weights[:, : len(semantic)])]
-  if emotional:
-    maps.append(("emotional context", emotional, weights[:, len(semantic) :]))
   for panel, (title, words, of_words) in zip(panels, maps, strict=False):
-    images.append(
-      panel.imshow(
-        of_words, vmin=0.0, vmax=weights.max(), cmap="Blues", aspect="auto"
-      )
+    # One scale for both contexts: the decoder attends to them together.
+    panel.imshow(
+      of_words, vmin=0.0, vmax=weights.max(), cmap="Blues", aspect="auto"
     )
     panel.set_title(title, fontsize="medium")
     panel.set_xticks(range(len(words)), words, rotation=90)
     panel.set_yticks([])
     for label, word in zip(panel.get_xticklabels(), words, strict=True):
-      if word in attended.emotional[1:]:
+      if word in emotional[1:]:
         label.set(color=_EMOTIONAL, fontweight="bold")
   panels[0].set_yticks(range(len(reply)), reply)
   panels[0].set_ylabel("reply")
   figure.colorbar(
-    images[0], ax=list(panels[: len(maps)]), label="attention", pad=0.01
+    panels[0].images[0],
+    ax=list(panels[: len(maps)]),
+    label="attention",
+    pad=0.01,
   )
   if emotions is not None:
     _draw_emotions(panels[-1], emotions)
@@ -150,11 +154,13 @@ def _figure(attended: Attended) -> Figure:
 
 def _draw_emotions(panel: Axes, emotions: dict[str, float]) -> None:
   """Draws the likeliest emotions as bars, the likeliest on top."""
-  likeliest = sorted(emotions, key=lambda label: -emotions[label])
-  likeliest = likeliest[:_EMOTIONS_SHOWN]
+  likeliest = heapq.nlargest(
+    _EMOTIONS_SHOWN, emotions, key=emotions.__getitem__
+  )
   bars = panel.barh(likeliest, [emotions[label] for label in likeliest])
   panel.bar_label(bars, fmt="{:.0%}", padding=2, fontsize="small")
   panel.invert_yaxis()
+  # Room for the percentages to the right of the bars.
   panel.set_xlim(0.0, 1.2 * max(emotions.values()))
   panel.set_xticks([])
   panel.set_title("perceived emotion", fontsize="medium")

@@ -1,15 +1,15 @@
-"""What `empdg checkpoints` tells of a run's checkpoints."""
+"""The list of a run's checkpoints that `empdg checkpoints` prints."""
 
 import dataclasses
 import json
 import pathlib
 from collections import defaultdict
-from typing import Any
 
 from etils import epath
 from rich.console import Console
 from rich.table import Table
 
+from empdg_jax.metrics import shown
 from empdg_jax.training import checkpoint, run_folder
 from empdg_jax.training.metric_writer import read_metrics
 
@@ -19,11 +19,11 @@ class Listed:
   """A checkpoint.
 
   Attributes:
-    step: The run's updates before it.
-    kind: `latest`, or `best` of its phase.
-    phase: Of training.
-    bytes: On the disk or in the bucket.
-    metrics: Of the validation at that step, empty if there was none.
+    step: The number of updates before it.
+    kind: `latest`, or `best` for the best of its phase.
+    phase: The training phase.
+    bytes: The size on the disk or in the bucket.
+    metrics: The metrics of the validation at that step, empty without one.
   """
 
   step: int
@@ -34,34 +34,35 @@ class Listed:
 
 
 def _size(path: epath.Path) -> int:
-  """Returns the bytes of a file, or of all files below a folder."""
+  """Returns the size in bytes of a file, or of all files below a folder."""
   if path.is_dir():
     return sum(map(_size, path.iterdir()))
   return path.stat().length
 
 
 def _validations(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
-  """Returns the metrics of each step's validation."""
+  """Returns the metrics of every validation by its step."""
   found: dict[int, dict[str, float]] = defaultdict(dict)
   for entry in read_metrics(workdir / "metrics.jsonl"):
-    if entry["name"].startswith("valid/"):
-      name = entry["name"].removeprefix("valid/")
+    source, _, name = entry["name"].partition("/")
+    if source == "valid":
       found[entry["step"]][name] = entry["value"]
   return found
 
 
 def list_checkpoints(workdir: pathlib.Path) -> list[Listed]:
-  """Returns a run's checkpoints, in the order of their steps.
+  """Returns a run's checkpoints in the order of their steps.
 
   Args:
     workdir: The run folder.
 
   Returns:
-    The checkpoints, the best one behind the latest of the same step.
+    The checkpoints, with the best one after the latest of the same step.
 
   Raises:
-    InputError: The folder holds no run.
+    InputError: The folder is not a run.
   """
+  # Only for its error; Orbax finds no checkpoint in any other folder.
   run_folder.read_config(workdir)
   checkpoints = checkpoint.Checkpoints(workdir)
   validations = _validations(workdir)
@@ -87,10 +88,11 @@ def print_checkpoints(
   Args:
     listed: The checkpoints.
     form: `"terminal"` or `"json"`.
-    console: Where to print.
+    console: The console to print on.
   """
   if form == "json":
-    values: list[dict[str, Any]] = [dataclasses.asdict(one) for one in listed]
+    values = [dataclasses.asdict(one) for one in listed]
+    # The console itself would wrap long lines.
     console.file.write(json.dumps(values, indent=2) + "\n")
     return
   table = Table(
@@ -98,17 +100,15 @@ def print_checkpoints(
   )
   for column in (table.columns[0], *table.columns[3:]):
     column.justify = "right"
-
-  def shown(one: Listed, name: str, form: str) -> str:
-    return format(one.metrics[name], form) if name in one.metrics else ""
-
   for one in listed:
     table.add_row(
       f"{one.step:,}",
       one.kind,
       one.phase,
       f"{one.bytes / 2**20:,.1f}",
-      shown(one, "perplexity", ".2f"),
-      shown(one, "emotion_accuracy", ".3f"),
+      *(
+        shown(name, one.metrics[name]) if name in one.metrics else ""
+        for name in ("perplexity", "emotion_accuracy")
+      ),
     )
   console.print(table)

@@ -1,4 +1,4 @@
-"""The paper's Tables 1 and 2 from run folders, with their uncertainty."""
+"""A comparison of evaluated runs: the paper's Tables 1 and 2, with tests."""
 
 import dataclasses
 import itertools
@@ -6,76 +6,58 @@ import json
 import pathlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from empdg_jax import metrics
 from empdg_jax.analysis import significance
-from empdg_jax.config import Config, InputError
+from empdg_jax.config import InputError
 from empdg_jax.data import text
 from empdg_jax.inference import export_files, predictions
 from empdg_jax.models import registry
 from empdg_jax.training import run_folder, train_state
 from empdg_jax.training.run_folder import Run
 
-# Metrics, their titles and decimals, in the order of the columns.
-COLUMNS = {
-  "emotion_accuracy": ("accuracy", 4),
-  "perplexity_per_example": ("perplexity, per example", 2),
-  "perplexity": ("perplexity", 2),
-  "distinct_1": ("Distinct-1", 2),
-  "distinct_2": ("Distinct-2", 2),
-  "ead_1": ("EAD-1", 2),
-  "ead_2": ("EAD-2", 2),
-  "bleu": ("BLEU", 2),
-  "average_length": ("length", 1),
-}
 _NEEDED = ("id", "emotion", "reference", "nll", "tokens")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Evaluation:
+class _Evaluation(NamedTuple):
   """A run folder's predictions on a split."""
 
   run: Run
   lines: list[dict[str, Any]]
 
-  @property
-  def where(self) -> str:
-    """The run folder, for messages."""
-    return str(self.run.workdir)
-
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """A metric of a system.
+  """A system's figure for one metric.
 
   Attributes:
-    value: On the split; the mean if the system has several runs.
-    low: The lower end of the 95% interval, of a single run.
-    high: Its upper end.
-    deviation: The standard deviation of several runs.
-    paper: What the paper printed.
+    value: The metric on the split, or the mean over several runs.
+    low: The lower end of the 95% interval, for a single run.
+    high: The upper end.
+    deviation: The standard deviation over several runs.
+    paper: The figure that the paper reports.
   """
 
   value: float
-  low: float | None
-  high: float | None
-  deviation: float | None
-  paper: float | None
+  low: float | None = None
+  high: float | None = None
+  deviation: float | None = None
+  paper: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A system: one run, or several that differ by their seed alone.
+  """A system: one run, or several that differ only in their seed.
 
   Attributes:
-    name: `config.model.name`.
-    title: In tables.
+    name: The value of `config.model.name`.
+    title: The system's name in tables.
     runs: The run folders.
-    parameters: Of the generator.
-    figures: By metric; None where the system has no such metric.
+    parameters: The generator's number of parameters.
+    figures: The figures by metric; None where the system lacks the metric.
   """
 
   name: str
@@ -90,11 +72,11 @@ class Test:
   """A paired test of two systems on one metric.
 
   Attributes:
-    metric: The metric.
-    systems: The two rows' titles.
-    difference: The first one's figure minus the second one's.
-    p_value: Of the paired bootstrap.
-    p_corrected: Corrected for the number of pairs (Holm).
+    metric: The metric's name.
+    systems: The titles of the two rows.
+    difference: The first system's figure minus the second's.
+    p_value: The p-value of the paired bootstrap.
+    p_corrected: The p-value corrected for the number of pairs (Holm).
   """
 
   metric: str
@@ -110,11 +92,11 @@ class Comparison:
 
   Attributes:
     split: The split.
-    examples: How many examples it has.
-    dialogues: In how many dialogues.
+    examples: The number of examples.
+    dialogues: The number of dialogues that they come from.
     rows: The systems.
-    tests: Every pair of them, metric by metric.
-    cases: Replies side by side.
+    tests: The test of every pair of systems, metric by metric.
+    cases: Some examples with every system's response.
   """
 
   split: str
@@ -129,7 +111,8 @@ def _read(workdir: pathlib.Path, split: str) -> _Evaluation:
   """Reads a run's evaluation.
 
   Raises:
-    InputError: The folder is no run's, or has no whole evaluation of the split.
+    InputError: The folder is not a run, or lacks a complete evaluation of the
+      split.
   """
   if run_folder.is_export(workdir):
     run, flag = export_files.read_run(workdir), "--bundle"
@@ -156,6 +139,7 @@ def _read(workdir: pathlib.Path, split: str) -> _Evaluation:
     for name in _NEEDED:
       if line.get(name) is None:
         raise InputError(f"{path}:{number}: no {name!r}; run {again} again")
+    # The Transformer predicts none, and other programs may omit the null.
     line.setdefault("predicted_emotion", None)
   if values.get("split") != split:
     raise InputError(
@@ -165,64 +149,60 @@ def _read(workdir: pathlib.Path, split: str) -> _Evaluation:
 
 
 def _check_comparable(evaluations: Sequence[_Evaluation]) -> None:
-  """Raises InputError unless all answered the same examples."""
-  first = evaluations[0]
-  for other in evaluations[1:]:
+  """Raises InputError unless all runs responded to the same examples."""
+  first, *others = evaluations
+  for other in others:
+    pair = f"{first.run.workdir} and {other.run.workdir}"
     sets = [e.run.config.data.example_set for e in (first, other)]
     if sets[0] != sets[1]:
       raise InputError(
-        f"{first.where} and {other.where} have different example sets, "
-        f"{sets[0]!r} and {sets[1]!r}"
+        f"{pair} have different example sets, {sets[0]!r} and {sets[1]!r}"
       )
     if first.run.vocabulary != other.run.vocabulary:
       raise InputError(
-        f"{first.where} and {other.where} have different vocabularies, of "
+        f"{pair} have different vocabularies, of "
         f"{len(first.run.vocabulary):,} and {len(other.run.vocabulary):,} "
         "tokens, and so different perplexities; train both with the same "
         "config.data"
       )
     for one, two in itertools.zip_longest(first.lines, other.lines):
-      same = (
-        one
-        and two
-        and all(
-          one[name] == two[name] for name in ("id", "reference", "tokens")
-        )
-      )
-      if not same:
+      if not (one and two) or any(
+        one[name] != two[name] for name in ("id", "reference", "tokens")
+      ):
         raise InputError(
-          f"{first.where} and {other.where} answered different examples, from "
-          f"{(one or two)['id']!r} on"
+          f"{pair} answered different examples, from {(one or two)['id']!r} on"
         )
-
-
-def _system_key(config: Config) -> str:
-  """Returns what runs of one system share: all but the seed."""
-  train = dataclasses.replace(
-    config.train,
-    seed=0,
-    mle_checkpoint="",
-    profile_steps="",
-    keep_checkpoints=1,
-  )
-  return repr(dataclasses.replace(config, train=train))
 
 
 def _groups(evaluations: Sequence[_Evaluation]) -> list[list[_Evaluation]]:
-  """Puts runs of one system together, each seed once in a group."""
+  """Groups the runs by system, in the order of the tables' columns."""
   groups: dict[tuple[str, int], list[_Evaluation]] = {}
   seen: Counter[tuple[str, int]] = Counter()
   for evaluation in evaluations:
     config = evaluation.run.config
-    key = _system_key(config)
-    seed = config.train.seed
-    groups.setdefault((key, seen[key, seed]), []).append(evaluation)
-    seen[key, seed] += 1
-  return list(groups.values())
+    # Runs of one system may differ in their seed, in the path of the checkpoint
+    # that phase 3 started from, and in fields that do not affect the training.
+    train = dataclasses.replace(
+      config.train,
+      seed=0,
+      mle_checkpoint="",
+      profile_steps="",
+      keep_checkpoints=1,
+    )
+    key = repr(dataclasses.replace(config, train=train))
+    # A second run with the same seed, say another checkpoint of it, is no
+    # independent sample; it starts a group of its own.
+    copy = seen[key, config.train.seed]
+    groups.setdefault((key, copy), []).append(evaluation)
+    seen[key, config.train.seed] += 1
+  order = list(registry.SYSTEMS)
+  return sorted(
+    groups.values(), key=lambda g: order.index(g[0].run.config.model.name)
+  )
 
 
 def _titles(groups: Sequence[Sequence[_Evaluation]]) -> list[str]:
-  """Returns a title for each system, with its folder where two are alike."""
+  """Returns the systems' titles, with the folder where two are alike."""
   names = [group[0].run.config.model.name for group in groups]
   return [
     registry.SYSTEMS[name].title
@@ -234,42 +214,38 @@ def _titles(groups: Sequence[Sequence[_Evaluation]]) -> list[str]:
 def compare(
   workdirs: Sequence[pathlib.Path], split: str, cases: int = 0
 ) -> Comparison:
-  """Compares runs on a split that all have been evaluated on.
+  """Compares runs that were all evaluated on a split.
 
   Args:
-    workdirs: The run folders or exports; those that differ by their seed alone
-      are one system. Several of one run, of other checkpoints, are several.
+    workdirs: The run folders or exports. Runs that differ only in their seed
+      form one system; several checkpoints of one run are separate systems.
     split: The split.
-    cases: How many examples to show side by side.
+    cases: The number of examples to show side by side.
 
   Returns:
     Figures with intervals over dialogues, and tests.
 
   Raises:
-    InputError: A folder has no whole evaluation of the split, or they are of
-      different examples or vocabularies.
+    InputError: A folder lacks a complete evaluation of the split, or the
+      evaluations have different examples or vocabularies.
   """
   evaluations = [_read(workdir, split) for workdir in workdirs]
   _check_comparable(evaluations)
-  order = list(registry.SYSTEMS)
-  groups = sorted(
-    _groups(evaluations),
-    key=lambda g: order.index(g[0].run.config.model.name),
-  )
+  groups = _groups(evaluations)
+  titles = _titles(groups)
   lines = evaluations[0].lines
   dialogues = int(significance.dialogues_of(lines).max()) + 1
+  # All systems share the replicates; the tests are paired.
   counts = significance.draw(dialogues)
-  titles = _titles(groups)
-  rows, replicates = [], []
-  for title, group in zip(titles, groups, strict=True):
-    row, of_row = _row(title, group, counts)
-    rows.append(row)
-    replicates.append(of_row)
+  rows, replicates = zip(
+    *(_row(t, g, counts) for t, g in zip(titles, groups, strict=True)),
+    strict=True,
+  )
   return Comparison(
     split,
     len(lines),
     dialogues,
-    rows,
+    list(rows),
     _tests(rows, replicates),
     _cases(titles, groups, cases),
   )
@@ -278,35 +254,42 @@ def compare(
 def _row(
   title: str, group: Sequence[_Evaluation], counts: np.ndarray
 ) -> tuple[Row, dict[str, np.ndarray]]:
-  """Returns a system's figures, and the same on every replicate."""
-  vocab_size = len(group[0].run.vocabulary)
-  name = group[0].run.config.model.name
+  """Returns a system's figures, and its metrics on every replicate."""
+  run = group[0].run
+  vocab_size = len(run.vocabulary)
   values = [metrics.text_metrics(e.lines, vocab_size) for e in group]
   of_runs = [
     significance.replicate(significance.summarize(e.lines, vocab_size), counts)
     for e in group
   ]
-  figures: dict[str, Figure | None] = {}
+  figures: dict[str, Figure | None] = dict.fromkeys(metrics.METRICS)
   replicates = {}
-  for metric in COLUMNS:
-    if metric not in of_runs[0]:
-      figures[metric] = None
+  for metric in figures:
+    if not all(metric in of_run for of_run in of_runs):
       continue
     replicates[metric] = np.mean([r[metric] for r in of_runs], axis=0)
     of_metric = [v[metric] for v in values]
-    value = float(np.mean(of_metric))
-    low = high = deviation = None
+    figure = Figure(
+      float(np.mean(of_metric)),
+      paper=registry.find_system(run.config.model).paper.get(metric),
+    )
     if len(group) == 1:
-      low, high = significance.interval(value, replicates[metric])
+      low, high = significance.interval(figure.value, replicates[metric])
+      figure = dataclasses.replace(figure, low=low, high=high)
     else:
+      # A few seeds say more than dialogues do, so they replace the interval.
       deviation = float(np.std(of_metric, ddof=1))
-    paper = registry.SYSTEMS[name].paper.get(metric)
-    figures[metric] = Figure(value, low, high, deviation, paper)
-  runs = tuple(e.where for e in group)
-  run = group[0].run
+      figure = dataclasses.replace(figure, deviation=deviation)
+    figures[metric] = figure
   model = registry.create_model(run.config.model, vocab_size, len(run.emotions))
-  parameters = train_state.count_parameters(model)
-  return Row(name, title, runs, parameters, figures), replicates
+  row = Row(
+    run.config.model.name,
+    title,
+    tuple(str(e.run.workdir) for e in group),
+    train_state.count_parameters(model),
+    figures,
+  )
+  return row, replicates
 
 
 def _tests(
@@ -314,56 +297,47 @@ def _tests(
 ) -> list[Test]:
   """Tests every pair of systems, each metric's pairs as one family."""
   tests = []
-  for metric in COLUMNS:
-    pairs, differences, p_values = [], [], []
-    for i, j in itertools.combinations(range(len(rows)), 2):
-      one, two = rows[i].figures[metric], rows[j].figures[metric]
-      if one is not None and two is not None:
-        pairs.append((rows[i].title, rows[j].title))
-        differences.append(one.value - two.value)
-        p_values.append(
-          significance.paired_p_value(
-            one.value - two.value, replicates[i][metric] - replicates[j][metric]
-          )
+  for metric in metrics.METRICS:
+    family = []
+    systems = zip(rows, replicates, strict=True)
+    for (one, drawn), (two, drawn_two) in itertools.combinations(systems, 2):
+      first, second = one.figures[metric], two.figures[metric]
+      if first and second:
+        difference = first.value - second.value
+        p_value = significance.paired_p_value(
+          difference, drawn[metric] - drawn_two[metric]
         )
-    if pairs:
-      corrected = significance.holm(p_values)
-      tests += map(
-        Test,
-        itertools.repeat(metric),
-        pairs,
-        differences,
-        p_values,
-        corrected,
-      )
+        family.append(((one.title, two.title), difference, p_value))
+    corrected = significance.holm([p_value for *_, p_value in family])
+    for test, p_corrected in zip(family, corrected, strict=True):
+      tests.append(Test(metric, *test, p_corrected))
   return tests
 
 
 def _cases(
   titles: Sequence[str], groups: Sequence[Sequence[_Evaluation]], count: int
 ) -> list[dict[str, Any]]:
-  """Returns the replies to some examples, each of another emotion."""
+  """Returns every system's response to some examples of different emotions."""
+  # A system with several seeds is shown by its first.
+  of_system = {t: g[0].lines for t, g in zip(titles, groups, strict=True)}
   lines = groups[0][0].lines
 
   def readable(tokens: str) -> str:
     return text.join_tokens(tokens.split())
 
-  cases = []
-  for index in predictions.of_other_emotions(lines, count):
-    line = lines[index]
-    cases.append(
-      {
-        "id": line["id"],
-        "emotion": line["emotion"],
-        "context": [readable(turn) for turn in line["context"]],
-        "reference": readable(line["reference"]),
-        "responses": {
-          title: {
-            "response": readable(group[0].lines[index]["response"]),
-            "emotion": group[0].lines[index]["predicted_emotion"],
-          }
-          for title, group in zip(titles, groups, strict=True)
-        },
-      }
-    )
-  return cases
+  return [
+    {
+      "id": lines[index]["id"],
+      "emotion": lines[index]["emotion"],
+      "context": [readable(turn) for turn in lines[index]["context"]],
+      "reference": readable(lines[index]["reference"]),
+      "responses": {
+        title: {
+          "response": readable(own[index]["response"]),
+          "emotion": own[index]["predicted_emotion"],
+        }
+        for title, own in of_system.items()
+      },
+    }
+    for index in predictions.of_other_emotions(lines, count)
+  ]

@@ -1,6 +1,8 @@
-"""What `empdg prepare` prints about a dataset."""
+"""The report on a dataset that `empdg prepare` prints."""
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from rich.console import Console
@@ -19,37 +21,37 @@ def padding_waste(
   batch_size: int,
   seed: int,
 ) -> dict[Shape, tuple[int, float, float]]:
-  """Measures one training epoch's padding.
+  """Measures the padding in one epoch of training.
 
   Args:
     encoded: The examples.
     shapes: The padded lengths.
-    batch_size: Examples in a batch.
-    seed: Of the order.
+    batch_size: The number of examples in a batch.
+    seed: The seed of the order.
 
   Returns:
     By shape, the number of batches and the shares of padding among context
     and among target tokens; under `Shape(0, 0, 0)` those of the whole epoch.
   """
   plan = BatchPlan(encoded, shapes, batch_size)
-  real: Counter[tuple[Shape, str]] = Counter()
-  batches: Counter[Shape] = Counter()
   total = Shape(0, 0, 0)
-  padded: Counter[tuple[Shape, str]] = Counter()
+  # Batches, then real and padded tokens of contexts and of targets.
+  sums = {shape: np.zeros(5, int) for shape in (*shapes, total)}
   for shape, index in plan.shuffled_epoch(seed, 0):
-    for key in (shape, total):
-      batches[key] += 1
-      real[key, "context"] += sum(len(encoded[i].context) for i in index)
-      real[key, "target"] += sum(len(encoded[i].target) for i in index)
-      padded[key, "context"] += batch_size * shape.context
-      padded[key, "target"] += batch_size * shape.target
+    # The filling rows of a last batch are padding, too: all rows count.
+    sizes = [
+      1,
+      sum(len(encoded[i].context) for i in index),
+      batch_size * shape.context,
+      sum(len(encoded[i].target) for i in index),
+      batch_size * shape.target,
+    ]
+    sums[shape] += sizes
+    sums[total] += sizes
   return {
-    shape: (
-      batches[shape],
-      1 - real[shape, "context"] / padded[shape, "context"],
-      1 - real[shape, "target"] / padded[shape, "target"],
-    )
-    for shape in (*(s for s in shapes if s in batches), total)
+    shape: (int(batches), 1 - context / padded, 1 - target / padded_target)
+    for shape, (batches, context, padded, target, padded_target) in sums.items()
+    if batches
   }
 
 
@@ -61,41 +63,63 @@ def _split_table(
   for column in table.columns[1:]:
     column.justify = "right"
 
-  def row(name: str, values: list[str]) -> None:
-    table.add_row(name, *values)
+  def row(name: str, cell: Callable[[str], str]) -> None:
+    table.add_row(name, *map(cell, splits))
 
-  def mean(split: str, part: str) -> float:
-    return float(np.mean([len(getattr(e, part)) for e in encoded[split]]))
+  def mean(part: str, split: str) -> str:
+    # Every part has one special token: CLS, LAB or EOS.
+    lengths = [len(getattr(e, part)) - 1 for e in encoded[split]]
+    return f"{np.mean(lengths):.1f}"
 
-  def unknown(split: str) -> float:
+  def unknown(split: str) -> str:
     ids = [i for e in encoded[split] for i in (*e.context[1:], *e.target[:-1])]
-    return ids.count(UNK) / len(ids)
+    return f"{ids.count(UNK) / len(ids):.2%}"
 
-  def cut(split: str, part: int) -> int:
-    return sum(e.cut[part] for e in encoded[split])
+  def cut(part: int, split: str) -> str:
+    return f"{sum(e.cut[part] for e in encoded[split]):,}"
 
-  row("conversations", [f"{dataset.conversations[s]:,}" for s in splits])
-  row("utterances", [f"{dataset.utterances[s]:,}" for s in splits])
-  row("examples", [f"{len(dataset.examples[s]):,}" for s in splits])
-  for name, part in (
-    ("context tokens, mean", "context"),
-    ("emotional words, mean", "emotion_context"),
-    ("target tokens, mean", "target"),
-  ):
-    row(name, [f"{mean(s, part) - 1:.1f}" for s in splits])
-  row("unknown tokens (UNK)", [f"{unknown(s):.2%}" for s in splits])
+  row("conversations", lambda split: f"{dataset.conversations[split]:,}")
+  row("utterances", lambda split: f"{dataset.utterances[split]:,}")
+  row("examples", lambda split: f"{len(dataset.examples[split]):,}")
+  row("context tokens, mean", partial(mean, "context"))
+  row("emotional words, mean", partial(mean, "emotion_context"))
+  row("target tokens, mean", partial(mean, "target"))
+  row("unknown tokens (UNK)", unknown)
   for part, name in enumerate(("context", "emotional", "target", "feedback")):
-    row(f"{name} tokens cut", [f"{cut(s, part):,}" for s in splits])
+    row(f"{name} tokens cut", partial(cut, part))
+  return table
+
+
+def _padding_table(
+  waste: dict[Shape, tuple[int, float, float]], batch_size: int
+) -> Table:
+  table = Table(
+    "context", "emotional", "target", "batches", "context padding",
+    "target padding",
+    title=f"Padded lengths, an epoch in batches of {batch_size}",
+  )  # fmt: skip
+  for column in table.columns:
+    column.justify = "right"
+  *rows, (_, (all_batches, all_context, all_target)) = waste.items()
+  for (*lengths, _), (batches, context, target) in rows:
+    # Without the feedback's length, which is the same for all shapes.
+    table.add_row(
+      *map(str, lengths), f"{batches:,}", f"{context:.0%}", f"{target:.0%}"
+    )
+  table.add_section()
+  table.add_row(
+    "", "", "all", f"{all_batches:,}", f"{all_context:.1%}", f"{all_target:.1%}"
+  )
   return table
 
 
 def print_report(dataset: Dataset, config: Config, console: Console) -> None:
-  """Prints counts, lengths, balance, coverage, cuts and padding.
+  """Prints counts, lengths, balance, coverage, truncation and padding.
 
   Args:
     dataset: The prepared dataset.
-    config: What it was prepared with.
-    console: Where to print.
+    config: The configuration that it was prepared with.
+    console: The console to print on.
   """
   splits, emotions = dataset.corpus.splits, dataset.corpus.emotions
   encoded = {split: dataset.encoded(split) for split in splits}
@@ -130,23 +154,4 @@ def print_report(dataset: Dataset, config: Config, console: Console) -> None:
   waste = padding_waste(
     encoded["train"], dataset.shapes, batch_size, config.train.seed
   )
-  table = Table(
-    "context", "emotional", "target", "batches", "context padding",
-    "target padding",
-    title=f"Padded lengths, an epoch in batches of {batch_size}",
-  )  # fmt: skip
-  for column in table.columns:
-    column.justify = "right"
-  *rows, (_, overall) = waste.items()
-  for shape, (batches, context, target) in rows:
-    table.add_row(
-      *(str(n) for n in shape),
-      f"{batches:,}",
-      f"{context:.0%}",
-      f"{target:.0%}",
-    )
-  table.add_section()
-  table.add_row(
-    "", "", "all", f"{overall[0]:,}", f"{overall[1]:.1%}", f"{overall[2]:.1%}"
-  )
-  console.print(table)
+  console.print(_padding_table(waste, batch_size))

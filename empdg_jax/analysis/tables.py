@@ -1,4 +1,4 @@
-"""How a comparison of systems is printed: tables in five formats."""
+"""Tables of a comparison of systems, in five formats."""
 
 import csv
 import dataclasses
@@ -9,17 +9,19 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from tabulate import tabulate
 
-from empdg_jax.analysis.compare import COLUMNS, Comparison, Figure, Row, Test
+from empdg_jax.analysis.compare import Comparison, Figure, Row, Test
+from empdg_jax.metrics import METRICS
 from empdg_jax.models import registry
 
 FORMATS = ("terminal", "markdown", "csv", "json", "latex")
-_TERMINAL_COLUMNS = 4  # Of figures in a table.
+_TERMINAL_COLUMNS = 4  # Columns of figures in a table.
 _TESTS = "Paired tests: difference (p after Holm's correction)"
 
 
 def _cell(figure: Figure | None, decimals: int) -> str:
-  """Returns `value [low, high] (paper)` or `value +- deviation (paper)`."""
+  """Returns `value [low, high] (paper)` or `value ± deviation (paper)`."""
   if figure is None:
     return "-"
 
@@ -37,7 +39,7 @@ def _cell(figure: Figure | None, decimals: int) -> str:
 
 
 def _members(rows: Sequence[Row]) -> dict[str, list[Row]]:
-  """Returns each table's systems, without what another table shows as well."""
+  """Returns each table's systems, without tables that another one covers."""
   present = {
     title: [row for row in rows if title in registry.SYSTEMS[row.name].tables]
     for title in dict.fromkeys(
@@ -46,12 +48,14 @@ def _members(rows: Sequence[Row]) -> dict[str, list[Row]]:
   }
   members: dict[str, list[Row]] = {}
   for title, own in present.items():
-    in_another = any(
+    # Of two tables with the same systems the first is kept; otherwise the
+    # larger one, wherever it stands.
+    covered = any(
       all(row in other for row in own)
       for t, other in present.items()
       if t in members or (t != title and len(other) > len(own))
     )
-    if not in_another:
+    if not covered:
       members[title] = own
   return members
 
@@ -61,10 +65,9 @@ def _tables(comparison: Comparison) -> dict[str, list[list[str]]]:
   tables = {}
   for title, rows in _members(comparison.rows).items():
     cells = [["", *(row.title for row in rows)]]
-    cells += [
-      [name, *(_cell(row.figures[metric], decimals) for row in rows)]
-      for metric, (name, decimals) in COLUMNS.items()
-    ]
+    for name, metric in METRICS.items():
+      figures = (_cell(row.figures[name], metric.decimals) for row in rows)
+      cells.append([metric.title, *figures])
     cells.append(["parameters", *(f"{row.parameters:,}" for row in rows)])
     if any(len(row.runs) > 1 for row in rows):
       cells.append(["seeds", *(str(len(row.runs)) for row in rows)])
@@ -76,20 +79,14 @@ def _tables(comparison: Comparison) -> dict[str, list[list[str]]]:
 
 def _tests_table(tests: Sequence[Test]) -> list[list[str]]:
   """Returns a row for each pair of systems, metrics in columns."""
-  pairs = list(dict.fromkeys(test.systems for test in tests))
-  found = {(test.systems, test.metric): test for test in tests}
-  cells = [["", *(name for name, _ in COLUMNS.values())]]
-  for pair in pairs:
-    row = [" - ".join(pair)]
-    for metric, (_, decimals) in COLUMNS.items():
-      test = found.get((pair, metric))
-      row.append(
-        f"{test.difference:+.{decimals}f} ({test.p_corrected:.3f})"
-        if test
-        else "-"
-      )
-    cells.append(row)
-  return cells
+  rows = {test.systems: dict.fromkeys(METRICS, "-") for test in tests}
+  for test in tests:
+    difference = f"{test.difference:+.{METRICS[test.metric].decimals}f}"
+    rows[test.systems][test.metric] = f"{difference} ({test.p_corrected:.3f})"
+  return [
+    ["", *(metric.title for metric in METRICS.values())],
+    *([" - ".join(pair), *row.values()] for pair, row in rows.items()),
+  ]
 
 
 def _caption(comparison: Comparison) -> str:
@@ -103,30 +100,31 @@ def _caption(comparison: Comparison) -> str:
 
 def _as_csv(comparison: Comparison) -> str:
   file = io.StringIO()
+  fields = [field.name for field in dataclasses.fields(Figure)]
   writer = csv.writer(file, lineterminator="\n")
-  writer.writerow(
-    ("system", "runs", "parameters", "metric", *_field_names(Figure))
-  )
+  writer.writerow(("system", "runs", "parameters", "metric", *fields))
   for row in comparison.rows:
     for metric, figure in row.figures.items():
-      values = dataclasses.astuple(figure) if figure else ("",) * 5
+      values = dataclasses.astuple(figure) if figure else ("",) * len(fields)
       writer.writerow(
         (row.title, len(row.runs), row.parameters, metric, *values)
       )
   return file.getvalue()
 
 
-def _field_names(kind: Any) -> list[str]:
-  return [field.name for field in dataclasses.fields(kind)]
+def _tabulated(cells: list[list[str]], form: str) -> str:
+  """Returns a table in one of tabulate's formats, figures to the right."""
+  align = ("left", *["right"] * (len(cells[0]) - 1))
+  # Parsed as numbers, cells would lose their last zeros and their sign.
+  return tabulate(
+    cells[1:], cells[0], form, colalign=align, disable_numparse=True
+  )
 
 
 def _as_markdown(comparison: Comparison) -> str:
   parts = []
-  for title, (header, *body) in _tables(comparison).items():
-    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
-    parts.append(f"**{title}**\n")
-    parts += [f"| {' | '.join(row)} |" for row in rows]
-    parts.append("")
+  for title, cells in _tables(comparison).items():
+    parts += [f"**{title}**", "", _tabulated(cells, "pipe"), ""]
   parts.append(_caption(comparison))
   for case in comparison.cases:
     parts += ["", *(f"- {name}: {said}" for name, said in _said(case))]
@@ -134,40 +132,33 @@ def _as_markdown(comparison: Comparison) -> str:
 
 
 def _as_latex(comparison: Comparison) -> str:
-  """Returns tables for LaTeX with the package booktabs."""
-  parts = []
-  for title, (header, *body) in _tables(comparison).items():
-    parts += [
-      f"% {title}",
-      rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
-      r"\toprule",
-      " & ".join(header) + r" \\",
-      r"\midrule",
-      *(" & ".join(row).replace("±", r"$\pm$") + r" \\" for row in body),
-      r"\bottomrule",
-      r"\end{tabular}",
-      "",
-    ]
+  parts = [r"% The tables need \usepackage{booktabs}.", ""]
+  for title, cells in _tables(comparison).items():
+    table = _tabulated(cells, "latex_booktabs")
+    # After tabulate, which would escape the dollars. The character by itself
+    # needs an encoding that older LaTeX does not load.
+    parts += [f"% {title}", table.replace("±", r"$\pm$"), ""]
   parts.append("% " + _caption(comparison))
   return "\n".join(parts) + "\n"
 
 
 def _said(case: dict[str, Any]) -> list[tuple[str, str]]:
-  """Returns who says what in a case: the dialogue, the gold, the systems."""
+  """Returns a case's speakers and texts: dialogue, reference, responses."""
   said = [
     ("listener" if i % 2 else "speaker", turn)
     for i, turn in enumerate(case["context"])
   ]
   said.append((f"gold, {case['emotion']}", case["reference"]))
-  for title, reply in case["responses"].items():
-    emotion = f", {reply['emotion']}" if reply["emotion"] else ""
-    said.append((title + emotion, reply["response"]))
+  for title, own in case["responses"].items():
+    emotion = f", {own['emotion']}" if own["emotion"] else ""
+    said.append((title + emotion, own["response"]))
   return said
 
 
 def _print(comparison: Comparison, console: Console) -> None:
   for title, cells in _tables(comparison).items():
-    if title == _TESTS:  # There are many pairs; metrics go down the page.
+    # Pairs of systems may be many, so the tests' columns become rows here.
+    if title == _TESTS:
       cells = list(map(list, zip(*cells, strict=True)))
     for first in range(1, len(cells[0]), _TERMINAL_COLUMNS):
       header, *body = [
@@ -177,7 +168,7 @@ def _print(comparison: Comparison, console: Console) -> None:
       for name in header:
         table.add_column(name, justify="right" if name else "left")
       for row in body:
-        # Narrow: what belongs to a figure stands below it.
+        # The interval and the paper's figure go below, to keep columns narrow.
         table.add_row(
           *(c.replace(" [", "\n[").replace(" (", "\n(") for c in row)
         )
@@ -195,9 +186,9 @@ def print_comparison(
   """Prints a comparison.
 
   Args:
-    comparison: What `compare` returned.
+    comparison: The result of `compare`.
     form: One of `FORMATS`.
-    console: Where to print.
+    console: The console to print on.
   """
   if form == "terminal":
     _print(comparison, console)
@@ -208,5 +199,5 @@ def print_comparison(
     "latex": _as_latex,
     "json": lambda c: json.dumps(dataclasses.asdict(c), indent=2) + "\n",
   }[form](comparison)
-  # As it is: neither wrapped nor coloured.
+  # The console itself would wrap and colour it.
   console.file.write(written)

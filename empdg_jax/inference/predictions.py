@@ -1,4 +1,4 @@
-"""The files that an evaluation writes: written, read and shown."""
+"""Readers, writers and printers of the files of an evaluation."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from empdg_jax import storage
+from empdg_jax import metrics, storage
 from empdg_jax.config import InputError, SaveError
 from empdg_jax.data import text, vocab
 
@@ -20,24 +20,22 @@ def print_metrics(values: dict[str, Any], console: Console) -> None:
   table.add_column("value", justify="right")
   for name, value in values.items():
     if name not in ("model", "split", "source"):
-      form = "{:.4f}" if name == "emotion_accuracy" else "{:,.2f}"
-      if not isinstance(value, float):
-        form = "-" if value is None else "{:,}"
-      table.add_row(name, form.format(value))
+      table.add_row(name, metrics.shown(name, value))
   console.print(table)
 
 
 def of_other_emotions(lines: Sequence[dict[str, Any]], count: int) -> list[int]:
-  """Returns at most `count` lines' indices, each of another emotion."""
+  """Returns the indices of at most `count` lines of different emotions."""
   first: dict[str, int] = {}
   for index, line in enumerate(lines):
     first.setdefault(line["emotion"], index)
-  stride = max(1, len(first) // max(1, count))  # Neighbours may be alike.
+  # Neighbours in a split may come from similar dialogues, so take every nth.
+  stride = max(1, len(first) // max(1, count))
   return list(first.values())[::stride][:count]
 
 
 def print_samples(path: pathlib.Path, count: int, console: Console) -> None:
-  """Prints some replies of a `predictions.jsonl`, each to another emotion."""
+  """Prints some responses of a `predictions.jsonl`, to different emotions."""
   lines = read_predictions(path)
   for line in (lines[index] for index in of_other_emotions(lines, count)):
     user = text.join_tokens(line["context"][-1].split())
@@ -47,19 +45,22 @@ def print_samples(path: pathlib.Path, count: int, console: Console) -> None:
       f"[bold]{line['emotion']}[/bold]"
       + (f" (perceived {perceived})" if perceived else "")
     )
+    # Words in brackets are no markup.
     console.print(f"  user:  {user}", markup=False, highlight=False)
     console.print(f"  reply: {reply}", markup=False, highlight=False)
 
 
 def vocab_size_of(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> int:
-  """Returns V for predictions: of the run they lie in, else their own words.
+  """Returns the vocabulary size for predictions.
 
   Args:
-    path: The file; `RUN/eval/SPLIT/predictions.jsonl` lies in a run.
+    path: The path of the file. `RUN/eval/SPLIT/predictions.jsonl` belongs to a
+      run.
     lines: Its lines.
 
   Returns:
-    The size of the run's vocabulary, or the number of distinct tokens.
+    The size of the run's vocabulary or, outside a run, the number of distinct
+    tokens in the file.
   """
   folder = storage.absolute(path).parent.parent
   vocabulary = folder.parent / "vocab.txt"
@@ -67,15 +68,17 @@ def vocab_size_of(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> int:
     return len(vocab.load_vocabulary(vocabulary))
   texts = [line["response"] for line in lines]
   texts += [line["reference"] for line in lines if "reference" in line]
+  # EAD takes the logarithm of 1 - 1 / V.
   return max(2, len({token for line in texts for token in line.split()}))
 
 
 def check_writable(folder: pathlib.Path) -> None:
-  """Makes the folder, before there is anything to write to it.
+  """Creates the folder, and checks that files can be written there.
 
   Raises:
-    InputError: It cannot be written.
+    InputError: No file can be written.
   """
+  # Permissions alone do not tell: the disk may be full or mounted read-only.
   file = folder / ".writable"
   with storage.errors(f"{folder}: cannot write", InputError):
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,10 +91,10 @@ def write_evaluation(
   lines: Sequence[dict[str, Any]],
   values: dict[str, Any],
 ) -> None:
-  """Writes `predictions.jsonl`, then `metrics.json`, each whole or not at all.
+  """Writes `predictions.jsonl`, then `metrics.json`, each atomically.
 
   Raises:
-    SaveError: One could not be written.
+    SaveError: A file could not be written.
   """
   with storage.errors(f"{folder}: cannot write", SaveError):
     with storage.atomic_path(folder / "predictions.jsonl") as path:
@@ -116,7 +119,8 @@ def read_predictions(path: pathlib.Path) -> list[dict[str, Any]]:
   """Reads a `predictions.jsonl`.
 
   Raises:
-    InputError: Naming the line that is no JSON object with a `response`.
+    InputError: The file cannot be read or is empty, or a line is no valid
+      prediction; the message gives its number.
   """
   what = f"--predictions={path}: cannot read"
   with storage.errors(what, InputError):
@@ -132,6 +136,7 @@ def read_predictions(path: pathlib.Path) -> list[dict[str, Any]]:
     for name, kind in _PREDICTION_TYPES.items():
       value = line.get(name)
       wrong = value is not None and not isinstance(value, kind)
+      # Perplexity divides by the number of tokens.
       if wrong or (name == "tokens" and value == 0):
         raise InputError(f"{path}:{number}: {name!r} cannot be {value!r}")
     lines.append(line)

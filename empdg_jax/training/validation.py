@@ -3,9 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
-from empdg_jax import parallel
+from empdg_jax import metrics, parallel
 from empdg_jax.data.pipeline import Batch
 
 
@@ -19,16 +17,13 @@ def sum_metrics(values: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 def average_metrics(sums: dict[str, float]) -> dict[str, float]:
-  """Divides sums by their counts: loss, perplexities, accuracy if any."""
-  averages = {
-    "loss": sums["loss"] / sums["examples"],
-    "perplexity": float(np.exp(sums["nll"] / sums["tokens"])),
-    "perplexity_per_example": float(
-      np.exp(sums["mean_nll"] / sums["examples"])
-    ),
-  }
-  if "emotion_correct" in sums:
-    averages["emotion_accuracy"] = sums["emotion_correct"] / sums["examples"]
+  """Computes the loss, perplexities and any accuracy from a split's sums."""
+  averages = {"loss": sums["loss"] / sums["examples"]}
+  # The Transformer predicts no emotion, so it has no `emotion_correct`; metrics
+  # of the responses' words need sums that no step computes.
+  for name, metric in metrics.ranked():
+    if metric.sums.keys() <= sums.keys() and not metric.types:
+      averages[name] = float(metric.finish(sums))
   return averages
 
 
