@@ -1,4 +1,4 @@
-"""The default of every field; the other files state their differences."""
+"""The default configuration; the other files change some of its fields."""
 
 from empdg_jax.config import Config
 

@@ -1,4 +1,4 @@
-"""EmoPrepend-1 (Rashkin et al., 2019): the perceived emotion comes first.
+"""EmoPrepend-1 (Rashkin et al., 2019): the predicted emotion comes first.
 
 empdg train --config=configs/emoprepend.py --workdir=runs/emoprepend
 """

@@ -1,8 +1,8 @@
-"""EmpDG: the generator with both interactive discriminators, in three phases.
+"""EmpDG: a generator and two interactive discriminators, in three phases.
 
 empdg train --config=configs/empdg.py --workdir=runs/empdg
 
-It begins at phase 2 with the generator of another run, if one is given:
+To begin at phase 2 with the generator of another run, add
 --config.train.mle_checkpoint=runs/empdg_wo_d.
 """
 
@@ -13,8 +13,8 @@ def get_config() -> Config:
   """Returns the configuration."""
   config = Config()
   config.model.name = "empdg"
-  # The paper's values are the defaults. What worked best on the real dataset
-  # (Distinct-2 from 4.10 to 6.59, perplexity + 1%; see the README):
+  # The defaults are the paper's values. These worked best on the real dataset
+  # (Distinct-2 rose from 4.10 to 6.59, perplexity by 1%; see the README):
   # config.train.gradient_penalty_weight = 10.0
   # config.train.generator_signal = "expected"
   # config.train.generator_signal_weight = 0.02

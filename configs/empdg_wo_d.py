@@ -2,7 +2,7 @@
 
 empdg train --config=configs/empdg_wo_d.py --workdir=runs/empdg_wo_d
 
-The paper's numbers need its lexicon, vectors and vocabulary as well:
+The paper's numbers also need its lexicon, vectors and vocabulary:
 --config.data.lexicon=nrc_words.txt --config.data.vectors=glove.6B.300d.txt
 --config.data.vocab_scope=all.
 """

@@ -2,7 +2,7 @@
 
 empdg train --config=configs/empdg_wo_g.py --workdir=runs/empdg_wo_g
 
-It begins at phase 2 with the generator of another run, if one is given:
+To begin at phase 2 with the generator of another run, add
 --config.train.mle_checkpoint=runs/emoprepend.
 """
 

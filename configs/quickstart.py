@@ -1,4 +1,4 @@
-"""A small EmpDG on the embedded corpus, all three phases; minutes on a laptop.
+"""A small EmpDG on the embedded corpus: three phases in minutes on a laptop.
 
 empdg train --config=configs/quickstart.py --workdir=runs/quickstart
 """

@@ -1,4 +1,4 @@
-"""The Transformer of Vaswani et al. (2017), which perceives no emotion.
+"""The Transformer of Vaswani et al. (2017), which predicts no emotion.
 
 empdg train --config=configs/transformer.py --workdir=runs/transformer
 """

@@ -1,8 +1,9 @@
-"""What each sub-command does with its flags.
+"""The sub-commands, a function for each.
 
 `values` has an attribute for every flag that `main.py` defines. Each function
-returns the exit status, or raises InputError. It imports what it needs when it
-runs, so that `--help` and mistakes in flags answer at once.
+returns the exit status or raises InputError. Imports of JAX and TFDS, which
+take seconds, are inside the functions, so that `--help` and mistakes in flags
+show at once.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from empdg_jax.config import Config, InputError
 
 
 def _config(values: Any) -> Config:
-  """Returns the validated configuration that the flags give."""
+  """Returns the configuration of the flags, validated."""
   if values.config is None:
     raise InputError(
       "--config is missing; give a file such as --config=configs/quickstart.py"
@@ -34,19 +35,21 @@ def _workdir(values: Any) -> pathlib.Path:
 
 
 def _start_jax() -> None:
-  """Finds the devices; keeps compiled steps in the user's cache.
+  """Finds the devices, and keeps compiled steps in the user's cache.
 
   Raises:
-    InputError: There is no device of the platform asked for.
+    InputError: There is no device of the requested platform.
   """
   import jax
 
-  from empdg_jax import parallel
+  from empdg_jax.parallel import devices
 
-  parallel.check_devices()
+  devices.check_devices()
   if jax.config.values["jax_compilation_cache_dir"] is None:
     folder = storage.cache_dir() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
+  # By default JAX keeps only what took a second, which most steps of a small
+  # model do not.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -82,19 +85,19 @@ def prepare(values: Any) -> int:
 
 @contextlib.contextmanager
 def _joined_hosts(values: Any, *, preemptible: bool = False) -> Generator[None]:
-  """Joins the other hosts' processes, if the flags tell of any.
+  """Joins the processes of other hosts, if the flags name any.
 
-  What fails inside ends this process at once. See `parallel.initialize`.
+  A failure inside ends this process at once; see `hosts.initialize`.
   """
-  from empdg_jax import parallel
+  from empdg_jax.parallel import hosts
 
-  parallel.initialize(
+  hosts.initialize(
     values.coordinator_address or "",
     values.num_processes,
     values.process_id,
     preemptible=preemptible,
   )
-  with parallel.ending_together():
+  with hosts.ending_together():
     yield
 
 
@@ -116,7 +119,8 @@ def train(values: Any) -> int:
   return 0
 
 
-# Fields of a run's configuration that those who use it may change.
+# The fields that may change after training: none of them changes what the
+# parameters mean.
 OF_USERS = ("eval.", "data.source", "data.data_dir")
 
 
@@ -124,8 +128,8 @@ def _system_folder(values: Any) -> pathlib.Path:
   """Returns the folder of --workdir or --bundle.
 
   Raises:
-    InputError: Neither or both are given, or a field is changed that is the
-      run's own.
+    InputError: Neither or both are given, or a flag changes a field that is
+      fixed by training.
   """
   from empdg_jax.inference import export_files
   from empdg_jax.training import run_folder
@@ -153,22 +157,22 @@ def _system_folder(values: Any) -> pathlib.Path:
 
 
 def _load_system(values: Any) -> tuple[Any, pathlib.Path]:
-  """Loads the system of --workdir or --bundle; returns its folder as well."""
+  """Loads the system of --workdir or --bundle; also returns its folder."""
   if values.bundle and values.checkpoint:
     raise InputError(
       f"--checkpoint={values.checkpoint}: an export holds a single one"
     )
   _start_jax()
-  from empdg_jax import parallel
   from empdg_jax.inference.system import load_system
+  from empdg_jax.parallel import hosts
 
-  with parallel.refusing_together():
+  with hosts.refusing_together():
     folder = _system_folder(values)
   system = load_system(folder, values.config, values.checkpoint)
-  parallel.check_same(
-    lambda: config_lib.to_json(system.config), "configurations"
-  )
-  parallel.check_same(lambda: str(system.step), "checkpoints")
+  # Hosts with other flags, or on another checkpoint of a run that still trains,
+  # would gather figures of different systems.
+  hosts.check_same(lambda: config_lib.to_json(system.config), "configurations")
+  hosts.check_same(lambda: str(system.step), "checkpoints")
   return system, folder
 
 
@@ -203,15 +207,15 @@ def evaluate(values: Any) -> int:
     system, folder = _load_system(values)
     from rich.console import Console
 
-    from empdg_jax import parallel
     from empdg_jax.inference import evaluate, predictions
+    from empdg_jax.parallel import hosts
 
     folder = folder / "eval" / values.split
     if values.out:
       folder = storage.run_path(values.out, "out")
-    console = Console(quiet=not parallel.is_main_process())
+    console = Console(quiet=not hosts.is_main_process())
     metrics = evaluate.evaluate_split(system, values.split, folder, console)
-    if parallel.is_main_process():
+    if hosts.is_main_process():
       predictions.print_metrics(metrics, console)
       predictions.print_samples(
         folder / "predictions.jsonl", values.samples, console
@@ -266,14 +270,15 @@ def generate(values: Any) -> int:
 
   failed = total = 0
   batch_size = system.config.eval.batch_size
-  for answer in respond.generate(respond.Responder(system), lines, batch_size):
-    print(json.dumps(answer, ensure_ascii=False), flush=True)
+  responder = respond.Responder(system)
+  for response in respond.generate(responder, lines, batch_size):
+    print(json.dumps(response, ensure_ascii=False), flush=True)
     total += 1
-    failed += "error" in answer
+    failed += "error" in response
   if failed:
     raise InputError(
-      f"{failed} of {total} lines of {source!r} could not be answered; each "
-      "says why in its 'error' field"
+      f"{failed} of {total} lines of {source!r} have no response; the 'error' "
+      "field of each says why"
     )
   return 0
 
@@ -406,7 +411,7 @@ def compile_check(values: Any) -> int:
     raise InputError("--topology is missing; give a slice such as v5e:4x4")
   import jax
 
-  # The compiler needs no device; JAX would look for a TPU at length.
+  # The compiler needs no device, and looking for a TPU takes JAX a while.
   jax.config.update("jax_platforms", "cpu")
   from rich.console import Console
 
@@ -415,7 +420,7 @@ def compile_check(values: Any) -> int:
 
   _check_format(values, compile_report.FORMATS)
   slice_ = compile_check.describe_topology(values.topology)
-  # JAX would warn that its cache cannot hold a program of no device.
+  # Off, since JAX warns that its cache cannot hold programs without a device.
   jax.config.update("jax_enable_compilation_cache", False)
   size = values.vocab_size
   if size is None:

@@ -1,12 +1,12 @@
-"""Greedy and beam search, and sampling, over a callback and a cache.
+"""Greedy search, beam search and sampling over a callback and a cache.
 
-The callback `step(tokens, cache, index) -> (log_probs, cache)` takes the
-tokens `[rows]` chosen at the step before and gives log-probabilities
-`[rows, vocab]`; the cache is any pytree of arrays whose first axis is the rows.
+The callback `step(tokens, cache, index) -> (log_probs, cache)` takes the tokens
+`[rows]` chosen one step earlier and returns log-probabilities `[rows, vocab]`.
+The cache is any pytree of arrays whose first axis is the rows.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,15 @@ import jax.numpy as jnp
 from empdg_jax.rng import exponential
 
 Step = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
+# Below every sum of log-probabilities, also of tokens that a model makes
+# impossible with -1e9.
 _WORST = -1e18
 
 
 def argmax(x: jax.Array) -> jax.Array:
-  """Returns the first largest's index, `[..., vocab] -> [...]`.
-
-  By two plain reductions: XLA's CPU backend does not vectorise `jnp.argmax`.
-  """
+  """Returns the index of the first largest value, `[..., vocab] -> [...]`."""
+  # Two plain reductions: XLA's CPU backend vectorises them, but not the
+  # reduction over pairs of value and index that `jnp.argmax` becomes.
   size = x.shape[-1]
   largest = x == jnp.max(x, axis=-1, keepdims=True)
   return jnp.min(jnp.where(largest, jnp.arange(size), size), axis=-1)
@@ -34,14 +35,14 @@ def greedy_search(
 
   Args:
     step: The callback.
-    cache: Its first cache.
-    rows: How many sequences.
-    max_steps: Tokens a sequence, EOS included.
+    cache: The cache of the first step.
+    rows: The number of sequences.
+    max_steps: The most tokens in a sequence, EOS included.
     eos: The id that ends a sequence.
-    pad: The id that fills a sequence up behind its end.
+    pad: The id that fills a sequence after its end.
 
   Returns:
-    Sequences `[rows, max_steps]` and the last cache.
+    The sequences `[rows, max_steps]` and the last cache.
   """
 
   def unfinished(carry: tuple) -> jax.Array:
@@ -51,6 +52,7 @@ def greedy_search(
   def body(carry: tuple) -> tuple:
     index, tokens, sequences, ended, cache = carry
     log_probs, cache = step(tokens, cache, index)
+    # Ended rows run on until the last one ends; their tokens stay padding.
     tokens = jnp.where(ended, pad, argmax(log_probs))
     sequences = sequences.at[:, index].set(tokens)
     return index + 1, tokens, sequences, ended | (tokens == eos), cache
@@ -69,6 +71,83 @@ def greedy_search(
   return sequences, cache
 
 
+class _Beams(NamedTuple):
+  """The hypotheses of a beam search.
+
+  Attributes:
+    index: The number of steps taken, a scalar.
+    sequences: `[rows, beam_size, max_steps]`.
+    totals: Summed log-probabilities, `[rows, beam_size]`.
+    lengths: Numbers of tokens, EOS included, `[rows, beam_size]`.
+    ended: Whether a hypothesis holds EOS, `[rows, beam_size]`.
+    cache: The cache, of `rows * beam_size` rows.
+  """
+
+  index: jax.Array
+  sequences: jax.Array
+  totals: jax.Array
+  lengths: jax.Array
+  ended: jax.Array
+  cache: Any
+
+
+def _choose(x: jax.Array, indices: jax.Array) -> jax.Array:
+  """Takes `indices` `[rows, ...]` from the second axis of `[rows, n, ...]`."""
+  return jax.vmap(lambda values, index: values[index])(x, indices)
+
+
+def _score(
+  totals: jax.Array, lengths: jax.Array, length_penalty: float
+) -> jax.Array:
+  return totals / ((5.0 + lengths) / 6.0) ** length_penalty
+
+
+def _expand(
+  beams: _Beams, log_probs: jax.Array, length_penalty: float, eos: int, pad: int
+) -> _Beams:
+  """Continues all hypotheses by all tokens and keeps the best of each row.
+
+  Args:
+    beams: The hypotheses, with the cache of the step that scored them.
+    log_probs: Log-probabilities of the next tokens,
+      `[rows, beam_size, vocab]`.
+    length_penalty: alpha.
+    eos: The id that ends a sequence.
+    pad: The id that fills a sequence after its end.
+
+  Returns:
+    The hypotheses one step later.
+  """
+  rows, beam_size, vocab = log_probs.shape
+  # An ended hypothesis has one continuation, `pad` at no cost, and so takes one
+  # place in the beam with an unchanged score.
+  stay = jnp.full((vocab,), _WORST).at[pad].set(0.0)
+  log_probs = jnp.where(beams.ended[..., None], stay, log_probs)
+  totals = beams.totals[..., None] + log_probs  # -> [rows, beam_size, vocab]
+  lengths = jnp.where(beams.ended, beams.lengths, beams.index + 1)
+  # The best of beams and tokens together, by their flat index.
+  candidates = _score(totals, lengths[..., None], length_penalty)
+  _, best = jax.lax.top_k(candidates.reshape(rows, -1), beam_size)
+  parents, tokens = best // vocab, best % vocab
+  # One parent may have several children and another none. What belongs to a
+  # hypothesis, its cache included, is copied from its parent's place; a cache
+  # left in place would mix the pasts of different hypotheses.
+  sequences = _choose(beams.sequences, parents)
+  return _Beams(
+    beams.index + 1,
+    sequences.at[:, :, beams.index].set(tokens),
+    _choose(totals.reshape(rows, -1), best),
+    _choose(lengths, parents),
+    _choose(beams.ended, parents) | (tokens == eos),
+    jax.tree.map(
+      lambda x: _choose(
+        x.reshape(rows, beam_size, *x.shape[1:]), parents
+      ).reshape(x.shape),
+      beams.cache,
+    ),
+  )
+
+
 def beam_search(
   step: Step,
   cache: Any,
@@ -84,88 +163,64 @@ def beam_search(
 
   A hypothesis of n tokens with summed log-probability l scores
   `l / ((5 + n) / 6) ** length_penalty` (Wu et al., 2016, eq. 14). One that has
-  ended stays in its beam with its score and competes with the others.
+  ended keeps its score and competes with the others.
 
   Args:
-    step: The callback, over `rows * beam_size` sequences, the beams of a row
-      side by side.
-    cache: Its first cache, of `rows * beam_size` rows.
-    rows: How many inputs.
-    max_steps: Tokens a sequence, EOS included.
-    beam_size: Hypotheses a row.
+    step: The callback, over `rows * beam_size` sequences; the hypotheses of a
+      row are adjacent.
+    cache: The cache of the first step, of `rows * beam_size` rows.
+    rows: The number of inputs.
+    max_steps: The most tokens in a sequence, EOS included.
+    beam_size: The number of hypotheses per row.
     length_penalty: alpha; 0 compares sums.
     eos: The id that ends a sequence.
-    pad: The id that fills a sequence up behind its end.
+    pad: The id that fills a sequence after its end.
 
   Returns:
-    The best sequences `[rows, max_steps]`, their scores `[rows]`, and the
-    cache rows that belong to them.
+    The best sequences `[rows, max_steps]`, their scores `[rows]`, and their
+    rows of the cache.
   """
-  beams = (rows, beam_size)
+  shape = (rows, beam_size)
 
-  def score(total: jax.Array, length: jax.Array) -> jax.Array:
-    return total / ((5.0 + length) / 6.0) ** length_penalty
+  def unfinished(beams: _Beams) -> jax.Array:
+    return (beams.index < max_steps) & ~jnp.all(beams.ended)
 
-  def unfinished(carry: tuple) -> jax.Array:
-    index, ended = carry[0], carry[4]
-    return (index < max_steps) & ~jnp.all(ended)
+  def body(beams: _Beams) -> _Beams:
+    # The first step reads padding, which the callback ignores.
+    tokens = beams.sequences[:, :, jnp.maximum(beams.index - 1, 0)]
+    log_probs, cache = step(tokens.reshape(-1), beams.cache, beams.index)
+    return _expand(
+      beams._replace(cache=cache),
+      log_probs.reshape(*shape, -1),
+      length_penalty,
+      eos,
+      pad,
+    )
 
-  def body(carry: tuple) -> tuple:
-    index, sequences, totals, lengths, ended, cache = carry
-    tokens = sequences[:, :, jnp.maximum(index - 1, 0)]
-    log_probs, cache = step(tokens.reshape(-1), cache, index)
-    vocab = log_probs.shape[-1]
-    log_probs = log_probs.reshape(*beams, vocab)
-    # An ended hypothesis goes on with `pad` alone, at no cost.
-    stay = jnp.full((vocab,), _WORST).at[pad].set(0.0)
-    log_probs = jnp.where(ended[..., None], stay, log_probs)
-    next_totals = totals[..., None] + log_probs  # -> [rows, beams, vocab]
-    next_lengths = jnp.where(ended, lengths, index + 1)
-    candidates = score(next_totals, next_lengths[..., None])
-    _, best = jax.lax.top_k(candidates.reshape(rows, -1), beam_size)
-    parent, tokens = best // vocab, best % vocab
-
-    def of_parent(x: jax.Array) -> jax.Array:
-      grouped = x.reshape(*beams, *x.shape[1:])
-      chosen = jax.vmap(lambda values, indices: values[indices])(
-        grouped, parent
-      )
-      return chosen.reshape(x.shape)
-
-    ended = jnp.take_along_axis(ended, parent, axis=1)
-    sequences = jax.vmap(lambda s, p: s[p])(sequences, parent)
-    sequences = sequences.at[:, :, index].set(tokens)
-    totals = jnp.take_along_axis(next_totals.reshape(rows, -1), best, axis=1)
-    lengths = jnp.take_along_axis(next_lengths, parent, axis=1)
-    cache = jax.tree.map(of_parent, cache)
-    return index + 1, sequences, totals, lengths, ended | (tokens == eos), cache
-
-  _, sequences, totals, lengths, _, cache = jax.lax.while_loop(
+  beams = jax.lax.while_loop(
     unfinished,
     body,
-    (
+    _Beams(
       jnp.int32(0),
-      jnp.full((*beams, max_steps), pad, jnp.int32),
-      # All beams begin alike, so that only the first one may branch.
+      jnp.full((*shape, max_steps), pad, jnp.int32),
+      # All hypotheses of a row begin alike. Only the first may branch, or the
+      # beam would hold `beam_size` copies of the same sequence.
       jnp.broadcast_to(
-        jnp.where(jnp.arange(beam_size) == 0, 0.0, _WORST), beams
+        jnp.where(jnp.arange(beam_size) == 0, 0.0, _WORST), shape
       ),
-      jnp.zeros(beams, jnp.int32),
-      jnp.zeros(beams, bool),
+      jnp.zeros(shape, jnp.int32),
+      jnp.zeros(shape, bool),
       cache,
     ),
   )
-  scores = score(totals, lengths)
+  scores = _score(beams.totals, beams.lengths, length_penalty)
   best = jnp.argmax(scores, axis=1)
-
-  def of_best(x: jax.Array) -> jax.Array:
-    grouped = x.reshape(*beams, *x.shape[1:])
-    return jax.vmap(lambda values, i: values[i])(grouped, best)
-
   return (
-    of_best(sequences.reshape(-1, max_steps)),
+    _choose(beams.sequences, best),
     scores.max(axis=1),
-    (jax.tree.map(of_best, cache)),
+    jax.tree.map(
+      lambda x: _choose(x.reshape(*shape, *x.shape[1:]), best), beams.cache
+    ),
   )
 
 
@@ -175,44 +230,44 @@ def straight_through_sample(
   first: jax.Array,
   cache: Any,
   keys: jax.Array,
-  of_steps: Any,
+  extras: Any,
   max_steps: int,
   temperature: float,
   *,
   eos: int,
   pad: int,
 ) -> tuple[jax.Array, jax.Array, Any]:
-  """Draws sequences through which gradients flow (Jang et al., 2017).
+  """Samples sequences through which gradients flow (Jang et al., 2017).
 
-  A token is the largest of `log p + Gumbel noise`, which draws it from p; its
-  weights, `softmax((log p + noise) / temperature)`, stand for it in gradients.
+  The largest of `log p + Gumbel noise` is a token drawn from p. In gradients
+  its weights `softmax((log p + noise) / temperature)` stand for it.
 
   Args:
-    step: `(x, cache, index, of_step) -> (log_probs, cache, record)`; x is the
-      token before, embedded.
-    embed: Embeds tokens `[rows]` that have weights `[rows, vocab]`,
-      `[rows, d]`.
+    step: `(x, cache, index, extra) -> (log_probs, cache, record)`, where x is
+      the embedded token of the previous step.
+    embed: Embeds tokens `[rows]` with weights `[rows, vocab]`, to `[rows, d]`.
     first: The first x, `[rows, d]`.
-    cache: Its first cache.
-    keys: Of each row's noise, `[rows]`.
-    of_steps: Arrays with an axis of steps before the others; each step is given
-      its own part.
-    max_steps: Tokens a sequence, EOS included.
-    temperature: Of the weights; the lower, the closer to the tokens and the
-      noisier the gradient.
+    cache: The cache of the first step.
+    keys: The keys of the noise, `[rows]`.
+    extras: Arrays with a leading axis of steps; each step gets its own part.
+    max_steps: The most tokens in a sequence, EOS included.
+    temperature: The temperature of the weights. A lower one brings them closer
+      to the tokens, with a noisier gradient.
     eos: The id that ends a sequence.
-    pad: The id that fills a sequence up behind its end.
+    pad: The id that fills a sequence after its end.
 
   Returns:
-    Sequences `[rows, max_steps]`, the same embedded `[rows, max_steps, d]`, and
-    the records of all steps, an axis of steps before the others.
+    The sequences `[rows, max_steps]`, their embeddings `[rows, max_steps, d]`,
+    and the records of all steps, with a leading axis of steps.
   """
 
-  def body(carry: tuple, step_inputs: tuple) -> tuple[tuple, tuple]:
+  def body(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
     x, ended, cache = carry
-    index, of_step = step_inputs
-    log_probs, cache, record = step(x, cache, index, of_step)
+    index, extra = inputs
+    log_probs, cache, record = step(x, cache, index, extra)
     vocab = log_probs.shape[-1]
+    # A key per row and step, so that a row's sample does not depend on the
+    # batch around it.
     noise = jax.vmap(
       lambda key: -jnp.log(exponential(jax.random.fold_in(key, index), vocab))
     )(keys)
@@ -221,9 +276,11 @@ def straight_through_sample(
     x = embed(tokens, jax.nn.softmax(noisy / temperature))
     return (x, ended | (tokens == eos), cache), (tokens, x, record)
 
+  # A scan of fixed length: a `while_loop` that stops at the last EOS has no
+  # backward pass.
   _, (tokens, embedded, records) = jax.lax.scan(
     body,
     (first, jnp.zeros(len(keys), bool), cache),
-    (jnp.arange(max_steps), of_steps),
+    (jnp.arange(max_steps), extras),
   )
   return tokens.T, embedded.transpose(1, 0, 2), records

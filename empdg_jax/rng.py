@@ -1,4 +1,4 @@
-"""Random bits by the word: JAX's own functions spend 64 of them on a number."""
+"""Random numbers from 32 bits each, where `jax.random` spends 64."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,9 @@ from jax.extend.random import threefry_2x32
 
 def random_words(key: jax.Array, count: int) -> jax.Array:
   """Draws words of 32 random bits, `[count]` uint32, from a Threefry key."""
+  # Threefry hashes two counters into two words, and `jax.random.bits` folds
+  # them into one. Here both count: dropout draws for every feature and sampling
+  # for every word of the vocabulary, so half the hashes are worth saving.
   pairs = -(-count // 2)
   words = threefry_2x32(
     jax.random.key_data(key), jnp.arange(2 * pairs, dtype=jnp.uint32)
@@ -16,6 +19,8 @@ def random_words(key: jax.Array, count: int) -> jax.Array:
 
 def exponential(key: jax.Array, count: int) -> jax.Array:
   """Draws from the exponential distribution of rate 1, `[count]`, above 0."""
-  # The 23 bits of a float32's fraction, in the middle of their interval.
+  # A uniform number of 23 bits, as many as a float32's fraction holds. The half
+  # puts it in the middle of its interval: never 0 and never 1, so that both its
+  # logarithm and the logarithm of the result, Gumbel noise, are finite.
   fraction = (random_words(key, count) >> 9).astype(jnp.float32) + 0.5
   return -jnp.log(fraction * 2.0**-23)

@@ -1,4 +1,4 @@
-"""Files on a disk or in a bucket: paths, whole files, errors of one line."""
+"""Files on a disk or in a bucket: paths, atomic writes, one-line errors."""
 
 import contextlib
 import os
@@ -6,24 +6,25 @@ import pathlib
 from collections.abc import Generator
 from typing import Any
 
+import platformdirs
+
 from empdg_jax.config import InputError, SaveError
 
 
 def cache_dir() -> pathlib.Path:
-  """Returns the product's folder in the user's cache."""
-  root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(root) / "empdg"
+  """Returns this program's folder in the user's cache."""
+  return platformdirs.user_cache_path("empdg", appauthor=False)
 
 
 def run_path(name: str, flag: str) -> pathlib.Path:
-  """Returns a folder on a disk or, as `gs://bucket/...`, in a bucket.
+  """Returns the path of a folder on a disk or in a bucket.
 
   Args:
-    name: What the user gave.
-    flag: The flag that it was given with, for messages.
+    name: The folder as the user gave it; `gs://bucket/...` for a bucket.
+    flag: The name of the flag that gave it, for messages.
 
   Returns:
-    A path that is used alike, wherever it is.
+    A path with the methods of `pathlib.Path`, whatever it names.
 
   Raises:
     InputError: The bucket cannot be read.
@@ -49,24 +50,23 @@ def run_path(name: str, flag: str) -> pathlib.Path:
 
 
 def in_bucket(path: pathlib.Path) -> bool:
-  """Returns whether a path is not on a disk."""
+  """Returns whether a path is in a bucket."""
   return "://" in str(path)
 
 
 def absolute(path: pathlib.Path) -> pathlib.Path:
-  """Returns the absolute path; a bucket's is absolute."""
+  """Returns the absolute path; a path in a bucket always is."""
   return path if in_bucket(path) else path.absolute()
 
 
 @contextlib.contextmanager
 def atomic_path(path: pathlib.Path) -> Generator[pathlib.Path]:
-  """Yields a temporary path beside `path` that becomes it on success.
-
-  In a bucket it is `path` itself: an object appears when it is whole.
-  """
+  """Yields a temporary path that replaces `path` when the block succeeds."""
+  # An object in a bucket appears only when it is whole.
   if in_bucket(path):
     yield path
     return
+  # Beside `path`, since only a move within one file system is atomic.
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   try:
     yield temporary
@@ -77,18 +77,19 @@ def atomic_path(path: pathlib.Path) -> Generator[pathlib.Path]:
 
 @contextlib.contextmanager
 def errors(what: str, kind: type[Exception]) -> Generator[None]:
-  """Raises one error of one line for whatever a disk or a bucket raises.
+  """Converts any storage error into a one-line `kind`.
 
   Args:
-    what: The message's beginning: which path, and what cannot be done with it.
-    kind: `InputError` before work has begun, `SaveError` in the middle of it.
+    what: The beginning of the message: the path and the operation that fails.
+    kind: `InputError` before work has begun, `SaveError` once it has.
   """
   try:
     yield
   except (InputError, SaveError):
     raise
   except Exception as error:  # Buckets' clients have no common class.
-    if type(error).__name__ == "JaxRuntimeError":  # Another host is lost.
+    # A lost host is no storage error. This module knows no JAX, hence the name.
+    if type(error).__name__ == "JaxRuntimeError":
       raise
     raise kind(f"{what} ({first_line(error)})") from error
 
@@ -99,13 +100,17 @@ def first_line(error: Exception) -> str:
 
 
 def copy_files(root: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
-  """Copies all files below a folder, each whole, to a disk or a bucket.
+  """Copies all files below a folder, each atomically.
+
+  Args:
+    root: The folder.
+    to: The folder of the copies, on a disk or in a bucket.
 
   Returns:
-    The copies.
+    The paths of the copies.
 
   Raises:
-    SaveError: One could not be written.
+    SaveError: A copy could not be written.
   """
   copies = []
   for path in root.rglob("*"):

@@ -1,7 +1,7 @@
-"""A stand-in for Cloud Storage: what its clients ask of the JSON API.
+"""A stand-in for Cloud Storage: the part of its JSON API that clients use.
 
-Objects live in memory with generations, so that conditional requests are
-answered as the real service answers them.
+Objects live in memory and have generations, so that conditional requests behave
+as they do with the real service.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ class _Object:
 
 
 class _Error(Exception):
-  """An answer that is not a success; the argument is its status."""
+  """A failed request; the argument is the HTTP status."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -61,7 +61,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     except _Error as error:
       status = int(error.args[0])
       message = {"error": {"code": status, "message": f"status {status}"}}
-      if status == 304:  # Such an answer has no body.
+      if status == 304:  # This status allows no body.
         self._answer(status)
         return
       self._answer(
@@ -207,7 +207,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     )
 
   def log_message(self, format: str, *args: Any) -> None:
-    """Says nothing."""
+    """Logs nothing."""
 
 
 class FakeStorage(http.server.ThreadingHTTPServer):
@@ -217,7 +217,7 @@ class FakeStorage(http.server.ThreadingHTTPServer):
     bucket: The one bucket's name.
     objects: Its objects by name.
     forbidden: Whether every request is refused.
-    refused: A part of the names of objects that are not written; "" is none.
+    refused: Writes to objects with this in their name fail; "" refuses none.
   """
 
   daemon_threads = True
@@ -234,19 +234,19 @@ class FakeStorage(http.server.ThreadingHTTPServer):
 
   @property
   def environment(self) -> dict[str, str]:
-    """What sends all clients here."""
+    """The environment variables that direct all clients to this server."""
     url = f"http://127.0.0.1:{self.server_port}"
     return {
       "STORAGE_EMULATOR_HOST": url,
       "TENSORSTORE_GCS_HTTP_URL": url,
       "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
       "GOOGLE_CLOUD_PROJECT": "test",
-      # Else it asks over gRPC what kind of bucket this is.
+      # Otherwise gcsfs asks for the kind of bucket, over gRPC.
       "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
     }
 
   def handle_error(self, request: Any, client_address: Any) -> None:
-    """Says nothing of clients that hang up."""
+    """Ignores clients that hang up."""
 
   def put(self, name: str, data: bytes) -> dict[str, Any]:
     """Writes an object and describes it."""

@@ -1,11 +1,20 @@
-"""Helpers shared by test modules: processes, and the files they leave."""
+"""Helpers shared by test modules: processes, refusals and small runs."""
 
 import json
+import os
 import pathlib
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import pytest
+
+from empdg_jax import config as config_lib
+from empdg_jax import main
+from empdg_jax.config import Config
 
 
 class Ended(NamedTuple):
@@ -63,3 +72,93 @@ def write_executable(path: pathlib.Path, text: str) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(text)
   path.chmod(0o755)
+
+
+# A small model on the embedded corpus, as flags.
+SMALL = (
+  "--config.data.source=sample",
+  "--config.data.shapes=((48,24,24),)",
+  "--config.data.feedback_length=12",
+  "--config.model.emb_dim=16",
+  "--config.model.key_value_depth=8",
+  "--config.model.filter_size=12",
+  "--config.model.kernel_widths=(1,2)",
+  "--config.train.batch_size=8",
+)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+  """Runs a command that must be refused; returns its one line."""
+  assert main.main(argv) == 2
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert len(lines) == 1, lines
+  return lines[0]
+
+
+# What makes the package impossible to import.
+ALONE = "import sys; sys.modules['empdg_jax'] = None\n"
+
+
+def example_of(path: pathlib.Path) -> str:
+  """Returns the example that reads `respond.jax`."""
+  blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+  (example,) = (block for block in blocks if "deserialize" in block)
+  return example
+
+
+def run_example(example: str, folder: pathlib.Path, turns: list[str]) -> str:
+  """Runs the example on other turns, without the package."""
+  example = example.replace('"FOLDER"', repr(str(folder)))
+  assert '["i lost my job today ."]' in example
+  example = example.replace('["i lost my job today ."]', repr(turns))
+  return subprocess.run(
+    [sys.executable, "-c", ALONE + example],
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout
+
+
+# A stand-in for `empdg train` whose process the tests can kill.
+TRAINING = """
+import os, pathlib, signal, sys
+from empdg_jax import config as config_lib
+from empdg_jax.training import checkpoint, loop, train_log
+config = config_lib.from_json(pathlib.Path(sys.argv[1]).read_text(), "config")
+kill_at, number = int(sys.argv[3]), int(sys.argv[4])
+write = train_log.MetricWriter.write
+
+def write_and_die(self, step, phase, values):
+  write(self, step, phase, values)
+  if step == kill_at:
+    checkpoint.Checkpoints.wait = signalled_again
+    os.kill(os.getpid(), number)
+
+wait = checkpoint.Checkpoints.wait
+
+def signalled_again(self):
+  if number == signal.SIGTERM:
+    os.kill(os.getpid(), number)
+  wait(self)
+
+train_log.MetricWriter.write = write_and_die
+try:
+  loop.train(config, pathlib.Path(sys.argv[2]))
+except KeyboardInterrupt:
+  sys.exit(130)
+"""
+
+
+def run_training(
+  config: Config, workdir: pathlib.Path, kill_at: int, number: int
+) -> subprocess.CompletedProcess[str]:
+  """Trains in a process that sends itself a signal at an update."""
+  path = workdir.parent / "config-for-the-process.json"
+  path.write_text(config_lib.to_json(config))
+  return subprocess.run(
+    [sys.executable, "-c", TRAINING, path, workdir, str(kill_at), str(number)],
+    capture_output=True,
+    text=True,
+    check=False,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+  )

@@ -1,4 +1,4 @@
-"""The discriminators' and the adversarial generator's steps and sampling.
+"""The adversarial steps of both players, and sampling.
 
 As a program, `test_adversarial.py FILE` writes what `take_a_round` returns.
 """
@@ -15,8 +15,7 @@ import optax
 import pytest
 import reference
 import scipy.stats
-from reference import EOS, PAD, UNK, in_float64
-from test_steps import (
+from dialogues import (
   KEY,
   MODEL,
   ROWS,
@@ -28,8 +27,9 @@ from test_steps import (
   relative_difference,
   run_on_devices,
 )
+from reference import EOS, PAD, UNK, in_float64
 
-from empdg_jax import decoding, losses, parallel, rng
+from empdg_jax import decoding, losses, rng
 from empdg_jax.config import TrainConfig
 from empdg_jax.data.pipeline import Batch
 from empdg_jax.models import adversary as adversary_lib
@@ -38,6 +38,7 @@ from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.discriminators import Discriminator
 from empdg_jax.models.encoder_decoder import Inputs
 from empdg_jax.models.generator import Generator
+from empdg_jax.parallel.devices import replicate, shard, unreplicate
 from empdg_jax.training import steps
 from empdg_jax.training.train_state import (
   TrainState,
@@ -61,7 +62,7 @@ def adversary(config: TrainConfig) -> Adversary:
 
 
 def make_dialogues(seed: int, real: int = ROWS) -> Batch:
-  """A batch with feedback of all lengths; the second example has none."""
+  """Returns a batch with feedback of all lengths, none in the second row."""
   rng = np.random.default_rng(seed)
   feedback = np.full((ROWS, 7), PAD, np.int32)
   for row in range(ROWS):
@@ -71,19 +72,19 @@ def make_dialogues(seed: int, real: int = ROWS) -> Batch:
 
 
 class Players(NamedTuple):
-  """Both states, of one device, and the compiled steps.
+  """Both players: their states on one device and their compiled steps.
 
   Attributes:
     generator: The generator's state.
     discriminators: The discriminators' state.
-    judge: `discriminator_step`.
-    generate: `adversarial_generator_step`.
+    discriminator_step: The compiled `steps.discriminator_step`.
+    generator_step: The compiled `steps.adversarial_generator_step`.
   """
 
   generator: TrainState
   discriminators: TrainState
-  judge: Any
-  generate: Any
+  discriminator_step: Any
+  generator_step: Any
 
 
 def make_players(
@@ -92,7 +93,7 @@ def make_players(
   optimizer: optax.GradientTransformation | None = None,
   **fields: Any,
 ) -> Players:
-  """Compiles the steps of a signal over this process's devices."""
+  """Compiles the steps for a signal over the devices of this process."""
   config = dataclasses.replace(TRAIN, generator_signal=signal, **fields)
   optimizer = optimizer or create_optimizer(config, model.config.emb_dim)
   discriminator_optimizer = create_discriminator_optimizer(config)
@@ -104,7 +105,7 @@ def make_players(
   )
   return Players(
     TrainState(np.int32(0), params, optimizer.init(params)),
-    parallel.unreplicate(parallel.replicate(discriminators)),
+    unreplicate(replicate(discriminators)),
     steps.compile_discriminator_step(
       model, adversary(config), discriminator_optimizer
     ),
@@ -117,15 +118,15 @@ def make_players(
 def play(
   step: Any, state: TrainState, other: TrainState, batch: Batch
 ) -> tuple[TrainState, dict[str, float]]:
-  """Takes a step of one player against the other, on one device's states."""
+  """Takes one player's step; states are those of one device."""
   state, metrics = step(
-    parallel.replicate(state),
-    parallel.replicate(other.params),
-    parallel.shard(batch),
-    parallel.replicate(KEY),
+    replicate(state),
+    replicate(other.params),
+    shard(batch),
+    replicate(KEY),
   )
-  metrics = parallel.unreplicate(metrics)
-  return parallel.unreplicate(state), {k: float(v) for k, v in metrics.items()}
+  metrics = unreplicate(metrics)
+  return unreplicate(state), {k: float(v) for k, v in metrics.items()}
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +148,13 @@ def test_straight_through_is_a_look_up_with_a_soft_gradient() -> None:
   embedded, pull = jax.vjp(
     lambda w, t: layers.straight_through(w, tokens, t), weights, table
   )
-  of_weights, of_table = pull(cotangent)
+  weights_gradient, table_gradient = pull(cotangent)
 
   np.testing.assert_array_equal(embedded, table[tokens])
-  np.testing.assert_allclose(of_weights, cotangent @ table.T, rtol=1e-6)
+  np.testing.assert_allclose(weights_gradient, cotangent @ table.T, rtol=1e-6)
   expected = np.zeros((5, 3))
   np.add.at(expected, np.asarray(tokens), np.asarray(cotangent))
-  np.testing.assert_allclose(of_table, expected, rtol=1e-6)
+  np.testing.assert_allclose(table_gradient, expected, rtol=1e-6)
 
 
 def test_samples_follow_the_model() -> None:
@@ -192,16 +193,16 @@ def test_samples_follow_the_model() -> None:
 
 
 def test_samples_follow_what_was_sampled_before() -> None:
-  """A Markov chain, an end that is padded, and each row's own key."""
+  """A Markov chain, padding after the end, and a key per row."""
   chain = np.array(
     [[0.1, 0.2, 0.3, 0.4], [0.5, 0.0, 0.25, 0.25], [0.4, 0.4, 0.1, 0.1]]
   )
   log_chain = jnp.log(jnp.asarray(chain, jnp.float32) + 1e-30)
   draws, eos, pad = 20_000, 3, 1
 
-  def step(x: jax.Array, cache: Any, index: Any, of_step: Any) -> Any:
+  def step(x: jax.Array, cache: Any, index: Any, extra: Any) -> Any:
     # `x` ends with the token itself.
-    return log_chain[x[:, -1].astype(int) % 3], cache, (index, of_step)
+    return log_chain[x[:, -1].astype(int) % 3], cache, (index, extra)
 
   def embed(tokens: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.concatenate([weights, tokens[:, None]], axis=1)
@@ -246,7 +247,7 @@ def test_samples_follow_what_was_sampled_before() -> None:
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 def test_samples_have_the_gradient_of_every_step(tie_embeddings: bool) -> None:
-  """Against a plain loop, whose gradient JAX finds by itself."""
+  """Compares with a plain loop that JAX differentiates itself."""
   model = Generator(
     dataclasses.replace(MODEL.config, tie_embeddings=tie_embeddings), VOCAB, 32
   )
@@ -286,10 +287,10 @@ def test_samples_have_the_gradient_of_every_step(tie_embeddings: bool) -> None:
       tokens = jnp.where(ended, PAD, jnp.argmax(noisy, axis=-1))
       weights = jax.nn.softmax(noisy / 0.7)
       x = model.apply(variables, tokens, weights, method="embed")
-      of_discriminators = model.apply(
+      scored = model.apply(
         jax.lax.stop_gradient(variables), tokens, weights, method="embed"
       )
-      total += jnp.sum(of_discriminators * cotangent[:, index])
+      total += jnp.sum(scored * cotangent[:, index])
       ended |= tokens == EOS
       sequence.append(tokens)
     return total, jnp.stack(sequence, axis=1)
@@ -314,12 +315,15 @@ def test_samples_have_the_gradient_of_every_step(tie_embeddings: bool) -> None:
 
 
 def test_discriminator_step_equals_its_terms(sampling: Players) -> None:
-  """The loss over what can be judged, and Adam on its gradient."""
+  """The loss over examples with feedback, and Adam on its gradient."""
   batch = make_dialogues(3, real=6)
   state, metrics = play(
-    sampling.judge, sampling.discriminators, sampling.generator, batch
+    sampling.discriminator_step,
+    sampling.discriminators,
+    sampling.generator,
+    batch,
   )
-  assert metrics["examples"] == 5  # Two are filling, one has no feedback.
+  assert metrics["examples"] == 5  # Two are masked, one has no feedback.
   assert metrics["loss"] == pytest.approx(
     -2 * metrics["wasserstein"] + 2 * 0.1 * metrics["gradient_penalty"],
     rel=1e-4,
@@ -331,7 +335,7 @@ def test_discriminator_step_equals_its_terms(sampling: Players) -> None:
   assert np.mean(np.abs(moved) > 0.9e-4) > 0.5
 
 
-def test_unjudged_examples_do_not_count(sampling: Players) -> None:
+def test_examples_without_feedback_do_not_count(sampling: Players) -> None:
   batch = make_dialogues(3, real=6)
   other = make_dialogues(4)
   mixed = Batch(
@@ -343,10 +347,16 @@ def test_unjudged_examples_do_not_count(sampling: Players) -> None:
   assert not np.array_equal(mixed.target, batch.target)
 
   state, metrics = play(
-    sampling.judge, sampling.discriminators, sampling.generator, batch
+    sampling.discriminator_step,
+    sampling.discriminators,
+    sampling.generator,
+    batch,
   )
   same, same_metrics = play(
-    sampling.judge, sampling.discriminators, sampling.generator, mixed
+    sampling.discriminator_step,
+    sampling.discriminators,
+    sampling.generator,
+    mixed,
   )
 
   assert same_metrics == pytest.approx(metrics, rel=1e-5)
@@ -364,7 +374,10 @@ def test_signal_reaches_the_generator(signal: str) -> None:
   state = players.generator
   for seed in range(3):
     state, metrics = play(
-      players.generate, state, players.discriminators, make_dialogues(seed)
+      players.generator_step,
+      state,
+      players.discriminators,
+      make_dialogues(seed),
     )
     assert metrics["judged"] == ROWS - 1
     assert np.isfinite(metrics["signal"])
@@ -383,18 +396,18 @@ def test_a_constant_signal_leaves_maximum_likelihood_alone(
   )
   batch = make_dialogues(5)
   expected, _ = p_mle_step(
-    parallel.replicate(players.generator),
-    parallel.shard(batch),
-    parallel.replicate(KEY),
+    replicate(players.generator),
+    shard(batch),
+    replicate(KEY),
   )
-  expected = flat(parallel.unreplicate(expected).params)
+  expected = flat(unreplicate(expected).params)
   start = flat(players.generator.params)
 
   state, _ = play(
-    players.generate, players.generator, players.discriminators, batch
+    players.generator_step, players.generator, players.discriminators, batch
   )
   moved, _ = play(
-    sampling.generate, sampling.generator, sampling.discriminators, batch
+    sampling.generator_step, sampling.generator, sampling.discriminators, batch
   )
 
   assert (
@@ -427,21 +440,21 @@ def test_the_signal_alone_raises_the_score(signal: str) -> None:
   for seed in range(8):
     batch = make_dialogues(seed)
     after, before_metrics = play(
-      players.generate, generator, players.discriminators, batch
+      players.generator_step, generator, players.discriminators, batch
     )
     again = after.replace(step=np.int32(0))  # The same keys.
     _, after_metrics = play(
-      players.generate, again, players.discriminators, batch
+      players.generator_step, again, players.discriminators, batch
     )
     rises.append(after_metrics["signal"] - before_metrics["signal"])
-  # Samples change by whole words, so that not every batch need gain.
+  # Samples change by whole words, so not every batch has to gain.
   assert np.mean(rises) > 0.02
   assert np.mean(np.array(rises) > 0.0) > 0.7
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
-def test_odd_responses_and_feedback_are_judged(signal: str) -> None:
-  """No emotional word, feedback of one token, EOS at once: all finite."""
+def test_odd_responses_and_feedback_give_finite_steps(signal: str) -> None:
+  """No emotional word, feedback of one token, EOS at once."""
   players = make_players(signal)
   plain = 8  # The first word, not emotional.
   target = np.full((ROWS, 8), PAD, np.int32)
@@ -450,18 +463,23 @@ def test_odd_responses_and_feedback_are_judged(signal: str) -> None:
   feedback[:, 0] = plain
   assert not IS_EMOTIONAL[plain]
   batch = make_batch(0)._replace(target=target, feedback=feedback)
-  # A generator that wants to end at once.
+  # A generator that prefers to end at once.
   params = jax.tree.map(np.copy, players.generator.params)
   params["vocab_projection"][:, EOS] *= 1e3
   generator = players.generator.replace(params=params)
 
-  discriminators, of_discriminators = play(
-    players.judge, players.discriminators, generator, batch
+  discriminators, discriminator_metrics = play(
+    players.discriminator_step, players.discriminators, generator, batch
   )
-  state, of_generator = play(players.generate, generator, discriminators, batch)
+  state, generator_metrics = play(
+    players.generator_step, generator, discriminators, batch
+  )
 
   assert all(
-    map(np.isfinite, (*of_discriminators.values(), *of_generator.values()))
+    map(
+      np.isfinite,
+      (*discriminator_metrics.values(), *generator_metrics.values()),
+    )
   )
   assert np.isfinite(flat(discriminators.params)).all()
   assert np.isfinite(flat(state.params)).all()
@@ -470,7 +488,10 @@ def test_odd_responses_and_feedback_are_judged(signal: str) -> None:
 def test_a_loss_that_is_not_finite_changes_nothing_to_nan() -> None:
   players = make_players("expected", gradient_penalty_weight=float("inf"))
   discriminators, metrics = play(
-    players.judge, players.discriminators, players.generator, make_dialogues(0)
+    players.discriminator_step,
+    players.discriminators,
+    players.generator,
+    make_dialogues(0),
   )
   assert not np.isfinite(metrics["loss"])
   np.testing.assert_array_equal(
@@ -508,17 +529,17 @@ def test_expected_embeddings_are_means(sampling: Players) -> None:
 
 
 def take_a_round(players: Players) -> dict[str, Any]:
-  """Takes a discriminator step and two generator steps, each with a mask."""
-  discriminators, of_discriminators = play(
-    players.judge,
+  """Takes a discriminator step and two generator steps, with masked rows."""
+  discriminators, discriminator_metrics = play(
+    players.discriminator_step,
     players.discriminators,
     players.generator,
     make_dialogues(0, real=ROWS - 1),
   )
-  generator, of_generator = players.generator, {}
+  generator, generator_metrics = players.generator, {}
   for seed in (1, 2):
-    generator, of_generator = play(
-      players.generate,
+    generator, generator_metrics = play(
+      players.generator_step,
       generator,
       discriminators,
       make_dialogues(seed, real=ROWS - 1),
@@ -528,8 +549,8 @@ def take_a_round(players: Players) -> dict[str, Any]:
     "discriminators": flat(discriminators.params)
     - flat(players.discriminators.params),
     "generator": flat(generator.params) - flat(players.generator.params),
-    **{f"discriminators/{k}": v for k, v in of_discriminators.items()},
-    **{f"generator/{k}": v for k, v in of_generator.items()},
+    **{f"discriminators/{k}": v for k, v in discriminator_metrics.items()},
+    **{f"generator/{k}": v for k, v in generator_metrics.items()},
   }
 
 

@@ -8,7 +8,7 @@ import pytest
 import reference
 from reference import in_float64
 
-from empdg_jax import config, main, parallel
+from empdg_jax import config, main
 from empdg_jax.analysis import attention
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import vocab
@@ -16,6 +16,7 @@ from empdg_jax.data.prepare import Dataset
 from empdg_jax.inference import respond
 from empdg_jax.inference.system import System
 from empdg_jax.models import registry
+from empdg_jax.parallel import devices
 from empdg_jax.training.run_folder import Run
 
 
@@ -65,7 +66,7 @@ def test_attention_is_the_models(responder: respond.Responder) -> None:
   system = responder.system
   ids = [system.vocabulary.ids.get(t, vocab.UNK) for t in attended.reply]
   expected = reference.generator(
-    in_float64(parallel.unreplicate(system.params)),
+    in_float64(devices.unreplicate(system.params)),
     system.config.model,
     reference.Example(
       encoded.context, encoded.state, encoded.emotion_context, ids

@@ -1,4 +1,4 @@
-"""The baselines against NumPy, loops and hand-made cases."""
+"""The baselines against NumPy, loops and cases by hand."""
 
 import dataclasses
 from typing import Any
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from dialogues import ROWS, VOCAB, make_batch, make_examples
 from reference import EOS, SOS, in_float64
-from test_steps import ROWS, VOCAB, make_batch, make_examples
 
 from empdg_jax import losses
 from empdg_jax.config import ModelConfig
@@ -27,7 +27,7 @@ KEYS = jax.random.split(jax.random.key(3), ROWS)
 
 
 def make_model(name: str, **fields: Any) -> tuple[EncoderDecoder, Any]:
-  """Returns a system, and parameters of which none is 0 or 1."""
+  """Returns a system, and parameters none of which is 0 or 1."""
   config = dataclasses.replace(CONFIG, name=name, **fields)
   model = registry.create_model(config, VOCAB, 32)
   shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
@@ -35,7 +35,7 @@ def make_model(name: str, **fields: Any) -> tuple[EncoderDecoder, Any]:
 
 
 def dialogues() -> tuple[Inputs, jax.Array]:
-  """The dialogues of `make_examples(1)`, padded, and their targets."""
+  """Returns the padded dialogues of `make_examples(1)` and their targets."""
   batch = make_batch(1)
   inputs = Inputs(batch.context, batch.state, batch.emotion_context)
   return inputs, jnp.asarray(batch.target)
@@ -43,7 +43,7 @@ def dialogues() -> tuple[Inputs, jax.Array]:
 
 @pytest.mark.parametrize("name", ["transformer", "emoprepend"])
 def test_a_single_encoder_equals_the_equations(name: str) -> None:
-  """Against the reference's encoder and decoder, in float64."""
+  """Compares with the reference's encoder and decoder, in float64."""
   model, params = make_model(name)
   inputs, target = dialogues()
   outputs: Any = model.apply({"params": params}, inputs, target)
@@ -124,7 +124,7 @@ def test_decoding_with_a_cache_equals_the_full_pass(name: str) -> None:
 
 def test_listeners_equal_a_loop() -> None:
   """34 decoder layers, one after another, and any mixture of them."""
-  decoder, layer = ListenersDecoder(CONFIG), DecoderLayer(CONFIG)
+  decoder, layer = ListenersDecoder(CONFIG, 32), DecoderLayer(CONFIG)
   rng = np.random.default_rng(1)
   x, memory = rng.normal(size=(2, 2, 5, 16)).astype(np.float32)
   mask = np.arange(5) < np.array([[5], [3]])
@@ -146,17 +146,17 @@ def test_listeners_equal_a_loop() -> None:
 
   y = x + reference.positions(5, 16).astype(np.float32)
   shared, _ = one(params["shared"], y)
-  heard = [
+  outputs = [
     one(jax.tree.map(lambda p, i=i: p[i], params["listeners"]), y)[0]
     for i in range(32)
   ]
   alone = np.eye(32, dtype=np.float32)[[7, 7]]
   for weights in (mixed, alone):
     total = shared + sum(
-      weights[:, i, None, None] * heard[i] for i in range(32)
+      weights[:, i, None, None] * outputs[i] for i in range(32)
     )
     if weights is alone:
-      np.testing.assert_allclose(total, shared + heard[7], rtol=1e-6)
+      np.testing.assert_allclose(total, shared + outputs[7], rtol=1e-6)
     expected, expected_attention = one(params["meta_0"], total)
     expected = [
       reference.layer_norm(params["norm"], np.asarray(y)) for y in expected
@@ -169,7 +169,7 @@ def test_listeners_equal_a_loop() -> None:
 def test_listeners_drop_features_of_their_own() -> None:
   model, params = make_model("moel", dropout_rate=0.5)
   layers = params["decoder"]["listeners"]
-  # All listeners alike, so that only their dropout tells them apart.
+  # All listeners alike, so that only their dropout differs.
   params["decoder"]["listeners"] = jax.tree.map(
     lambda p: jnp.broadcast_to(p[:1], p.shape), layers
   )
@@ -177,8 +177,8 @@ def test_listeners_drop_features_of_their_own() -> None:
 
   @jax.jit
   def logits(listener: jax.Array, keys: jax.Array | None) -> jax.Array:
-    heard = inputs._replace(listener=listener)
-    return model.apply({"params": params}, heard, target, keys).logits
+    forced = inputs._replace(listener=listener)
+    return model.apply({"params": params}, forced, target, keys).logits
 
   first, second = jnp.zeros(ROWS, int), jnp.ones(ROWS, int)
   np.testing.assert_allclose(
@@ -188,7 +188,7 @@ def test_listeners_drop_features_of_their_own() -> None:
   assert jnp.all(jnp.max(difference, axis=(1, 2)) > 0.1)
 
 
-def test_the_gold_listener_may_be_heard_alone() -> None:
+def test_the_gold_listener_may_be_forced() -> None:
   model, params = make_model("moel")
   inputs, _ = dialogues()
   variables = {"params": params}
@@ -212,7 +212,7 @@ def test_the_gold_listener_may_be_heard_alone() -> None:
   ("ratio", "step", "share"),
   [(1.0, 0, 1.0), (1.0, 10_000, 0.3679), (0.5, 10_000, 0.1839), (0.0, 0, 0.0)],
 )
-def test_the_gold_listener_is_heard_less_and_less(
+def test_the_gold_listener_is_forced_less_and_less(
   ratio: float, step: int, share: float
 ) -> None:
   """Lin et al.'s schedule, e^(-t / 10,000)."""
@@ -244,7 +244,7 @@ def test_listener_weights() -> None:
 
 
 def test_parameters_are_counted() -> None:
-  """Two vocabulary matrices, and 32 listeners of a decoder layer's size."""
+  """Two vocabulary matrices, and 32 listeners as large as a decoder layer."""
   model, params = make_model("moel")
   of = {name: count_leaves(params[name]) for name in params}
   assert of["embedding"] == of["vocab_projection"] == VOCAB * 16

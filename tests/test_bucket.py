@@ -1,18 +1,23 @@
-"""A run in a bucket, which a stand-in for Cloud Storage keeps in memory."""
+"""A run in a bucket, kept in memory by a stand-in for Cloud Storage."""
 
 import json
 import pathlib
 import subprocess
 import sys
 from collections.abc import Generator
+from typing import Any
 
 import fake_bucket
+import numpy as np
 import pytest
-from test_systems import SMALL
+from etils import epath
+from helpers import SMALL
 
 from empdg_jax import main
-from empdg_jax.config import Config
+from empdg_jax.config import Config, InputError
 from empdg_jax.inference import export_files
+from empdg_jax.training.checkpoint import BEST, LATEST, Checkpoints
+from empdg_jax.training.train_state import TrainState
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -49,7 +54,7 @@ def test_a_run_in_a_bucket(
   tmp_path: pathlib.Path,
   capsys: pytest.CaptureFixture[str],
 ) -> None:
-  """It trains, goes on, is evaluated, listed and exported."""
+  """Trains, resumes, evaluates, lists and exports it."""
   argv = (*argv_of(sample_config), "--workdir=gs://pod/runs/one")
   assert main.main(["train", *argv]) == 0
   names = set(storage.objects)
@@ -75,7 +80,7 @@ def test_a_run_in_a_bucket(
   assert (
     main.main(["export", "--workdir=gs://pod/runs/one", f"--out={out}"]) == 0
   )
-  assert export_files.open_bundle(out).step in (2, 4)
+  assert export_files.read_export(out).step in (2, 4)
 
 
 @pytest.mark.slow
@@ -117,7 +122,7 @@ def test_a_checkpoint_that_fails_is_no_bad_input(
     capture_output=True, text=True, check=False, timeout=100,
   )  # fmt: skip
   assert done.returncode == 1, done.stderr
-  # Tensorstore's own threads may say what they like before.
+  # Tensorstore's own threads may print lines of their own before.
   line = done.stderr.strip().splitlines()[-1]
   assert line.startswith("empdg: gs://pod/saves/checkpoints: cannot write a")
 
@@ -133,3 +138,70 @@ def test_a_bucket_without_permission(
   said = capsys.readouterr().err.strip().splitlines()
   assert len(said) == 1
   assert "--workdir=gs://pod/runs/two: cannot read the bucket" in said[0]
+
+
+def state_of(value: float) -> TrainState:
+  """Returns a state that holds one number alone."""
+  return TrainState(
+    step=np.int32(value),
+    params={"w": np.full(3, value, np.float32)},
+    opt_state=(np.full(3, value, np.float32),),
+  )
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_checkpoints_of_earlier_versions(
+  storage: fake_bucket.FakeStorage, tmp_path: pathlib.Path, place: str
+) -> None:
+  """Items had other names; a partly written checkpoint does not count."""
+  root = "gs://pod/old" if place == "bucket" else str(tmp_path)
+  workdir: Any = epath.Path(root)
+  written = Checkpoints(workdir, create=True)
+  written.save(LATEST, 3, state_of(1), state_of(2), {"phase": "adversarial"})
+  written.close()
+  names = {
+    "discriminators": "critics",
+    "discriminator_optimizer": "critics_optimizer",
+  }
+
+  def renamed(text: bytes) -> bytes:
+    for name, former in names.items():
+      text = text.replace(b'"%b"' % name.encode(), b'"%b"' % former.encode())
+    return text
+
+  if place == "bucket":
+    for name in [n for n in storage.objects if n.startswith("old/")]:
+      parts = [names.get(part, part) for part in name.split("/")]
+      data = storage.objects.pop(name).data
+      if name.endswith("_CHECKPOINT_METADATA"):
+        data = renamed(data)
+      storage.put("/".join(parts), data)
+    # Without the mark that Orbax writes last.
+    storage.put("old/checkpoints/latest/5/critics/array", b"part")
+  else:
+    latest = tmp_path / "checkpoints" / "latest"
+    for name, former in names.items():
+      (latest / "3" / name).rename(latest / "3" / former)
+    about = latest / "3" / "_CHECKPOINT_METADATA"
+    about.write_bytes(renamed(about.read_bytes()))
+    (latest / "5.orbax-checkpoint-tmp-1" / "critics").mkdir(parents=True)
+
+  checkpoints = Checkpoints(workdir)
+  assert checkpoints.step(LATEST) == 3
+  assert checkpoints.step(BEST) is None
+  assert [tuple(c) for c in checkpoints.all()] == [(LATEST, 3)]
+  found = checkpoints.restore_discriminators(LATEST, state_of(0))
+  np.testing.assert_array_equal(found.params["w"], state_of(2).params["w"])
+  np.testing.assert_array_equal(found.opt_state, state_of(2).opt_state)
+  assert found.step == 2
+  assert checkpoints.restore_generator(LATEST, state_of(0)).step == 1
+  assert checkpoints.restore_progress(LATEST) == {"phase": "adversarial"}
+  checkpoints.close()
+
+  # A folder that was copied in part is refused in one line.
+  (workdir / "checkpoints" / "latest" / "3" / "critics").rmtree()
+  checkpoints = Checkpoints(workdir)
+  with pytest.raises(InputError, match=r"latest/3: damaged") as error:
+    checkpoints.restore_discriminators(LATEST, state_of(0))
+  assert "\n" not in str(error.value)
+  checkpoints.close()

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import pytest
-from refusal import refused
+from helpers import refused
 
 from empdg_jax import __version__, commands, main
 from empdg_jax import config as config_lib

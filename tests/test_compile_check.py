@@ -1,6 +1,6 @@
 """Compiling for TPU slices that do not exist.
 
-What needs the TPU compiler is marked `tpu` and run by `make test-tpu`.
+Tests that need the TPU compiler are marked `tpu` and run by `make test-tpu`.
 """
 
 import json
@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import helpers
 import pytest
-import refusal
 
 from empdg_jax import main
 from empdg_jax.hardware import chips, compile_check
@@ -42,7 +42,7 @@ def command(system: str, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def reports() -> dict[str, dict[str, Any]]:
-  """What is said of every step of EmpDG on eight chips."""
+  """The report on every step of EmpDG on eight chips."""
   with pytest.MonkeyPatch.context() as patch:
     said: list[str] = []
     patch.setattr("sys.stdout.write", said.append)
@@ -74,7 +74,7 @@ def test_every_step_is_compiled(reports: dict[str, dict[str, Any]]) -> None:
 def test_gradients_are_summed_in_few_operations(
   reports: dict[str, dict[str, Any]],
 ) -> None:
-  """All-reduced bytes are the parameters', and a few metric sums."""
+  """Only the gradients, and a few metric sums, are all-reduced."""
   from empdg_jax.config import ModelConfig
 
   model = ModelConfig(
@@ -95,7 +95,7 @@ def test_gradients_are_summed_in_few_operations(
 def test_largest_batch(
   monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-  """On a chip whose memory is made so small that little fits."""
+  """The search on a chip with too little memory for most batches."""
   chip = chips.CHIPS["v5e"]._replace(memory=3 * 2**23)
   monkeypatch.setitem(chips.CHIPS, "v5e", chip)
   argv = command("transformer", "--topology=v5e:2x2")
@@ -146,8 +146,8 @@ def test_nothing_fits() -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *more: str) -> str:
-  """Checks the Transformer, which must be refused; returns the one line."""
-  return refusal.refused(capsys, *command("transformer", *more))
+  """Runs a check that must be refused; returns its one line."""
+  return helpers.refused(capsys, *command("transformer", *more))
 
 
 def test_help_lists_the_known_slices(

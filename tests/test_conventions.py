@@ -37,7 +37,7 @@ def test_docstrings_begin_with_a_noun_or_a_verb(path: pathlib.Path) -> None:
   assert module
   assert module.split()[0] not in ("What", "How", "Where", "Is")
   for name, text in _functions(tree):
-    verb = text.split()[0].rstrip(",.")
+    verb = text.split()[0].rstrip(",.;:")
     assert verb.endswith("s"), f"{name}: {text.splitlines()[0]}"
     assert verb not in ("Is", "Tells", "Lets"), (
       f"{name}: {text.splitlines()[0]}"

@@ -13,7 +13,7 @@ from empdg_jax.decoding import beam_search, greedy_search
 
 EOS, PAD = 0, 1
 VOCAB = 5
-START = VOCAB  # The row of a table that gives the first token.
+START = VOCAB  # The row of a table for the first token.
 IMPOSSIBLE = -1e9
 
 
@@ -28,7 +28,7 @@ def make_table(rows: int, seed: int) -> np.ndarray:
 
 
 def make_step(table: jax.Array) -> Any:
-  """Returns a callback that looks up a table and records what it was given."""
+  """Returns a callback that looks up a table and records its inputs."""
 
   def step(tokens: jax.Array, cache: Any, index: jax.Array) -> Any:
     previous = jnp.where(index == 0, START, tokens)
@@ -119,7 +119,7 @@ def best_sequence(
 
 
 def assert_cache_belongs(sequences: jax.Array, cache: Any, calls: int) -> None:
-  """Checks that each row's cache saw that row's sequence and no other."""
+  """Checks that each row's cache holds the past of that row's sequence."""
   rows = len(sequences)
   np.testing.assert_array_equal(cache["row"], np.arange(rows))
   np.testing.assert_array_equal(cache["calls"], np.full(rows, calls))
@@ -130,7 +130,7 @@ def assert_cache_belongs(sequences: jax.Array, cache: Any, calls: int) -> None:
 
 
 def test_greedy_follows_the_argmax() -> None:
-  """Random tables; some rows end early, some not at all."""
+  """Random tables; some rows end early, others never."""
   table, max_steps = make_table(12, seed=0), 6
   sequences, cache = greedy(table, max_steps)
   wanted = np.array([argmax_sequence(t, max_steps) for t in table])
@@ -151,7 +151,7 @@ def chain(*tokens: int) -> np.ndarray:
 
 
 def test_greedy_stops_when_all_have_ended() -> None:
-  """Padding behind EOS; no call after the longest row's EOS."""
+  """Padding after EOS; no call after the EOS of the longest row."""
   table = np.stack([chain(2, EOS), chain(EOS), chain(3, 4, EOS)])
   sequences, cache = greedy(table, max_steps=7)
   np.testing.assert_array_equal(
@@ -176,7 +176,7 @@ def test_greedy_respects_max_steps(max_steps: int) -> None:
 @pytest.mark.parametrize("alpha", [0.0, 0.6])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_wide_beam_finds_the_best_of_all(seed: int, alpha: float) -> None:
-  """Every hypothesis fits the beam, so nothing is lost on the way."""
+  """The beam holds every hypothesis, so nothing is pruned."""
   table, max_steps = make_table(6, seed), 4
   # Four tokens are possible.
   sequences, scores, cache = beam(table, max_steps, 4**max_steps, alpha)
@@ -220,7 +220,7 @@ def test_beam_of_one_is_greedy(alpha: float) -> None:
 
 
 def test_narrow_beam_keeps_cache_and_score() -> None:
-  """Hypotheses change places between beams; their caches go with them."""
+  """Hypotheses change places in the beam; their caches follow."""
   table, max_steps = make_table(16, seed=4), 6
   sequences, scores, cache = beam(table, max_steps, 3, 0.6)
   greedy_sequences, _ = greedy(table, max_steps)
@@ -235,7 +235,7 @@ def test_narrow_beam_keeps_cache_and_score() -> None:
 
 
 def test_finished_hypotheses_stay() -> None:
-  """One that ended first still wins after the others went on to the end."""
+  """A hypothesis that ended first wins over longer ones."""
   table = np.full((VOCAB + 1, VOCAB), IMPOSSIBLE)
   table[START, [EOS, 2, 3]] = np.log([0.4, 0.35, 0.25])
   table[2, [2, 3]] = np.log([0.9, 0.1])

@@ -20,7 +20,7 @@ from empdg_jax.models.discriminators import (
 
 DIM = 6
 DISCRIMINATOR = Discriminator(DIM, (1, 2, 3))
-# Lengths of the generated and the gold response and the feedback by example.
+# The lengths of generated response, gold response and feedback by example.
 LENGTHS = ((4, 2, 3), (1, 5, 1), (3, 3, 5), (2, 1, 2))
 ROWS = len(LENGTHS)
 
@@ -30,7 +30,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def lstm(params: Any, words: np.ndarray) -> np.ndarray:
-  """Hidden states of one utterance `[length, d]`, without padding."""
+  """Returns the hidden states of one utterance `[length, d]`."""
   hidden, cell = np.zeros(DIM), np.zeros(DIM)
   states = []
   for word in words:
@@ -49,7 +49,7 @@ def lstm(params: Any, words: np.ndarray) -> np.ndarray:
 def score(
   params: Any, states: np.ndarray, interaction: np.ndarray
 ) -> np.ndarray:
-  """D of eq. 17 for one response's states `[length, d]`."""
+  """Returns D of eq. 17 for the states `[length, d]` of one response."""
   pooled = []
   for number, width in enumerate(DISCRIMINATOR.kernel_widths):
     layer = params[f"convolutions_{number}"]
@@ -65,7 +65,7 @@ def score(
 
 
 def gradient(function: Any, x: np.ndarray, step: float) -> np.ndarray:
-  """Central finite differences."""
+  """Returns a gradient by central finite differences."""
   result = np.zeros_like(x)
   for index in np.ndindex(*x.shape):
     there, back = x.copy(), x.copy()
@@ -78,13 +78,13 @@ def gradient(function: Any, x: np.ndarray, step: float) -> np.ndarray:
 def transcribed(
   params: Any, dialogue: "Dialogue", weight: float
 ) -> dict[str, float]:
-  """Loss and terms of one dialogue, eqs. 16-19."""
+  """Returns the loss and the terms of one dialogue (eqs. 16-19)."""
   generated, gold, feedback = (
     lstm(params["lstm"], words) for words in dialogue.utterances
   )
   interaction = feedback[-1] + dialogue.context
-  of_gold = score(params, gold, interaction)
-  of_generated = score(params, generated, interaction)
+  gold_score = score(params, gold, interaction)
+  generated_score = score(params, generated, interaction)
   length = max(len(generated), len(gold))
 
   def stretch(states: np.ndarray) -> np.ndarray:
@@ -97,8 +97,8 @@ def transcribed(
   norm = np.sqrt(np.sum(slope**2))
   penalty = (norm - 1.0) ** 2
   return {
-    "loss": of_generated - of_gold + weight * penalty,
-    "wasserstein": of_gold - of_generated,
+    "loss": generated_score - gold_score + weight * penalty,
+    "wasserstein": gold_score - generated_score,
     "gradient_penalty": penalty,
     "gradient_norm": norm,
   }
@@ -117,10 +117,10 @@ class Dialogue:
 DIALOGUES = [Dialogue(seed, lengths) for seed, lengths in enumerate(LENGTHS)]
 
 
-def reading(
+def make_inputs(
   dialogues: list[Dialogue], lengths: tuple[int, int, int]
 ) -> tuple[DiscriminatorInputs, jax.Array]:
-  """Pads dialogues to lengths; what is behind an end is not zero."""
+  """Pads dialogues to lengths, with values that are not zero."""
   padded = []
   for kind, length in enumerate(lengths):
     features = np.full((len(dialogues), length, DIM), 7.0, np.float32)
@@ -140,7 +140,7 @@ def reading(
 def terms_and_gradients(
   params: Any, given: DiscriminatorInputs, alpha: jax.Array, weight: float
 ) -> tuple[dict[str, jax.Array], Any]:
-  """All terms by example, and each example's gradient of the loss."""
+  """Returns all terms and the gradient of the loss of each example."""
 
   def of_row(params: Any, row: jax.Array) -> tuple[jax.Array, Any]:
     terms = discriminator_losses(DISCRIMINATOR, params, given, alpha, weight)
@@ -155,8 +155,8 @@ def terms_and_gradients(
 
 @pytest.fixture(scope="module")
 def params() -> Any:
-  """Random parameters, none at a neutral value."""
-  given, _ = reading(DIALOGUES, (4, 5, 5))
+  """Random parameters, none of them at a neutral value."""
+  given, _ = make_inputs(DIALOGUES, (4, 5, 5))
   shapes = jax.eval_shape(DISCRIMINATOR.init, jax.random.key(0), given)[
     "params"
   ]
@@ -171,7 +171,7 @@ def in_float64(tree: Any) -> Any:
 
 
 def test_terms_equal_the_transcription(params: Any) -> None:
-  given, alpha = reading(DIALOGUES, (4, 5, 5))
+  given, alpha = make_inputs(DIALOGUES, (4, 5, 5))
   terms, _ = terms_and_gradients(params, given, alpha, 0.3)
   assert len(jax.tree.leaves(params)) == 3 + 2 * 3 + 2
 
@@ -184,7 +184,7 @@ def test_terms_equal_the_transcription(params: Any) -> None:
 
 def test_penalty_is_differentiated_a_second_time(params: Any) -> None:
   """The penalty's gradient equals finite differences of the penalty."""
-  given, alpha = reading(DIALOGUES, (4, 5, 5))
+  given, alpha = make_inputs(DIALOGUES, (4, 5, 5))
 
   def penalty(params: Any) -> jax.Array:
     return jnp.sum(
@@ -227,7 +227,7 @@ def test_penalty_is_differentiated_a_second_time(params: Any) -> None:
 
 def test_a_flat_discriminator_has_finite_gradients(params: Any) -> None:
   flat = {**params, "output": jax.tree.map(np.zeros_like, params["output"])}
-  given, alpha = reading(DIALOGUES, (4, 5, 5))
+  given, alpha = make_inputs(DIALOGUES, (4, 5, 5))
 
   terms, grads = terms_and_gradients(flat, given, alpha, 10.0)
 
@@ -242,8 +242,10 @@ def test_a_flat_discriminator_has_finite_gradients(params: Any) -> None:
 def test_padding_reaches_nothing(
   params: Any, lengths: tuple[int, int, int]
 ) -> None:
-  expected = terms_and_gradients(params, *reading(DIALOGUES, (4, 5, 5)), 10.0)
-  padded = terms_and_gradients(params, *reading(DIALOGUES, lengths), 10.0)
+  expected = terms_and_gradients(
+    params, *make_inputs(DIALOGUES, (4, 5, 5)), 10.0
+  )
+  padded = terms_and_gradients(params, *make_inputs(DIALOGUES, lengths), 10.0)
   for a, b in zip(
     jax.tree.leaves(padded), jax.tree.leaves(expected), strict=True
   ):
@@ -252,9 +254,11 @@ def test_padding_reaches_nothing(
 
 def test_other_examples_reach_nothing(params: Any) -> None:
   others = [Dialogue(90 + seed, (4, 5, 5)) for seed in range(3)]
-  expected = terms_and_gradients(params, *reading(DIALOGUES, (4, 5, 5)), 10.0)
+  expected = terms_and_gradients(
+    params, *make_inputs(DIALOGUES, (4, 5, 5)), 10.0
+  )
   together = terms_and_gradients(
-    params, *reading([*DIALOGUES, *others], (4, 5, 5)), 10.0
+    params, *make_inputs([*DIALOGUES, *others], (4, 5, 5)), 10.0
   )
   for a, b in zip(
     jax.tree.leaves(together), jax.tree.leaves(expected), strict=True
@@ -263,7 +267,7 @@ def test_other_examples_reach_nothing(params: Any) -> None:
 
 
 def test_no_gradient_flows_into_the_context(params: Any) -> None:
-  given, _ = reading(DIALOGUES, (4, 5, 5))
+  given, _ = make_inputs(DIALOGUES, (4, 5, 5))
 
   def total(context: jax.Array) -> jax.Array:
     scores: Any = DISCRIMINATOR.apply(
@@ -275,7 +279,7 @@ def test_no_gradient_flows_into_the_context(params: Any) -> None:
 
 
 def test_a_trained_discriminator_measures_a_known_distance() -> None:
-  """Two clouds, one the other moved by 1: their Wasserstein distance is 1."""
+  """A cloud and its copy moved by 1 have the Wasserstein distance 1."""
   rows, length, dim, steps = 64, 3, 12, 1_000
   rng = np.random.default_rng(0)
   shift = rng.normal(size=(length, dim)).astype(np.float32)

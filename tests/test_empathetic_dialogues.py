@@ -51,7 +51,7 @@ def csv(split: str) -> str:
 
 
 def csv_files(**replaced: str | bytes | None) -> dict[str, bytes]:
-  """All splits, some replaced or (None) left out."""
+  """All splits, some of them replaced, or left out if None."""
   contents = {split: csv(split) for split in SPLITS} | replaced
   return {
     split: content.encode() if isinstance(content, str) else content
@@ -157,7 +157,7 @@ def test_records_are_in_the_order_of_the_file(
 
 
 def test_a_record_holds_the_rows_text(builder: EmpatheticDialogues) -> None:
-  """Commas come back; stray quotes are text; a ninth field does not matter."""
+  """Commas come back, stray quotes are text, a ninth field is ignored."""
   for split in SPLITS:
     record = builder.as_data_source(split=split)[2]
 
@@ -393,8 +393,10 @@ def test_interrupted_build_leaves_nothing(
 ) -> None:
   read_csv = empathetic_dialogues.read_csv
 
-  def interrupted(data: bytes, name: str) -> Iterator[object]:
-    yield next(read_csv(data, name))
+  def interrupted(
+    data: bytes, name: str, emotions: tuple[str, ...]
+  ) -> Iterator[object]:
+    yield next(read_csv(data, name, emotions))
     if "test" in name:
       raise KeyboardInterrupt
 
@@ -410,11 +412,11 @@ def test_interrupted_build_leaves_nothing(
 def test_interrupted_tokenisation_leaves_nothing(
   archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  def interrupted(dialogue: object) -> None:
+  def interrupted(dialogues: object, file: object) -> None:
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(prepare, "_to_json", interrupted)
+    patch.setattr(prepare.json, "dump", interrupted)
     with pytest.raises(KeyboardInterrupt):
       load(archive, tmp_path / "data")
 
@@ -448,7 +450,7 @@ def test_official_checksum_is_registered() -> None:
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
-  """Serves files without a line a request."""
+  """Serves files without logging requests."""
 
   def log_message(self, format: str, *args: object) -> None:
     pass

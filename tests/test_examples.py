@@ -1,21 +1,13 @@
-"""Examples: by hand on invented conversations, and the published sizes."""
+"""Examples of invented conversations, by hand, and the published sizes."""
 
 import dataclasses
-from typing import NamedTuple
 
 import pytest
 
 from empdg_jax.config import DataConfig
 from empdg_jax.data import examples, prepare, text
-from empdg_jax.data.corpora import find_corpus
+from empdg_jax.data.corpora import Conversation, find_corpus
 from empdg_jax.data.examples import Dialogue, Utterance
-
-
-class Conversation(NamedTuple):
-  id: str
-  emotion: int
-  situation: str
-  utterances: tuple[str, ...]
 
 
 def talk(number: int, turns: int, situation: str = "") -> Conversation:
@@ -25,6 +17,7 @@ def talk(number: int, turns: int, situation: str = "") -> Conversation:
     number,
     situation or f"situation {number}",
     tuple(f"talk {number} turn {turn}" for turn in range(turns)),
+    tuple(turn % 2 for turn in range(turns)),
   )
 
 
@@ -56,7 +49,7 @@ def test_drops_a_trailing_speaker_turn(turns: int, kept: int) -> None:
 
   (joined,) = examples.join_dialogues([conversation, *DROPPED], CORPUS)
 
-  assert joined.utterances == list(conversation.utterances[:kept])
+  assert joined.utterances == conversation.utterances[:kept]
 
 
 def test_joins_neighbours_with_the_same_situation() -> None:
@@ -75,12 +68,13 @@ def test_joins_neighbours_with_the_same_situation() -> None:
 
   assert [d.emotion for d in joined] == [2, 3, 4]
   assert [d.id for d in joined] == ["talk2", "talk3", "talk4"]
-  assert joined[0].utterances == [
+  assert joined[0].utterances == (
     *talk(0, 4).utterances,
     *talk(1, 4).utterances,
     *talk(2, 2).utterances,
-  ]
-  assert joined[2].utterances == list(talk(4, 4).utterances)
+  )
+  assert joined[0].speakers == (0, 1) * 5
+  assert joined[2].utterances == talk(4, 4).utterances
 
 
 def test_situations_join_only_when_identical() -> None:
@@ -92,13 +86,12 @@ def test_situations_join_only_when_identical() -> None:
 
 
 def test_deletes_quotes() -> None:
-  conversation = Conversation(
-    "talk", 0, 'they said "no"', ('he said "no" to me', 'oh"', '"', "ok")
-  )
+  said = ('he said "no" to me', 'oh"', '"', "ok")
+  conversation = Conversation("talk", 0, "a dispute", said, (0, 1, 0, 1))
 
   (joined,) = examples.join_dialogues([conversation, *DROPPED], CORPUS)
 
-  assert joined.utterances == ["he said no to me", "oh", "", "ok"]
+  assert joined.utterances == ("he said no to me", "oh", "", "ok")
 
 
 def test_annotate() -> None:
@@ -137,7 +130,7 @@ def test_empdg_needs_feedback_and_one_more_listener_turn(
 def test_all_turns_takes_every_listener_turn(
   turns: int, targets: list[int]
 ) -> None:
-  """Only the last one lacks a feedback."""
+  """Only the last one lacks feedback."""
   talked = dialogue(turns)
 
   built = examples.build_examples([talked], "all_turns")
@@ -188,7 +181,7 @@ def test_real_counts_of_empdg(real_dataset: prepare.Dataset) -> None:
 def test_real_counts_of_all_turns(
   real_dataset: prepare.Dataset, real_data_config: DataConfig
 ) -> None:
-  """Also: what the first preparation kept is what the second one reads."""
+  """The second preparation reads what the first one kept."""
   config = dataclasses.replace(real_data_config, example_set="all_turns")
 
   dataset = prepare.load_dataset(config)

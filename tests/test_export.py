@@ -1,4 +1,4 @@
-"""Exports: written, read, refused, and used without this package."""
+"""Exports: written, read, refused, and used without the package."""
 
 import hashlib
 import json
@@ -15,16 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from example import ALONE, example_of, run_example
-from refusal import refused
+from helpers import ALONE, example_of, refused, run_example
 
 from empdg_jax import config as config_lib
 from empdg_jax import main
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import lexicon as lexicon_lib
-from empdg_jax.data import prepare
+from empdg_jax.data import pipeline, prepare
 from empdg_jax.data.corpora import EMOTIONS
-from empdg_jax.inference import evaluate, export, export_files, predictions
+from empdg_jax.inference import export, export_files, predictions
 from empdg_jax.inference.system import (
   load_system,
   params_like,
@@ -114,7 +113,7 @@ def test_the_folder(exported: pathlib.Path, workdir: pathlib.Path) -> None:
 def test_parameters_by_name(
   exported: pathlib.Path, workdir: pathlib.Path
 ) -> None:
-  """In NumPy alone, as the checkpoint has them and the card lists them."""
+  """NumPy reads the checkpoint's parameters, and the card lists them."""
   params = safetensors.numpy.load_file(exported / "params.safetensors")
   checkpoints = checkpoint.Checkpoints(workdir)
   like = params_like(run_folder.open_run(workdir))
@@ -136,7 +135,7 @@ def test_evaluation_is_the_runs(
   lexicon_file: pathlib.Path,
   tmp_path: pathlib.Path,
 ) -> None:
-  """Though neither the run's lexicon nor its tokenised data are there."""
+  """Neither the run's lexicon nor its tokenised data are needed."""
   hidden = lexicon_file.with_name("hidden.txt")
   lexicon_file.rename(hidden)
   try:
@@ -207,7 +206,7 @@ def test_respond_without_the_package(
   )
   encoded = dataset.encoded("test")
   longest = system.shapes[-1]
-  batch = evaluate.pipeline.collate(
+  batch = pipeline.collate(
     encoded, np.arange(len(encoded)), longest, len(encoded)
   )
   np.savez(
@@ -248,9 +247,9 @@ def test_the_cards_example(exported: pathlib.Path, turns: list[str]) -> None:
   assert example == example_of(ROOT / "README.md")
   # Words outside the vocabulary are emotional for the package alone.
   known = [turn.replace("zyzzyva", "saw") for turn in turns]
-  reply = export.load(exported).respond(known)
+  response = export.load(exported).respond(known)
   said = run_example(example, exported, known).splitlines()
-  assert said == [reply.emotion, " ".join(reply.tokens)]
+  assert said == [response.emotion, " ".join(response.tokens)]
   if turns != known:
     assert len(run_example(example, exported, turns).splitlines()) == 2
 
@@ -258,12 +257,12 @@ def test_the_cards_example(exported: pathlib.Path, turns: list[str]) -> None:
 def test_in_python(exported: pathlib.Path, workdir: pathlib.Path) -> None:
   loaded = export.load(exported)
   turns = ["I am afraid of the dark.", "Oh no, why?", "I saw a zyzzyva."]
-  reply = loaded.respond(turns)
-  assert reply.text
-  assert reply.emotion in EMOTIONS
-  assert reply.emotions is not None
-  assert reply.emotions.sum() == pytest.approx(1.0, abs=1e-5)
-  # As the run folder's, with words of the lexicon that are no vocabulary's.
+  response = loaded.respond(turns)
+  assert response.text
+  assert response.emotion in EMOTIONS
+  assert response.emotions is not None
+  assert response.emotions.sum() == pytest.approx(1.0, abs=1e-5)
+  # Same as from the run folder, with lexicon words that the vocabulary lacks.
   ours = load_system(workdir, which="60")
   ours = export.Responder(ours)
   assert ours.encode(turns) == loaded.encode(turns)
@@ -272,12 +271,15 @@ def test_in_python(exported: pathlib.Path, workdir: pathlib.Path) -> None:
   with pytest.raises(InputError, match="expected a list of turns"):
     loaded.respond("i lost my dog")
   two = loaded.respond_batch([turns, turns[:1]])
-  assert [r.text for r in two] == [reply.text, loaded.respond(turns[:1]).text]
+  assert [r.text for r in two] == [
+    response.text,
+    loaded.respond(turns[:1]).text,
+  ]
 
 
 def test_hashed_lexicon(lexicon_file: pathlib.Path) -> None:
   words = lexicon_lib.load_lexicon(str(lexicon_file))
-  hashed = lexicon_lib.HashedWords(lexicon_lib.word_hashes(words))
+  hashed = lexicon_lib.HashedWords(lexicon_lib.hashes_of(words))
   assert len(hashed) == len(words) == 5
   assert all(word in hashed for word in words)
   assert not [w for w in ("cat", "", "Dog") if w in hashed]
@@ -334,8 +336,8 @@ def test_a_damaged_file_is_named(
 
 
 def test_any_flipped_bit_is_found(copied: pathlib.Path) -> None:
-  """In all of SHA256SUMS, and here and there in the other files."""
-  export_files.open_bundle(copied)
+  """Tries all bytes of SHA256SUMS, and some of the other files."""
+  export_files.read_export(copied)
   rng = np.random.default_rng(0)
   for name in ("SHA256SUMS", *export_files.REQUIRED):
     path = copied / name
@@ -348,7 +350,7 @@ def test_any_flipped_bit_is_found(copied: pathlib.Path) -> None:
       flipped[place] ^= 1 << int(rng.integers(8))
       path.write_bytes(flipped)
       with pytest.raises(InputError, match="SHA256SUMS"):
-        export_files.open_bundle(copied)
+        export_files.read_export(copied)
     path.write_bytes(data)
 
 
@@ -380,7 +382,7 @@ def test_a_newer_format(
   copied: pathlib.Path,
   capsys: pytest.CaptureFixture[str],
 ) -> None:
-  """Whole, and with other files than today's."""
+  """The folder is whole but has other fields than today's."""
   about = json.loads((copied / "export.json").read_text())
   about["format_version"] = export_files.FORMAT_VERSION + 1
   (copied / "export.json").write_text(json.dumps(about))
@@ -462,8 +464,8 @@ def test_bfloat16(
   ]
   assert sizes[0] < 0.6 * sizes[1]
   assert not (out / "eval").exists()  # The run's is of float32.
-  half = export_files.open_bundle(out).params["embedding"]
-  whole = export_files.open_bundle(exported).params["embedding"]
+  half = export_files.read_export(out).params["embedding"]
+  whole = export_files.read_export(exported).params["embedding"]
   np.testing.assert_array_equal(
     half, np.asarray(jnp.asarray(whole, jnp.bfloat16), np.float32)
   )

@@ -1,4 +1,4 @@
-"""The generator against its NumPy transcription, and its contracts."""
+"""The generator against its NumPy transcription, and its guarantees."""
 
 import functools
 import itertools
@@ -97,7 +97,7 @@ def make_batch(
 def make_model(
   case: tuple[str, str, bool, bool, int], dropout_rate: float = 0.0
 ) -> tuple[Generator, Any]:
-  """Returns a generator, and parameters of which none is 0 or 1."""
+  """Returns a generator, and parameters none of which is 0 or 1."""
   norm_order, feed_forward, pointer, tied, num_layers = case
   model = Generator(
     ModelConfig(
@@ -177,7 +177,7 @@ def test_full_pass_equals_the_equations(case: Case) -> None:
 
 
 def test_pointer_presence_follows_the_config(case: Case) -> None:
-  """Only a copying generator has a gate, only an untied one a projection."""
+  """Only copying needs a gate, only untied embeddings a projection."""
   assert ("gate" in case.params) == case.config.pointer_generator
   assert ("vocab_projection" in case.params) != case.config.tie_embeddings
   copied = [e.gate.max() < 1.0 for e in case.expected]
@@ -185,7 +185,7 @@ def test_pointer_presence_follows_the_config(case: Case) -> None:
 
 
 def test_mixture_sums_to_one(case: Case) -> None:
-  """Copies from padding would be missing, repeated words counted twice."""
+  """Copies of padding would be missing, repeated words would count twice."""
   _, _, log_probs = case.full(*make_batch(EXAMPLES, SHAPE))
   np.testing.assert_allclose(
     np.exp(log_probs).sum(axis=-1), np.ones((3, STEPS)), atol=1e-5
@@ -194,9 +194,9 @@ def test_mixture_sums_to_one(case: Case) -> None:
 
 
 def test_cached_steps_equal_the_full_pass(case: Case) -> None:
-  """Every position's probabilities of the tokens that may be generated.
+  """The probabilities of possible tokens at every position.
 
-  The steps read the same examples padded to a longer shape.
+  The steps get the same examples, padded to a longer shape.
   """
   emotion_logits, _, log_probs = case.full(*make_batch(EXAMPLES, SHAPE))
   step_emotions, steps, _ = case.decoded(*make_batch(EXAMPLES, LONGER))
@@ -213,7 +213,7 @@ def test_cached_steps_equal_the_full_pass(case: Case) -> None:
 
 
 def test_never_generates_marks(case: Case) -> None:
-  """Whatever their logits, marks that no response holds get no probability."""
+  """Ids that no response holds have no probability, whatever their logits."""
   _, steps, _ = case.decoded(*make_batch(EXAMPLES, LONGER))
   for mark in (PAD, SOS, USR, SYS, CLS, LAB):
     assert np.all(np.exp(steps[..., mark]) == 0.0)
@@ -222,7 +222,7 @@ def test_never_generates_marks(case: Case) -> None:
 
 
 def test_unknown_words_are_copied_only(case: Case) -> None:
-  """UNK needs an unknown source word: the one most attended to."""
+  """UNK needs an unknown source word, and copies the most attended one."""
   _, _, log_probs = case.full(*make_batch(EXAMPLES, SHAPE))
   _, steps, cache = case.decoded(*make_batch(EXAMPLES, LONGER))
   copied_from = np.asarray(cache.copied_from)
@@ -234,7 +234,7 @@ def test_unknown_words_are_copied_only(case: Case) -> None:
     np.testing.assert_allclose(
       steps[row, :STEPS, UNK], log_probs[row, :, UNK], rtol=1e-5, atol=1e-5
     )
-    # The padded source has the emotional words behind all of the context.
+    # In the padded source, emotional words follow the padding of the context.
     places = [i for i, t in enumerate(example.context) if t == UNK] + [
       LONGER[0] + i for i, t in enumerate(example.emotion_context) if t == UNK
     ]
@@ -250,7 +250,7 @@ class Dropped(NamedTuple):
   Attributes:
     call: `(inputs, target, keys) -> ` logits, and the inputs and outputs of
       every dropout layer by its path.
-    plain: The same without keys; logits alone.
+    plain: `(inputs, target) -> ` logits, without keys.
   """
 
   call: Callable[..., Any]
@@ -296,7 +296,7 @@ KEYS = jax.random.split(jax.random.key(3), 3)
 
 
 def test_dropout_follows_the_example(dropped: Dropped) -> None:
-  """An example with its key gives the same in any row, beside any other."""
+  """An example and its key give the same result in any row of any batch."""
   logits, _ = dropped.call(*make_batch(EXAMPLES, SHAPE), KEYS)
   moved = (EXAMPLES[2], EXAMPLES[0], EXAMPLES[0])
   other_logits, _ = dropped.call(
@@ -309,17 +309,17 @@ def test_dropout_follows_the_example(dropped: Dropped) -> None:
 
 
 def test_dropout_differs_between_sites_and_keys(dropped: Dropped) -> None:
-  """Embeddings and sub-layers each draw their own mask for each key."""
+  """Every embedding and sub-layer draws its own mask for each key."""
   one = (EXAMPLES[0],) * 3
   _, seen = dropped.call(*make_batch(one, SHAPE), KEYS)
-  assert len(seen) == 3 + 3 + 4  # Two encoders of a layer, a decoder of one.
+  assert len(seen) == 3 + 3 + 4  # Two encoders and a decoder of one layer.
   masks = {}
   for path, (x, y) in seen.items():
     x, y = np.asarray(x), np.asarray(y)
     kept = y != 0.0
     assert np.all(x[kept] != 0.0)
     np.testing.assert_allclose(y[kept], x[kept] * 1.5, rtol=1e-5)
-    # Where the input is 0 the mask is not seen.
+    # An input of 0 does not show the mask.
     masks[path] = kept, x != 0.0
   for (_, (kept, real)), row in itertools.product(masks.items(), range(3)):
     other = (row + 1) % 3
@@ -336,7 +336,7 @@ def test_dropout_differs_between_sites_and_keys(dropped: Dropped) -> None:
 
 
 def test_no_keys_mean_no_dropout(dropped: Dropped) -> None:
-  """Evaluation is deterministic, and is what the model without dropout does."""
+  """Evaluation is deterministic and equals a model without dropout."""
   inputs, target = make_batch(EXAMPLES, SHAPE)
   first, second = dropped.plain(inputs, target), dropped.plain(inputs, target)
   np.testing.assert_array_equal(first, second)
@@ -348,7 +348,7 @@ def test_no_keys_mean_no_dropout(dropped: Dropped) -> None:
 
 
 def test_dropout_keeps_the_mean() -> None:
-  """Rate and scale of the kept features."""
+  """The rate, and the scale of the kept features."""
   y = layers.Dropout(0.25).apply({}, jnp.ones((3, 200, 50)), KEYS)
   for row in np.asarray(y):
     assert set(np.unique(row).tolist()) == {0.0, np.float32(1 / 0.75).item()}

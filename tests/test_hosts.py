@@ -1,6 +1,6 @@
 """Two processes that train and evaluate one run together, over loopback.
 
-What starts them is marked `slow` and run by `make test-slow`.
+Tests that start them are marked `slow`; `make test-slow` runs those.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_systems import SMALL
+from helpers import SMALL
 
 from empdg_jax import main
 from empdg_jax.config import Config
@@ -49,8 +49,8 @@ def start(
 ) -> list[subprocess.Popen[str]]:
   """Starts a command on two hosts, with one more flag on the second.
 
-  Each host works in its own of the two folders, and runs the Python of `before`
-  first.
+  Each host works in its own one of the two folders, and first runs `before`, a
+  piece of Python.
   """
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -78,11 +78,11 @@ def start(
 
 
 def finish(hosts: list[subprocess.Popen[str]], status: int = 0) -> list[str]:
-  """Waits for both; returns what they said."""
+  """Waits for both hosts; returns their output."""
   said = [host.communicate(timeout=240) for host in hosts]
   for host, (_, errors) in zip(hosts, said, strict=True):
     assert host.returncode == status, errors
-  # Without what Gloo says of its connections.
+  # Gloo prints its connections among our lines.
   return [
     "".join(
       line
@@ -94,7 +94,7 @@ def finish(hosts: list[subprocess.Popen[str]], status: int = 0) -> list[str]:
 
 
 def refused(*argv: str, **started: Any) -> list[str]:
-  """Starts what both hosts must refuse; returns the last line of each."""
+  """Starts a command that both hosts must refuse; returns their last lines."""
   lines = []
   for host in start(*argv, **started):
     _, errors = host.communicate(timeout=120)
@@ -107,7 +107,7 @@ def refused(*argv: str, **started: Any) -> list[str]:
 def write_corpus(
   folder: pathlib.Path, old: bytes = b"", new: bytes = b""
 ) -> None:
-  """Writes the embedded corpus as a host's own data, with one word changed."""
+  """Writes the embedded corpus to a folder, its first `old` made `new`."""
   (folder / "corpus").mkdir(parents=True)
   for name, text in sample_corpus.csv_files().items():
     path = folder / "corpus" / f"{name}.csv"
@@ -115,7 +115,7 @@ def write_corpus(
 
 
 def with_corpus(argv: tuple[str, ...]) -> list[str]:
-  """Returns a command that takes such data."""
+  """Returns a command that reads the corpus in its working folder."""
   kept = [a for a in argv if "data_dir" not in a and "source" not in a]
   return [
     *kept, "--config.data.source=corpus", "--config.data.data_dir=prepared",
@@ -132,7 +132,7 @@ def metrics_of(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
 
 
 def params_of(workdir: pathlib.Path) -> np.ndarray:
-  """Returns the latest generator's parameters in one row."""
+  """Returns the latest generator's parameters, flat: `[parameters]`."""
   run = run_folder.open_run(workdir)
   checkpoints = checkpoint.Checkpoints(workdir)
   like = params_like(run)
@@ -159,7 +159,7 @@ def wait_for_step(workdir: pathlib.Path, step: int) -> None:
     if path.exists() and f'"step": {step},' in path.read_text():
       return
     time.sleep(0.05)
-  raise AssertionError(f"{workdir} has not come to step {step}")
+  raise AssertionError(f"{workdir} has not reached step {step}")
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def undisturbed(
 
 
 def assert_same_predictions(one: pathlib.Path, other: pathlib.Path) -> None:
-  """Compares scores to 1e-5, and all else exactly."""
+  """Compares scores to 1e-5 and everything else exactly."""
   expected, found = (
     predictions.read_predictions(w / "eval" / "test" / "predictions.jsonl")
     for w in (one, other)
@@ -234,7 +234,7 @@ def test_two_hosts_give_the_same_run(
   assert "valid perplexity" in said
   last = f"Next: empdg evaluate --workdir={workdir} --split=test\n"
   assert said.endswith(last)
-  assert little == last  # The first host alone speaks otherwise.
+  assert little == last  # Only the first host prints other lines.
   assert_same_run(undisturbed, workdir)
   said, nothing = finish(start("evaluate", f"--workdir={workdir}"))
   assert "Written to" in said
@@ -285,7 +285,7 @@ def test_preempted_hosts_save_and_resume(
 def test_a_host_that_cannot_begin_ends_both_soon(
   train_argv: tuple[str, ...], tmp_path: pathlib.Path
 ) -> None:
-  """The first host, which alone writes, cannot: both are refused."""
+  """Only the first host writes, and cannot: both refuse."""
   (tmp_path / "file").write_text("")
   for line in refused(*train_argv, f"--workdir={tmp_path / 'file' / 'run'}"):
     assert "file/run: cannot write" in line
@@ -389,7 +389,7 @@ evaluate.evaluate_split = wait
 def test_hosts_must_agree(
   train_argv: tuple[str, ...], tmp_path: pathlib.Path
 ) -> None:
-  """Another seed on the second host: both are refused, nothing is written."""
+  """With another seed on the second host, both refuse and write nothing."""
   workdir = tmp_path / "run"
   argv = (*train_argv, f"--workdir={workdir}")
   for line in refused(*argv, second="--config.train.seed=1"):
@@ -401,7 +401,7 @@ def test_hosts_must_agree(
 def test_hosts_must_have_the_same_data(
   train_argv: tuple[str, ...], tmp_path: pathlib.Path
 ) -> None:
-  """One word of one reply differs between two folders of the same name."""
+  """One word of one response differs between folders of the same name."""
   folders = tmp_path / "first", tmp_path / "second"
   write_corpus(folders[0])
   write_corpus(folders[1], b"that is", b"it is")
@@ -414,8 +414,9 @@ def test_hosts_must_have_the_same_data(
 
 _IMPATIENT = """
 import sys
-from empdg_jax import main, parallel
-parallel.INITIALIZATION_SECONDS = 1
+from empdg_jax import main
+from empdg_jax.parallel import hosts
+hosts.INITIALIZATION_SECONDS = 1
 sys.exit(main.main(sys.argv[1:]))
 """
 

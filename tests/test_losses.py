@@ -17,14 +17,14 @@ from empdg_jax.training.train_state import create_optimizer, learning_rate
 
 VOCAB = 12
 PAD = 1
-# Repeated words, and padding behind the first row's four.
+# Repeated words, and padding after the four words of the first row.
 SOURCE = np.array([[6, 9, 6, 3, PAD, PAD], [3, 4, 4, 4, 11, 3]])
-# Copied words, words that the source lacks, and padding.
+# Copied words, words not in the source, and padding.
 TARGETS = np.array([[6, 2, 9, PAD], [4, 3, 10, 0]])
 
 
 def draw(seed: int) -> dict[str, np.ndarray]:
-  """Returns random logits, gate logits and attention, none to padding."""
+  """Returns random logits, gates and attention, none of it to padding."""
   rng = np.random.default_rng(seed)
   weights = rng.random((2, 4, 6)) * (SOURCE != PAD)[:, None]
   return {
@@ -50,7 +50,7 @@ def product(
 def direct(
   values: dict[str, Any], pointer: bool, smoothing: float
 ) -> jax.Array:
-  """Returns the smoothed loss from all of `log_mixture`."""
+  """Returns the smoothed loss from the whole `log_mixture`."""
   copies = losses.Pointer(
     values["gate"], values["attention"], jnp.asarray(SOURCE)
   )
@@ -86,7 +86,7 @@ def test_log_mixture_equals_the_reference() -> None:
 
 
 def test_log_mixture_by_hand() -> None:
-  """Half generated from four equal words, half copied."""
+  """Half generated from four equally likely words, half copied."""
   pointer = losses.Pointer(
     jnp.zeros((1, 1)), jnp.array([[[0.25, 0.25, 0.5]]]), jnp.array([[2, 2, 0]])
   )
@@ -98,7 +98,7 @@ def test_log_mixture_by_hand() -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_token_losses_with_pointer(smoothing: float) -> None:
-  """Against the reference's whole distribution, in float64."""
+  """Compares with the reference's whole distribution, in float64."""
   values = draw(1)
   loss, nll = product(values, True, smoothing)
   for row in range(2):
@@ -164,7 +164,7 @@ def test_gradient_equals_the_direct_one(
 
 
 def test_gradient_equals_a_difference_quotient() -> None:
-  """The loss's own slope, by the reference in float64."""
+  """The slope of the loss, by the reference in float64."""
   values, step = draw(4), 1e-5
 
   def loss(v: dict[str, np.ndarray]) -> float:
@@ -194,7 +194,7 @@ def test_gradient_equals_a_difference_quotient() -> None:
 
 
 def test_extreme_values_stay_finite() -> None:
-  """A saturated gate, one-hot attention, a softmax that has decided."""
+  """A saturated gate, one-hot attention and a certain softmax."""
   attention = np.zeros((2, 4, 6))
   attention[:, :, 0] = 1.0
   gate = np.array([[60.0, -60.0, 60.0, -60.0]] * 2)
@@ -207,13 +207,6 @@ def test_extreme_values_stay_finite() -> None:
   )
   assert np.isfinite(loss)
   assert all(np.all(np.isfinite(g)) for g in grads.values())
-
-
-def test_emotion_nll_by_hand() -> None:
-  """Each row's own value, and no average over the batch."""
-  logits = jnp.log(jnp.array([[1.0, 3.0, 4.0], [0.5, 0.25, 0.25]]))
-  nll = losses.emotion_nll(logits, jnp.array([1, 2]))
-  np.testing.assert_allclose(nll, [math.log(8 / 3), math.log(4)], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +226,7 @@ def test_learning_rate_by_hand(update: int, rate: float) -> None:
 
 
 def test_learning_rate_factor() -> None:
-  """The factor scales, and the peak stands at the warm-up's end."""
+  """The factor scales the rate; the peak is at the end of the warm-up."""
   config = TrainConfig(learning_rate_factor=3.0, warmup_steps=4)
   schedule = learning_rate(config, emb_dim=100)
   rates = [float(schedule(jnp.int32(n))) for n in range(6)]
@@ -269,7 +262,7 @@ RESPONSES = ["i am so sorry", "i am glad", "", "sorry"]
   ("n", "distinct", "total"), [(1, 5, 8), (2, 4, 5), (3, 3, 3), (4, 1, 1)]
 )
 def test_distinct_by_hand(n: int, distinct: int, total: int) -> None:
-  """Over the split, not a response at a time, and not across responses."""
+  """Counts over all responses, but no n-gram across two responses."""
   assert metrics.ngram_counts(RESPONSES, n) == (distinct, total)
   assert metrics.distinct_n(RESPONSES, n) == pytest.approx(
     100 * distinct / total
@@ -284,18 +277,18 @@ def test_expectation_adjusted_distinct_by_hand() -> None:
   assert metrics.ead_n(RESPONSES, 2, 10) == pytest.approx(
     100 * 4 / (10 * (1 - 0.9**5)), rel=1e-9
   )
-  # With many words chance repeats none: the plain share.
+  # In a huge vocabulary chance repeats no word: the plain share.
   assert metrics.ead_n(RESPONSES, 1, 10**9) == pytest.approx(62.5, rel=1e-6)
 
 
 def test_distinct_of_nothing() -> None:
-  """No n-gram is no division by zero."""
+  """Without n-grams nothing divides by zero."""
   assert metrics.distinct_n(["one"], 2) == 0.0
   assert metrics.ead_n(["one"], 2, 10) == 0.0
 
 
 def test_text_metrics_of_responses_alone() -> None:
-  """Exactly what responses allow; the emotion's accuracy is null."""
+  """All metrics of responses; the emotion accuracy is null."""
   values = metrics.text_metrics([{"response": r} for r in RESPONSES], 10)
   assert values == {
     "examples": 4,
@@ -323,7 +316,7 @@ def test_perplexity_protocols_by_hand() -> None:
 
 
 def test_emotion_accuracy_by_hand() -> None:
-  """A fraction if every line has both emotions, else null."""
+  """A fraction if every line has both emotions, null otherwise."""
   lines: list[dict[str, Any]] = [
     {"response": "a", "emotion": "sad", "predicted_emotion": p}
     for p in ("sad", "angry", "sad", "proud")
@@ -334,7 +327,7 @@ def test_emotion_accuracy_by_hand() -> None:
 
 
 def test_bleu_by_hand() -> None:
-  """100 for identical text; tokens as they are, so "don't." is one."""
+  """100 for identical text; tokens stay whole, so "don't." is one."""
   text = ["i am so sorry don't.", "that is great news , really"]
   lines = [{"response": t, "reference": t} for t in text]
   assert metrics.text_metrics(lines, 10)["bleu"] == pytest.approx(100.0)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from refusal import refused
+from helpers import refused
 
 from empdg_jax import config as config_lib
 from empdg_jax import main, metrics

@@ -24,7 +24,7 @@ SHAPES = (Shape(8, 4, 4), Shape(16, 6, 8), Shape(24, 10, 12))
 
 
 def invented(count: int) -> list[EncodedExample]:
-  """EncodedExample examples of all lengths; ids tell the example."""
+  """Encoded examples of all lengths; their ids identify them."""
   rng = np.random.default_rng(count)
   encoded = []
   for i in range(count):
@@ -48,7 +48,7 @@ def invented(count: int) -> list[EncodedExample]:
 
 
 def indices(batches: Iterable[Batch]) -> list[int]:
-  """The examples of batches, filling left out."""
+  """The indices of batches' examples, without filling."""
   return [int(i) for b in batches for i in b.index[b.mask == 1]]
 
 
@@ -240,7 +240,7 @@ def test_evaluation_has_every_example_once(count: int) -> None:
 
 
 def test_batches_hold_their_examples_uncut() -> None:
-  """Also: a batch's shape is one of the configured."""
+  """Every batch has one of the configured shapes, too."""
   encoded = invented(60)
   training = pipeline.train_batches(encoded, SHAPES, batch_size=8, seed=1)
   evaluation = pipeline.eval_batches(encoded, SHAPES, batch_size=8)

@@ -1,4 +1,4 @@
-"""Traces of some steps, and the time that devices wait for batches."""
+"""Traces of some steps, and the devices' wait for batches."""
 
 import itertools
 import math
@@ -53,7 +53,7 @@ def test_a_run_that_ends_early_keeps_its_trace(tmp_path: pathlib.Path) -> None:
 
 
 def test_rounds_of_several_steps() -> None:
-  """The rounds that overlap the range are traced, wherever they begin."""
+  """Rounds that overlap the range are traced, wherever they begin."""
   with tempfile.TemporaryDirectory() as folder:
     trace = Trace((97, 103), pathlib.Path(folder))
     ended = []
@@ -69,7 +69,7 @@ def test_rounds_of_several_steps() -> None:
 def test_a_trace_that_is_missed(
   tmp_path: pathlib.Path, first: int, missed: bool
 ) -> None:
-  """A run that goes on from a step behind the range says so once."""
+  """A run that resumes after the range says so, once."""
   trace = Trace((2, 4), tmp_path)
   assert [trace.missed(first), trace.missed(first)] == [missed, False]
   assert trace.missed(math.inf) == (not missed)  # It has ended before.
@@ -102,7 +102,7 @@ def test_no_trace(tmp_path: pathlib.Path) -> None:
 
 
 class Result:
-  """A step's result that is or is not there yet."""
+  """A step's result, computed or still awaited."""
 
   def __init__(self, ready: bool) -> None:
     self._ready = ready

@@ -11,7 +11,7 @@ from empdg_jax.data.prepare import Dataset
 
 
 def test_has_the_promised_sizes() -> None:
-  sizes = {s: len(list(sample_corpus.dialogues(s))) for s in SPLITS}
+  sizes = {s: len(sample_corpus.dialogues()[s]) for s in SPLITS}
 
   assert sizes == sample_corpus.SPLIT_SIZES
   assert sizes["train"] >= 600
@@ -20,7 +20,7 @@ def test_has_the_promised_sizes() -> None:
 
 def test_every_split_has_all_emotions_in_equal_shares() -> None:
   for split in SPLITS:
-    counts = Counter(d.emotion for d in sample_corpus.dialogues(split))
+    counts = Counter(d.emotion for d in sample_corpus.dialogues()[split])
 
     assert set(counts) == set(EMOTIONS)
     assert max(counts.values()) - min(counts.values()) <= 1
@@ -28,21 +28,21 @@ def test_every_split_has_all_emotions_in_equal_shares() -> None:
 
 def test_dialogues_have_four_to_six_turns() -> None:
   for split in SPLITS:
-    lengths = {len(d.utterances) for d in sample_corpus.dialogues(split)}
+    lengths = {len(d.utterances) for d in sample_corpus.dialogues()[split]}
 
     assert lengths == {4, 5, 6}
 
 
 def test_no_slot_is_left_unfilled() -> None:
   for split in SPLITS:
-    for dialogue in sample_corpus.dialogues(split):
+    for dialogue in sample_corpus.dialogues()[split]:
       for text in (dialogue.situation, *dialogue.utterances):
         assert text.strip()
         assert not set(text) & set('{}|"')
 
 
 def test_no_dialogue_occurs_twice() -> None:
-  everything = [d for s in SPLITS for d in sample_corpus.dialogues(s)]
+  everything = [d for s in SPLITS for d in sample_corpus.dialogues()[s]]
 
   assert len({d.utterances for d in everything}) == len(everything)
   assert len({d.utterances[0] for d in everything}) == len(everything)
@@ -54,7 +54,7 @@ def test_csv_reads_back() -> None:
 
   for split in SPLITS:
     conversations = list(read_csv(files[split], split))
-    dialogues = list(sample_corpus.dialogues(split))
+    dialogues = sample_corpus.dialogues()[split]
     assert [c.id for c in conversations] == [d.id for d in dialogues]
     for conversation, dialogue in zip(conversations, dialogues, strict=True):
       assert EMOTIONS[conversation.emotion] == dialogue.emotion

@@ -1,10 +1,8 @@
-"""Steps against updates and sums computed directly, on 1, 2 and 8 devices.
+"""The steps against directly computed updates and sums, on 1 to 8 devices.
 
 As a program, `test_steps.py FILE` writes what `take_three` returns to FILE.
 """
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,25 +14,30 @@ import numpy as np
 import optax
 import pytest
 import reference
+from dialogues import (
+  KEY,
+  MODEL,
+  ROWS,
+  TRAIN,
+  VOCAB,
+  flat,
+  make_batch,
+  make_examples,
+  relative_difference,
+  run_on_devices,
+)
 from reference import (
-  CLS,
   EOS,
-  LAB,
   PAD,
-  SYS,
   UNK,
-  USR,
-  Example,
   in_float64,
-  pad,
 )
 
-from empdg_jax import parallel
-from empdg_jax.config import EvalConfig, ModelConfig, TrainConfig
+from empdg_jax.config import EvalConfig
 from empdg_jax.data.pipeline import Batch
 from empdg_jax.losses import log_mixture
 from empdg_jax.models.encoder_decoder import Inputs
-from empdg_jax.models.generator import Generator
+from empdg_jax.parallel.devices import replicate, shard, unreplicate, unshard
 from empdg_jax.training import steps
 from empdg_jax.training.train_state import (
   TrainState,
@@ -42,31 +45,12 @@ from empdg_jax.training.train_state import (
   init_params,
 )
 
-VOCAB = 60
-ROWS = 8  # As many as the most devices.
-SHAPE = (12, 6, 8)  # Context, emotional context, target.
-MODEL = Generator(
-  ModelConfig(
-    emb_dim=16,
-    key_value_depth=8,
-    filter_size=12,
-    feed_forward="dense",
-    emotion_loss_weight=0.5,
-    generation_loss_weight=2.0,
-  ),
-  VOCAB,
-  32,
-)
-# An epsilon that does not blow up the last digits of small gradients.
-TRAIN = TrainConfig(warmup_steps=10, adam_eps=1e-3)
-KEY = jax.random.key(11)
-
 
 class Steps(NamedTuple):
-  """The compiled steps and the state that they begin with.
+  """The compiled steps and their first state.
 
   Attributes:
-    state: Of one device.
+    state: The state on one device.
     mle: `mle_step` over all devices.
     evaluate: `eval_step` over all devices.
   """
@@ -74,46 +58,6 @@ class Steps(NamedTuple):
   state: TrainState
   mle: Callable[..., Any]
   evaluate: Callable[..., Any]
-
-
-def make_examples(seed: int) -> tuple[list[Example], np.ndarray]:
-  """Returns `ROWS` random dialogues of all lengths, and their emotions."""
-  rng = np.random.default_rng(seed)
-
-  def words(least: int, most: int) -> list[int]:
-    drawn = rng.integers(8, VOCAB, rng.integers(least, most + 1))
-    return [int(w) if w < VOCAB - 4 else UNK for w in drawn]
-
-  examples = []
-  for _ in range(ROWS):
-    context = words(2, SHAPE[0] - 1)
-    middle = len(context) // 2
-    state = [USR] * middle + [SYS] * (len(context) - middle)
-    examples.append(
-      Example(
-        [CLS, *context],
-        [CLS, *state],
-        [LAB, *words(0, SHAPE[1] - 1)],
-        [*words(1, SHAPE[2] - 1), EOS],
-      )
-    )
-  return examples, rng.integers(0, 32, ROWS)
-
-
-def make_batch(seed: int, real: int = ROWS) -> Batch:
-  """Pads the dialogues of `make_examples`; the first `real` ones count."""
-  examples, emotions = make_examples(seed)
-  return Batch(
-    context=pad([e.context for e in examples], SHAPE[0]),
-    state=pad([e.state for e in examples], SHAPE[0]),
-    emotion_context=pad([e.emotion_context for e in examples], SHAPE[1]),
-    target=pad([e.target for e in examples], SHAPE[2]),
-    feedback=np.ones((ROWS, 1), np.int32),
-    emotion=emotions.astype(np.int32),
-    mask=(np.arange(ROWS) < real).astype(np.float32),
-    position=np.arange(ROWS, dtype=np.int32),
-    index=np.arange(ROWS, dtype=np.int32),
-  )
 
 
 def direct_terms(
@@ -148,19 +92,8 @@ def direct_terms(
   return mean, {k: jnp.sum(v * batch.mask) for k, v in parts.items()}
 
 
-def flat(params: Any) -> np.ndarray:
-  """Returns all parameters as one float64 vector."""
-  leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(params)]
-  return np.concatenate(leaves)
-
-
-def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
-  """Returns `|a - b| / |b|` in the Euclidean norm."""
-  return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
 def compile_steps() -> Steps:
-  """Returns the steps over this process's devices."""
+  """Returns the steps over the devices of this process."""
   optimizer = create_optimizer(TRAIN, MODEL.config.emb_dim)
   params = reference.random_params(
     jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
@@ -175,14 +108,14 @@ def compile_steps() -> Steps:
 def take(
   compiled: Steps, state: TrainState, batch: Batch
 ) -> tuple[TrainState, dict[str, float]]:
-  """Takes one `mle_step`, from and to a state of one device."""
+  """Takes one `mle_step`; states are those of one device."""
   state, metrics = compiled.mle(
-    parallel.replicate(state),
-    parallel.shard(batch),
-    parallel.replicate(KEY),
+    replicate(state),
+    shard(batch),
+    replicate(KEY),
   )
-  metrics = parallel.unreplicate(metrics)
-  return parallel.unreplicate(state), {k: float(v) for k, v in metrics.items()}
+  metrics = unreplicate(metrics)
+  return unreplicate(state), {k: float(v) for k, v in metrics.items()}
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +131,7 @@ def direct() -> Callable[..., Any]:
 
 
 def keys_of(step: int) -> jax.Array:
-  """Returns the dropout keys: of the root key, the step and the position."""
+  """Returns the dropout keys from the root key, the step and the position."""
   of_step = jax.random.fold_in(KEY, step)
   return jnp.stack([jax.random.fold_in(of_step, i) for i in range(ROWS)])
 
@@ -233,7 +166,7 @@ def test_two_updates_equal_adam(
 def test_masked_examples_contribute_nothing(
   compiled: Steps, direct: Callable[..., Any]
 ) -> None:
-  """The same update whatever fills the rows, and the mean over the others."""
+  """Masked rows change no update; the mean is over the others."""
   batch, garbage = make_batch(2, real=5), make_batch(3, real=5)
   other = Batch(
     *(
@@ -274,14 +207,14 @@ def test_dropout_follows_the_position(compiled: Steps) -> None:
 
 
 def test_evaluation_equals_the_reference(compiled: Steps) -> None:
-  """Unsmoothed, without dropout, each example and the sums."""
+  """Without smoothing or dropout: each example's values and the sums."""
   params = in_float64(compiled.state.params)
   examples, emotions = make_examples(6)
   sums, values = compiled.evaluate(
-    parallel.replicate(compiled.state.params),
-    parallel.shard(make_batch(6, real=5)),
+    replicate(compiled.state.params),
+    shard(make_batch(6, real=5)),
   )
-  sums, values = parallel.unreplicate(sums), parallel.unshard(values)
+  sums, values = unreplicate(sums), unshard(values)
   nlls, correct = [], []
   for row, example in enumerate(examples):
     out = reference.generator(params, MODEL.config, example)
@@ -305,13 +238,11 @@ def test_evaluation_equals_the_reference(compiled: Steps) -> None:
 
 
 def test_prediction_is_the_references_argmax(compiled: Steps) -> None:
-  """Greedy responses, token by token, by the whole equations."""
+  """Greedy responses, token by token, from the whole equations."""
   config = EvalConfig(max_decode_steps=5)
   predict = steps.compile_predict_step(MODEL, config)
-  prediction = parallel.unshard(
-    predict(
-      parallel.replicate(compiled.state.params), parallel.shard(make_batch(7))
-    )
+  prediction = unshard(
+    predict(replicate(compiled.state.params), shard(make_batch(7)))
   )
   params = in_float64(compiled.state.params)
   for row, example in enumerate(make_examples(7)[0]):
@@ -320,7 +251,7 @@ def test_prediction_is_the_references_argmax(compiled: Steps) -> None:
       allowed.append(UNK)
     tokens: list[int] = []
     while len(tokens) < 5 and EOS not in tokens:
-      # The token behind the prefix is not looked at.
+      # The token after the prefix has no influence.
       out = reference.generator(
         params, MODEL.config, example._replace(target=[*tokens, EOS])
       )
@@ -335,7 +266,7 @@ def test_prediction_is_the_references_argmax(compiled: Steps) -> None:
 
 
 def take_three(compiled: Steps) -> dict[str, Any]:
-  """Takes three steps, each batch with a masked row, dropout on.
+  """Takes three steps with dropout; each batch has a masked row.
 
   Args:
     compiled: The steps over this process's devices.
@@ -352,35 +283,6 @@ def take_three(compiled: Steps) -> dict[str, Any]:
     "end": flat(state.params),
     **metrics,
   }
-
-
-def run_on_devices(
-  program: str, folder: Path
-) -> dict[int, subprocess.Popen[str]]:
-  """Starts `program FILE` on 2 and on 8 devices, in a process each.
-
-  Args:
-    program: The program.
-    folder: Gets each one's FILE, its number of devices and `.npz`.
-
-  Returns:
-    The processes by their number of devices.
-  """
-  runs = {}
-  for devices in (2, 8):
-    environment = {
-      **os.environ,
-      "JAX_PLATFORMS": "cpu",
-      "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    runs[devices] = subprocess.Popen(
-      [sys.executable, program, str(folder / f"{devices}.npz")],
-      env=environment,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-  return runs
 
 
 def test_any_number_of_devices_gives_the_same_update(

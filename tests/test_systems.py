@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from example import example_of, run_example
+from helpers import SMALL, example_of, run_example
 
 from empdg_jax import config as config_lib
 from empdg_jax import main
@@ -22,16 +22,6 @@ from empdg_jax.training.train_state import learning_rate
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SYSTEMS = tuple(registry.SYSTEMS)
-SMALL = (
-  "--config.data.source=sample",
-  "--config.data.shapes=((48,24,24),)",
-  "--config.data.feedback_length=12",
-  "--config.model.emb_dim=16",
-  "--config.model.key_value_depth=8",
-  "--config.model.filter_size=12",
-  "--config.model.kernel_widths=(1,2)",
-  "--config.train.batch_size=8",
-)
 TINY = (
   *SMALL,
   "--config.train.mle_steps=4",

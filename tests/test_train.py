@@ -3,49 +3,24 @@
 import copy
 import itertools
 import json
-import os
 import pathlib
 import signal
 import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from helpers import run_training
 
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError, SaveError
-from empdg_jax.inference import evaluate
-from empdg_jax.training import checkpoint, loop, run_folder, train_log
-
-# A stand-in for `empdg train` whose process the tests can kill.
-_PROGRAM = """
-import os, pathlib, signal, sys
-from empdg_jax import config as config_lib
-from empdg_jax.training import checkpoint, loop, train_log
-config = config_lib.from_json(pathlib.Path(sys.argv[1]).read_text(), "config")
-kill_at, number = int(sys.argv[3]), int(sys.argv[4])
-write = train_log.MetricWriter.write
-
-def write_and_die(self, step, phase, values):
-  write(self, step, phase, values)
-  if step == kill_at:
-    checkpoint.Checkpoints.wait = signalled_again
-    os.kill(os.getpid(), number)
-
-wait = checkpoint.Checkpoints.wait
-
-def signalled_again(self):
-  if number == signal.SIGTERM:
-    os.kill(os.getpid(), number)
-  wait(self)
-
-train_log.MetricWriter.write = write_and_die
-try:
-  loop.train(config, pathlib.Path(sys.argv[2]))
-except KeyboardInterrupt:
-  sys.exit(130)
-"""
+from empdg_jax.training import (
+  checkpoint,
+  loop,
+  run_folder,
+  train_log,
+  validation,
+)
 
 
 def _losses(workdir: pathlib.Path) -> dict[int, float]:
@@ -73,20 +48,6 @@ def trained(
   workdir = tmp_path_factory.mktemp("undisturbed") / "run"
   assert loop.train(config, workdir)
   return config, workdir
-
-
-def _run(
-  config: Config, workdir: pathlib.Path, kill_at: int, number: int
-) -> subprocess.CompletedProcess[str]:
-  path = workdir.parent / "config-for-the-process.json"
-  path.write_text(config_lib.to_json(config))
-  return subprocess.run(
-    [sys.executable, "-c", _PROGRAM, path, workdir, str(kill_at), str(number)],
-    capture_output=True,
-    text=True,
-    check=False,
-    env={**os.environ, "JAX_PLATFORMS": "cpu"},
-  )
 
 
 def test_run_folder(trained: tuple[Config, pathlib.Path]) -> None:
@@ -128,7 +89,7 @@ def test_kill_and_resume_gives_the_same_losses(
 ) -> None:
   config, undisturbed = trained
   workdir = tmp_path / "run"
-  killed = _run(config, workdir, kill_at, signal.SIGKILL)
+  killed = run_training(config, workdir, kill_at, signal.SIGKILL)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   assert loop.train(config, workdir)
   expected, losses = _losses(undisturbed), _losses(workdir)
@@ -148,7 +109,7 @@ def test_no_update_is_missing_in_the_log(
   config, every_step = copy.deepcopy(trained[0]), _losses(trained[1])
   config.train.log_every = 5
   workdir = tmp_path / "run"
-  killed = _run(config, workdir, 8, signal.SIGKILL)
+  killed = run_training(config, workdir, 8, signal.SIGKILL)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   assert loop.train(config, workdir)
   losses = _losses(workdir)
@@ -168,10 +129,10 @@ def test_interrupt_saves_and_says_how_to_resume(
   number: int,
   status: int,
 ) -> None:
-  """Schedulers may send SIGTERM twice, the second while it is being saved."""
+  """Schedulers may send SIGTERM twice, the second during the save."""
   config, _ = trained
   workdir = tmp_path / "run"
-  interrupted = _run(config, workdir, 5, number)
+  interrupted = run_training(config, workdir, 5, number)
   assert interrupted.returncode == status, interrupted.stderr
   said = " ".join(interrupted.stdout.split())
   assert "Stopped and saved at step" in said
@@ -183,7 +144,7 @@ def test_interrupt_saves_and_says_how_to_resume(
 def test_nothing_compiles_after_each_shapes_first_batch(
   config: Config, tmp_path: pathlib.Path
 ) -> None:
-  """Every step's compilations are counted by JAX's own event."""
+  """JAX's own monitoring event counts the compilations before each step."""
   compiled: list[str] = []
   steps: list[tuple[int, int]] = []
 
@@ -203,7 +164,7 @@ def test_nothing_compiles_after_each_shapes_first_batch(
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train_log, "MetricWriter", Writer)
     loop.train(config, tmp_path / "run")
-  # Both shapes and the first validation come within the first half.
+  # Both shapes and the first validation occur in the first half.
   warm = {count for step, count in steps if step == 30}
   assert compiled
   assert steps[-1][1] == max(warm), "something was compiled after warm-up"
@@ -221,13 +182,15 @@ def test_early_stop_keeps_the_best(
       "emotion_accuracy": 0.5,
     }
 
-  monkeypatch.setattr(evaluate, "validate", validate)
+  monkeypatch.setattr(validation, "validate", validate)
   config = _short(config)
   config.train.mle_steps, config.train.mle_eval_every = 100, 2
   assert loop.train(config, tmp_path / "run")
   checkpoints = checkpoint.Checkpoints(tmp_path / "run")
   assert checkpoints.step(checkpoint.BEST) == 4
-  assert checkpoints.step(checkpoint.LATEST) == 10  # 3 without a better one.
+  assert (
+    checkpoints.step(checkpoint.LATEST) == 10
+  )  # After 3 that are no better.
 
 
 def test_refuses_another_configuration(
@@ -276,7 +239,7 @@ def test_refuses_unwritable_workdir(
 def test_a_full_disk_ends_training_with_one_line(
   config: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  """Orbax's writer fails in the background as on a full disk."""
+  """Orbax's background writer fails as on a full disk."""
 
   def fail(*args: object, **kwargs: object) -> None:
     raise ValueError("RESOURCE_EXHAUSTED: No space left on device")

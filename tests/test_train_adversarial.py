@@ -9,7 +9,7 @@ import signal
 
 import numpy as np
 import pytest
-from test_train import _run
+from helpers import run_training
 
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
@@ -106,7 +106,7 @@ def test_kill_and_resume_in_every_phase(
 ) -> None:
   config, undisturbed = finished
   workdir = tmp_path / "run"
-  killed = _run(config, workdir, kill_at, signal.SIGKILL)
+  killed = run_training(config, workdir, kill_at, signal.SIGKILL)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   assert loop.train(config, workdir)
   expected, values = _values(undisturbed), _values(workdir)
@@ -131,7 +131,7 @@ def test_another_runs_generator_begins_phase_2(
   assert loop.train(config, tmp_path / "run")
   values, expected = _values(tmp_path / "run"), _values(workdir)
   assert {step for step, _ in values} == {1, 2, 3, 4, 7, 10, 13}
-  # The same generator; the batches are the run's own first ones.
+  # The same generator, with batches from the start of this run's data.
   name = "train/learning_rate"
   assert values[7, name] == expected[11, name]
 
@@ -185,14 +185,14 @@ def test_a_loss_that_is_not_finite_stops_and_saves(
   tmp_path: pathlib.Path,
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-  """The line names the step and the term; the state before it is saved."""
+  """The message names the step and the term; a good state is saved."""
   config, _ = finished
   config = copy.deepcopy(config)
   config.train.log_every = 3
   compile_step = steps.compile_discriminator_step
 
   def breaking(*args: object) -> object:
-    """Spoils the second step's sums as an overflow would."""
+    """Makes the second step's sums not finite, as an overflow would."""
     step, calls = compile_step(*args), []
 
     def run(*inputs: object) -> object:

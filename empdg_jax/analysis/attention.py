@@ -10,12 +10,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from empdg_jax import parallel, storage
+from empdg_jax import storage
 from empdg_jax.config import InputError
 from empdg_jax.data import vocab
 from empdg_jax.inference.respond import Responder
 from empdg_jax.models import registry
 from empdg_jax.models.encoder_decoder import Inputs
+from empdg_jax.parallel import devices
 
 _EMOTIONS_SHOWN = 8
 _EMOTIONAL = "#b2182b"  # The colour of emotional words.
@@ -57,7 +58,7 @@ def attend(responder: Responder, context: Sequence[str]) -> Attended:
   """
   system = responder.system
   encoded = responder.encode(context)
-  (response,) = responder.answer([encoded])
+  (response,) = responder.respond_encoded([encoded])
   reply = list(response.tokens)
   # A response of the full length was cut off before its EOS.
   if len(reply) < system.config.eval.max_decode_steps:
@@ -69,7 +70,7 @@ def attend(responder: Responder, context: Sequence[str]) -> Attended:
   # tokens: a copied word outside the vocabulary was fed back as UNK.
   ids = [system.vocabulary.ids.get(token, vocab.UNK) for token in reply]
   outputs: Any = model.apply(
-    {"params": parallel.unreplicate(system.params)},
+    {"params": devices.unreplicate(system.params)},
     Inputs(
       jnp.array([encoded.context]),
       jnp.array([encoded.state]),

@@ -1,8 +1,8 @@
-"""Facts of a dataset besides its text: labels, splits, licence and rules."""
+"""A dataset's conversations, labels, splits, licence and rules."""
 
 import dataclasses
-import pathlib
 
+from empdg_jax import storage
 from empdg_jax.config import DataConfig, InputError
 
 # The files of the official CSV format, one for each split.
@@ -19,6 +19,25 @@ EMPATHETIC_DIALOGUES = "empathetic_dialogues"
 
 
 @dataclasses.dataclass(frozen=True)
+class Conversation:
+  """A conversation: as recorded, or as preprocessing joins several.
+
+  Attributes:
+    id: The dataset's `conv_id`.
+    emotion: The number of the label that the speaker was given.
+    situation: The speaker's description of the situation, written beforehand.
+    utterances: The turns; the speaker begins.
+    speakers: The `speaker_idx` of each turn.
+  """
+
+  id: str
+  emotion: int
+  situation: str
+  utterances: tuple[str, ...]
+  speakers: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Corpus:
   """Facts of a dataset that its files do not state.
 
@@ -28,8 +47,8 @@ class Corpus:
     citation: The work to cite, empty if there is none.
     emotions: The emotion labels, in the order of their numbers.
     splits: The names of the splits.
-    dropped_conversations: How many conversations at the end of each split the
-      published example sets leave out.
+    dropped_conversations: The number of conversations at the end of each split
+      that the published example sets leave out.
     joins_situations: Whether neighbouring conversations about one situation
       form a single dialogue, as in the published example sets.
   """
@@ -39,6 +58,7 @@ class Corpus:
   citation: str
   emotions: tuple[str, ...]
   splits: tuple[str, ...] = SPLITS
+  # Both rules exist to reproduce published sizes, so they are off elsewhere.
   dropped_conversations: int = 0
   joins_situations: bool = False
 
@@ -61,22 +81,25 @@ def find_corpus(
 ) -> Corpus:
   """Returns the facts of the dataset that a configuration names.
 
+  Reads at most the file of labels, never the data.
+
   Args:
-    config: `emotions` decides: the 32 labels of EmpatheticDialogues mark data
-      of that kind, a file of labels any other dataset.
-    emotions: The labels that an export or a run folder keeps, in place of the
-      file's.
+    config: The data settings. `emotions` marks data with the 32 labels of
+      EmpatheticDialogues, or names the file with another dataset's labels.
+    emotions: The labels kept by an export or a run folder. They replace the
+      file, which may be gone or have changed since training.
 
   Raises:
     InputError: The file of labels cannot be read or is malformed.
   """
   if config.emotions != EMPATHETIC_DIALOGUES:
+    emotions = emotions or read_labels(config.emotions)
     return Corpus(
-      title=f"a dataset with {len(emotions or read_labels(config.emotions))} "
-      "emotion labels in the format of EmpatheticDialogues",
+      title=f"a dataset with {len(emotions)} emotion labels in the format of "
+      "EmpatheticDialogues",
       licence="The licence of the training data applies to the parameters.",
       citation="",
-      emotions=emotions or read_labels(config.emotions),
+      emotions=emotions,
     )
   if config.source == "sample":
     return dataclasses.replace(
@@ -101,15 +124,17 @@ def read_labels(path: str) -> tuple[str, ...]:
       labels without white space or commas.
   """
   where = f"config.data.emotions={path!r}"
-  try:
-    labels = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError(
-      f"{where}: cannot read ({error}); give {EMPATHETIC_DIALOGUES!r} or a "
-      "file with one label a line"
-    ) from error
+  with storage.errors(
+    f"{where}: cannot read; give {EMPATHETIC_DIALOGUES!r} or a file with one "
+    "label a line",
+    InputError,
+  ):
+    # A run folder keeps its labels beside it, so they may lie in a bucket.
+    file = storage.run_path(path, "config.data.emotions")
+    labels = file.read_text(encoding="utf-8").splitlines()
   for number, label in enumerate(labels, start=1):
-    if not label or label.split() != [label] or "," in label:
+    # CSV rows split at commas, and exports list labels between white space.
+    if label.split() != [label] or "," in label:
       raise InputError(f"{where}: line {number}: {label!r} is no label")
   if len(set(labels)) < len(labels):
     raise InputError(f"{where}: a label occurs twice")

@@ -1,24 +1,27 @@
 """EmpatheticDialogues (Rashkin et al., 2019) as a TFDS dataset.
 
 The records are the raw conversations. Nothing here needs TensorFlow: the files
-are ArrayRecord, read through `as_data_source`.
+are ArrayRecord, read through `as_data_source`. Other datasets in the same CSV
+format bring their own emotion labels.
 """
 
 import dataclasses
 import hashlib
+import itertools
+import operator
 import os
 import pathlib
 import tarfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from empdg_jax import storage
 from empdg_jax.config import InputError
 from empdg_jax.data import sample_corpus
-from empdg_jax.data.corpora import EMOTIONS, SPLITS
+from empdg_jax.data.corpora import EMOTIONS, SPLITS, Conversation
 
 OFFICIAL_URL = (
   "https://dl.fbaipublicfiles.com/parlai/empatheticdialogues/"
@@ -27,59 +30,44 @@ OFFICIAL_URL = (
 _HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance"
 
 
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-  """One conversation as recorded.
-
-  Attributes:
-    id: The dataset's `conv_id`.
-    emotion: The number of the label that the speaker was given.
-    situation: What the speaker wrote of the situation beforehand.
-    utterances: The turns; the speaker begins.
-    speakers: Who wrote each turn.
-  """
-
-  id: str
-  emotion: int
-  situation: str
-  utterances: tuple[str, ...]
-  speakers: tuple[int, ...]
-
-
 def read_csv(
   data: bytes, name: str, emotions: Sequence[str] = EMOTIONS
 ) -> Iterator[Conversation]:
   """Parses one split in the official format.
 
-  A field is never quoted and a stray `"` is text, so lines are split at commas
-  alone; commas of the text are written `_comma_`.
-
   Args:
     data: The file's content.
-    name: What to call the file in messages.
+    name: The file's name in messages.
     emotions: The labels that may occur.
 
   Yields:
     The conversations in the file's order.
 
   Raises:
-    InputError: Naming file and line, if a row is malformed or there is none.
+    InputError: A row is malformed, named by file and line, or there is none.
   """
-  rows: list[list[str]] = []
+  # No CSV reader: a field is never quoted and a stray `"` is text, so quoting
+  # rules would silently swallow rows. Commas in text are written `_comma_`.
   header, *lines = data.removesuffix(b"\n").split(b"\n")
   if not header.startswith(_HEADER.encode()):
     raise InputError(f"{name}:1: expected the header '{_HEADER},selfeval,tags'")
-  for number, line in enumerate(lines, start=2):
-    row = _parse_row(line.removesuffix(b"\r"), f"{name}:{number}", emotions)
-    if rows and rows[0][0] != row[0]:
-      yield _conversation(rows, emotions)
-      rows = []
-    rows.append(row)
-  if not rows:
+  if not lines:
     raise InputError(
       f"{name}: the split is empty; expected rows below the header"
     )
-  yield _conversation(rows, emotions)
+  parsed = (
+    _parse_row(line.removesuffix(b"\r"), f"{name}:{number}", emotions)
+    for number, line in enumerate(lines, start=2)
+  )
+  for identifier, group in itertools.groupby(parsed, operator.itemgetter(0)):
+    rows = list(group)
+    yield Conversation(
+      id=identifier,
+      emotion=emotions.index(rows[0][2]),
+      situation=rows[0][3],
+      utterances=tuple(row[5] for row in rows),
+      speakers=tuple(int(row[4]) for row in rows),
+    )
 
 
 def _parse_row(line: bytes, where: str, emotions: Sequence[str]) -> list[str]:
@@ -87,8 +75,10 @@ def _parse_row(line: bytes, where: str, emotions: Sequence[str]) -> list[str]:
     fields = line.decode("utf-8").split(",")
   except UnicodeDecodeError as error:
     raise InputError(f"{where}: not UTF-8 text ({error.reason})") from error
-  if len(fields) not in (8, 9):  # The official files' optional candidates: 9.
+  # Official valid and test rows may have a ninth field, candidate responses.
+  if len(fields) not in (8, 9):
     raise InputError(f"{where}: {len(fields)} fields; expected 8")
+  # Only after the split, which must not see the text's own commas.
   fields = [field.replace("_comma_", ",") for field in fields]
   if fields[2] not in emotions:
     raise InputError(
@@ -102,43 +92,30 @@ def _parse_row(line: bytes, where: str, emotions: Sequence[str]) -> list[str]:
   return fields
 
 
-def _conversation(
-  rows: list[list[str]], emotions: Sequence[str]
-) -> Conversation:
-  identifier, _, emotion, situation = rows[0][:4]
-  return Conversation(
-    id=identifier,
-    emotion=emotions.index(emotion),
-    situation=situation,
-    utterances=tuple(row[5] for row in rows),
-    speakers=tuple(int(row[4]) for row in rows),
-  )
-
-
 def read_source(path: pathlib.Path) -> Mapping[str, bytes]:
-  """Returns the three splits' CSV files of an archive or a folder.
+  """Returns the CSV file of each split in an archive or a folder.
 
   Raises:
     InputError: The path is neither, or a split is missing.
   """
   files = {}
-  try:
+  with storage.errors(
+    f"config.data.source: cannot read {str(path)!r}; give 'official', "
+    "'sample', an archive like empatheticdialogues.tar.gz, or a folder with "
+    "train.csv, valid.csv and test.csv",
+    InputError,
+  ):
     if path.is_dir():
       for split in SPLITS:
-        if (path / f"{split}.csv").is_file():
-          files[split] = (path / f"{split}.csv").read_bytes()
+        if (file := path / f"{split}.csv").is_file():
+          files[split] = file.read_bytes()
     else:
       with tarfile.open(path) as archive:
         for member in archive:
+          # By name in whatever folder: re-packed archives differ in layout.
           split = pathlib.PurePosixPath(member.name).name.removesuffix(".csv")
           if split in SPLITS and (content := archive.extractfile(member)):
             files[split] = content.read()
-  except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-    raise InputError(
-      f"config.data.source: cannot read {str(path)!r} ({error}); give "
-      "'official', 'sample', an archive like empatheticdialogues.tar.gz, or a "
-      "folder with train.csv, valid.csv and test.csv"
-    ) from error
   for split in SPLITS:
     if split not in files:
       raise InputError(f"{path}: holds no {split}.csv")
@@ -146,10 +123,11 @@ def read_source(path: pathlib.Path) -> Mapping[str, bytes]:
 
 
 class EmpatheticDialogues(tfds.core.GeneratorBasedBuilder):
-  """The TFDS builder; one builder config a source, named by its content."""
+  """The TFDS builder, with one builder config a source."""
 
   VERSION = tfds.core.Version("1.0.0")
-  pkg_dir_path = pathlib.Path(__file__).parent  # Where checksums.tsv lies.
+  # TFDS looks for checksums.tsv here; by default it would guess the folder.
+  pkg_dir_path = pathlib.Path(__file__).parent
 
   def __init__(
     self,
@@ -162,26 +140,30 @@ class EmpatheticDialogues(tfds.core.GeneratorBasedBuilder):
 
     Args:
       source: `"official"`, `"sample"`, or a path to an archive or a folder.
-      data_dir: Where prepared datasets are kept.
+      data_dir: The folder for prepared datasets.
       emotions: The labels that conversations may have.
 
     Raises:
       InputError: The path cannot be read or lacks a split.
     """
-    self._files: Mapping[str, bytes] | None = None
-    if source not in ("official", "sample"):
-      self._files = read_source(pathlib.Path(source))
-    elif source == "sample":
-      self._files = sample_corpus.csv_files()
     self._source, self._emotions = source, tuple(emotions)
+    # The official files are read once they are downloaded.
+    self._files: Mapping[str, bytes] | None = None
     name = "official"
-    if self._files is not None:
+    if source != "official":
+      sample = source == "sample"
+      self._files = (
+        sample_corpus.csv_files()
+        if sample
+        else read_source(pathlib.Path(source))
+      )
+      # TFDS takes a prepared dataset of the same name for this one, so the
+      # name must change with the content: a path may hold other rows tomorrow.
       digest = hashlib.sha256(b"".join(self._files[s] for s in SPLITS))
-      kind = "sample" if source == "sample" else "local"
       if self._emotions != EMOTIONS:
         # Prepared records hold numbers, which mean other labels here.
         digest.update("\n".join(self._emotions).encode())
-      name = f"{kind}-{digest.hexdigest()[:16]}"
+      name = f"{'sample' if sample else 'local'}-{digest.hexdigest()[:16]}"
     super().__init__(
       data_dir=data_dir,
       config=tfds.core.BuilderConfig(name=name, version=self.VERSION),
@@ -207,6 +189,7 @@ class EmpatheticDialogues(tfds.core.GeneratorBasedBuilder):
         }
       ),
       homepage="https://github.com/facebookresearch/EmpatheticDialogues",
+      # The example sets drop and join conversations by their order in the file.
       disable_shuffling=True,
     )
 

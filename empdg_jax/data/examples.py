@@ -1,40 +1,15 @@
-"""From conversations to examples, in the two published example sets."""
+"""Dialogues and examples of the two published example sets."""
 
 import dataclasses
 from collections.abc import Container, Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple
 
 from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data import text
-from empdg_jax.data.corpora import Corpus
+from empdg_jax.data.corpora import Conversation, Corpus
 
 
-class Conversation(Protocol):
-  """What is needed of a recorded conversation."""
-
-  @property
-  def id(self) -> str:
-    """The conversation's name."""
-    ...
-
-  @property
-  def emotion(self) -> int:
-    """Its emotion label."""
-    ...
-
-  @property
-  def situation(self) -> str:
-    """What the speaker wrote of the situation."""
-    ...
-
-  @property
-  def utterances(self) -> tuple[str, ...]:
-    """Its turns."""
-    ...
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Utterance:
+class Utterance(NamedTuple):
   """One turn: its tokens and which of them are emotional words."""
 
   tokens: tuple[str, ...]
@@ -46,9 +21,9 @@ class Example:
   """A response to learn.
 
   Attributes:
-    id: `conv_id:turn`, the turn of the target counted from 0.
+    id: `conv_id:turn`, the target's turn counted from 0.
     emotion: The dialogue's emotion label.
-    context: The turns before the target; the speaker's come first.
+    context: The turns before the target; the speaker begins.
     target: The listener's response.
     feedback: The speaker's next turn, if there is one.
   """
@@ -60,58 +35,49 @@ class Example:
   feedback: Utterance | None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Dialogue:
-  """A dialogue of the field's preprocessing, speaker first, turns paired."""
+class Dialogue(NamedTuple):
+  """A preprocessed dialogue: the speaker begins, turns come in pairs."""
 
   id: str
   emotion: int
   turns: tuple[Utterance, ...]
 
 
-@dataclasses.dataclass
-class RawDialogue:
-  """The same before tokenisation."""
-
-  id: str
-  emotion: int
-  situation: str
-  utterances: list[str]
-
-
 def join_dialogues(
   conversations: Sequence[Conversation], corpus: Corpus
-) -> list[RawDialogue]:
+) -> list[Conversation]:
   """Turns a split's conversations into dialogues.
 
-  Every conversation loses a trailing speaker turn, which nobody answers, and
-  its `"` characters. The published sizes of EmpatheticDialogues depend on how
-  the field's preprocessing read the files, so its corpus asks for the same: the
-  last two conversations of a split are dropped, and neighbours with the same
-  situation are joined and take the last one's emotion.
+  Every conversation loses a trailing speaker turn, to which there is no
+  response, and its `"` characters. EmpatheticDialogues loses the last two
+  conversations of each split as well, and neighbours with the same situation
+  become one dialogue with the last one's emotion.
 
   Args:
     conversations: All conversations of the split, in the order of the file.
-    corpus: Says what else the published example sets drop and join.
+    corpus: The dataset's rules for dropping and joining.
 
   Returns:
     The dialogues, in that order.
   """
-  dialogues: list[RawDialogue] = []
-  kept = len(conversations) - corpus.dropped_conversations
-  for conversation in conversations[: max(0, kept)]:
+  dialogues: list[Conversation] = []
+  # The field's preprocessing dropped and joined in this way, and only so do
+  # the example sets get their published sizes.
+  kept = max(0, len(conversations) - corpus.dropped_conversations)
+  for conversation in conversations[:kept]:
     paired = len(conversation.utterances) // 2 * 2
-    turns = [u.replace('"', "") for u in conversation.utterances[:paired]]
-    last = dialogues[-1] if dialogues and corpus.joins_situations else None
-    if last is not None and last.situation == conversation.situation:
-      last.id, last.emotion = conversation.id, conversation.emotion
-      last.utterances += turns
-    else:
-      dialogues.append(
-        RawDialogue(
-          conversation.id, conversation.emotion, conversation.situation, turns
-        )
-      )
+    turns = tuple(u.replace('"', "") for u in conversation.utterances[:paired])
+    speakers = conversation.speakers[:paired]
+    if (
+      corpus.joins_situations
+      and dialogues
+      and dialogues[-1].situation == conversation.situation
+    ):
+      last = dialogues.pop()
+      turns, speakers = last.utterances + turns, last.speakers + speakers
+    dialogues.append(
+      dataclasses.replace(conversation, utterances=turns, speakers=speakers)
+    )
   return dialogues
 
 
@@ -132,9 +98,9 @@ def build_examples(
 
   Args:
     dialogues: The split's dialogues.
-    example_set: `"empdg"`: every listener turn that both a speaker turn (its
-      feedback) and one more listener turn follow (20,724 / 2,972 / 2,713
-      examples). `"all_turns"`: every listener turn (40,250 / 5,734 / 5,255).
+    example_set: `"empdg"`: every listener turn followed by a speaker turn (its
+      feedback) and one more listener turn (20,724 / 2,972 / 2,713 examples).
+      `"all_turns"`: every listener turn (40,250 / 5,734 / 5,255).
 
   Returns:
     The examples, in the order of the dialogues and their turns.
@@ -156,11 +122,13 @@ def build_examples(
   return examples
 
 
-def utterances(examples: Iterable[Example]) -> Iterable[Sequence[str]]:
-  """Yields the tokens of every distinct utterance of the examples."""
-  seen: dict[int, Utterance] = {}
+def utterances(examples: Sequence[Example]) -> Iterable[Sequence[str]]:
+  """Yields the tokens of every distinct turn of the examples."""
+  seen = set()
   for example in examples:
     for utterance in (*example.context, example.target, example.feedback):
+      # By identity: examples of one dialogue share their turns, while equal
+      # turns of two dialogues both count in the vocabulary's frequencies.
       if utterance is not None and id(utterance) not in seen:
-        seen[id(utterance)] = utterance
+        seen.add(id(utterance))
         yield utterance.tokens

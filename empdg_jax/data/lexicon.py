@@ -4,15 +4,17 @@ import hashlib
 import importlib.resources
 import json
 import pathlib
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 from textblob.en import parser
 
+from empdg_jax import storage
 from empdg_jax.config import InputError
 
 # The closed-class words of English and the pieces that tokenisation splits off
-# contractions: never emotional, whatever a lexicon says.
+# contractions. They are never emotional, whatever a lexicon or the tagger says:
+# they are in every utterance, so marking them would say nothing.
 STOP_WORDS = frozenset(
   """
   i me my mine myself we us our ours ourselves you your yours yourself
@@ -38,9 +40,9 @@ def load_lexicon(lexicon: str) -> frozenset[str]:
 
   Args:
     lexicon: `"nrclex"` for the words that the NRC lexicon associates with an
-      emotion or polarity (Mohammad and Turney, 2013) as the package of that
-      name ships them; else a file with either one word a line or lines of
-      `word<TAB>emotion<TAB>0 or 1`, the NRC lexicon's own format.
+      emotion or polarity (Mohammad and Turney, 2013), as shipped by the
+      package of that name; else a file with either one word a line or lines
+      of `word<TAB>emotion<TAB>0 or 1`, the NRC lexicon's own format.
 
   Returns:
     The words.
@@ -51,13 +53,12 @@ def load_lexicon(lexicon: str) -> frozenset[str]:
   if lexicon == "nrclex":
     package = importlib.resources.files("nrclex")
     return frozenset(json.loads((package / "data/nrc_en.json").read_text()))
-  try:
+  with storage.errors(
+    f"config.data.lexicon: cannot read {lexicon!r}; give 'nrclex' or a text "
+    "file with one word a line",
+    InputError,
+  ):
     lines = pathlib.Path(lexicon).read_text(encoding="utf-8").splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError(
-      f"config.data.lexicon: cannot read {lexicon!r} ({error}); give 'nrclex' "
-      "or a text file with one word a line"
-    ) from error
   words = set()
   for number, line in enumerate(lines, start=1):
     match line.split("\t"):
@@ -80,25 +81,23 @@ def _hash(word: str) -> int:
   return int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
 
 
-def word_hashes(words: Iterable[str]) -> np.ndarray:
-  """Returns a hash of every word, ascending, `[words]` uint64."""
-  return np.array(sorted(map(_hash, words)), np.uint64)
-
-
 class HashedWords(Container[str]):
-  """A lexicon of which only the words' hashes are known.
+  """A lexicon known by the hashes of its words alone.
+
+  Exports hold this form: a lexicon's licence may forbid listing its words.
 
   Attributes:
-    hashes: What `word_hashes` gave.
+    hashes: The result of `hashes_of`.
 
-  >>> words = HashedWords(word_hashes(["job", "hoping"]))
+  >>> words = HashedWords(hashes_of(frozenset(["job", "hoping"])))
   >>> "job" in words, "soon" in words, len(words)
   (True, False, 2)
   """
 
   def __init__(self, hashes: np.ndarray) -> None:
-    """Takes what `word_hashes` gave."""
+    """Creates the lexicon from the result of `hashes_of`."""
     self.hashes = hashes
+    # A search of the array for every token of a dataset would take minutes.
     self._set = frozenset(hashes.tolist())
 
   def __contains__(self, word: object) -> bool:
@@ -114,37 +113,28 @@ Lexicon = frozenset[str] | HashedWords
 
 
 def hashes_of(lexicon: Lexicon) -> np.ndarray:
-  """Returns `word_hashes` of a lexicon of either kind."""
+  """Returns a hash of every word, ascending, `[words]` uint64."""
   if isinstance(lexicon, HashedWords):
     return lexicon.hashes
-  return word_hashes(lexicon)
+  return np.array(sorted(map(_hash, lexicon)), np.uint64)
 
 
 def is_emotional(tokens: Sequence[str], lexicon: Container[str]) -> list[bool]:
-  """Tells which tokens of one utterance are emotional words.
+  """Marks the emotional words of one utterance.
 
   Args:
     tokens: The utterance's tokens, lower-case.
     lexicon: The words of an emotion lexicon.
 
   Returns:
-    A flag a token: no stop word, and in the lexicon or tagged an adjective by
-    TextBlob's tagger.
+    A flag a token, true if it is no stop word, and in the lexicon or tagged an
+    adjective by TextBlob's tagger.
+
+  >>> is_emotional("a full time job .".split(), frozenset({"job"}))
+  [False, True, False, True, False]
   """
+  # Tagged as a whole, since a word's tag depends on its neighbours.
   return [
     token not in STOP_WORDS and (token in lexicon or tag.startswith("JJ"))
     for token, tag in parser.find_tags(tokens)
   ]
-
-
-def emotional_words(
-  tokens: Sequence[str], lexicon: Container[str]
-) -> list[str]:
-  """Returns the emotional words of an utterance, in order, repeats kept.
-
-  >>> words = "but i am hoping he can find a full time job soon .".split()
-  >>> emotional_words(words, frozenset({"hoping", "job"}))
-  ['hoping', 'full', 'job']
-  """
-  flags = is_emotional(tokens, lexicon)
-  return [token for token, flag in zip(tokens, flags, strict=True) if flag]

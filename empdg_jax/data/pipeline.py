@@ -1,9 +1,9 @@
-"""From examples to batches of ids: few shapes, one global order (Grain)."""
+"""Examples as ids, and their batches: few shapes, one global order (Grain)."""
 
 import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -18,8 +18,8 @@ Array = Any  # NumPy's in the pipeline, JAX's inside compiled steps.
 class Shape(NamedTuple):
   """The padded lengths of a batch.
 
-  An example is assigned to a shape by its first three lengths; the feedback's
-  is the same for all shapes, and 1 where nothing reads it.
+  The first three decide which shape an example gets. The feedback's length is
+  the same for all shapes, and 1 where nothing reads the feedback.
   """
 
   context: int
@@ -32,16 +32,16 @@ class EncodedExample(NamedTuple):
   """One example as ids.
 
   Attributes:
-    context: `CLS x1 .. xm`, the latest tokens where some had to be cut.
+    context: `CLS x1 .. xm`, the latest tokens if some had to be cut.
     state: The dialogue state of each context token: CLS, USR or SYS.
     emotion_context: `LAB w1 .. we`.
     target: `y1 .. yn EOS`.
     feedback: The user's next turn; empty if there is none.
     emotion: The emotion label.
-    words: The context's tokens as text, for copied unknown words.
+    words: The context's tokens as text, to copy unknown words.
     emotion_words: The emotional context's tokens as text.
-    cut: How many tokens of context, emotional context, target and feedback
-      were cut.
+    cut: The numbers of tokens cut from context, emotional context, target and
+      feedback.
   """
 
   context: list[int]
@@ -56,7 +56,7 @@ class EncodedExample(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """A batch; B examples padded to one `Shape` (M, E, N).
+  """A batch of B examples padded to one `Shape` (M, E, N, F).
 
   Attributes:
     context: Context ids, `[B, M]` int32.
@@ -100,9 +100,9 @@ def encode(
     context: The turns before the target, the speaker's first.
     target: The target's tokens.
     emotion: The emotion label.
-    vocabulary: Tokens to ids.
+    vocabulary: The ids of tokens.
     longest: The lengths that no part may exceed.
-    feedback: The feedback's tokens, if there is one.
+    feedback: The feedback's tokens, empty if there is none.
 
   Returns:
     The example's ids.
@@ -114,6 +114,8 @@ def encode(
       utterance.tokens, utterance.emotional, strict=True
     )
   ]
+  # The latest turns matter most to the response, so the oldest tokens go. One
+  # position of each length belongs to CLS, LAB or EOS.
   kept = turns[max(0, len(turns) - longest.context + 1) :]
   emotional = [token for token, _, flag in kept if flag]
   emotion_words = emotional[max(0, len(emotional) - longest.emotion + 1) :]
@@ -149,17 +151,18 @@ def collate(
 
   Args:
     encoded: All examples of the split.
-    index: Which of them make the global batch, at most `batch_size`.
+    index: The examples of the global batch, at most `batch_size`.
     shape: The padded lengths.
-    batch_size: The global batch size B; missing examples repeat others with
-      mask 0.
+    batch_size: The global batch size B.
     rows: The rows of the global batch that this host needs.
 
   Returns:
-    This host's rows of the batch.
+    This host's rows of the batch. Rows without an example have mask 0.
   """
   position = np.arange(batch_size, dtype=np.int32)[rows]
   mask = (position < len(index)).astype(np.float32)
+  # Filling repeats examples: a row of PAD alone would be a softmax over
+  # nothing, and its NaN would survive the mask (0 * NaN).
   index = np.resize(index, batch_size).astype(np.int32)[rows]
   chosen = [encoded[i] for i in index]
 
@@ -183,7 +186,7 @@ def collate(
 
 
 class BatchPlan:
-  """Which examples make which global batch: a function of (seed, epoch)."""
+  """The order of global batches: a function of seed and epoch alone."""
 
   def __init__(
     self,
@@ -203,26 +206,26 @@ class BatchPlan:
     lengths = np.array(
       [(len(e.context), len(e.emotion_context), len(e.target)) for e in encoded]
     )
-    # Whether shape s holds example i -> [examples, shapes]
+    # XLA compiles a step for each shape, so batches take one of a few lengths.
+    # Shapes ascend in cost, and an example goes to the first that fits.
     longest = np.array([shape[:3] for shape in shapes])
-    self._fits = np.all(lengths[:, None] <= longest[None], axis=-1)
+    self._fits = np.all(lengths[:, None] <= longest, axis=-1)
+    # -> [examples, shapes]
 
   @property
   def batches_per_epoch(self) -> int:
     """The number of batches in an epoch, the same in every epoch."""
+    # `epoch` fills all batches but the last, whatever the order.
     return -(-len(self._fits) // self._batch_size)
 
   def epoch(self, order: np.ndarray) -> list[tuple[Shape, np.ndarray]]:
     """Cuts the examples, taken in `order`, into batches of one shape.
 
-    What does not fill a batch of its shape moves on to the next shape that
-    holds it, so that only the very last batch may have fewer examples.
-
     Args:
       order: Indices of the examples.
 
     Returns:
-      Shape and examples of each batch, the shapes in ascending order.
+      The shape and the examples of each batch, the shapes in ascending order.
     """
     batches = []
     first = self._fits[order].argmax(axis=1)
@@ -230,10 +233,12 @@ class BatchPlan:
     for s, (shape, pool) in enumerate(zip(self._shapes, pools, strict=True)):
       last = s + 1 == len(self._shapes)
       full = len(pool) if last else len(pool) - len(pool) % self._batch_size
-      for start in range(0, full, self._batch_size):
-        batches.append(
-          (shape, np.array(pool[start : min(start + self._batch_size, full)]))
-        )
+      batches += [
+        (shape, np.array(pool[start : min(start + self._batch_size, full)]))
+        for start in range(0, full, self._batch_size)
+      ]
+      # The rest moves on to the next shape that holds it: padding a few
+      # examples further is cheaper than a partly filled batch of each shape.
       for example in pool[full:]:
         pools[s + 1 + self._fits[example, s + 1 :].argmax()].append(example)
     return batches
@@ -241,14 +246,15 @@ class BatchPlan:
   def shuffled_epoch(
     self, seed: int, epoch: int
   ) -> list[tuple[Shape, np.ndarray]]:
-    """Returns the epoch's batches: the examples shuffled, the shapes mixed.
+    """Returns an epoch's batches: the examples shuffled, the shapes mixed.
 
-    Each shape's batches lie evenly over the epoch, each at random within its
-    stretch: long runs of short responses, then of long ones, would drag the
-    model back and forth.
+    The batches of each shape are spread evenly over the epoch.
     """
     rng = np.random.default_rng((seed, epoch))
     batches = self.epoch(rng.permutation(len(self._fits)))
+    # Long runs of short responses, then of long ones, would drag the model back
+    # and forth. So the k-th of a shape's n batches gets a random time within
+    # the k-th of n equal stretches, and the times give the order.
     counts = Counter(shape for shape, _ in batches)
     seen: Counter[Shape] = Counter()
     times = []
@@ -256,34 +262,6 @@ class BatchPlan:
       times.append((seen[shape] + rng.random()) / counts[shape])
       seen[shape] += 1
     return [batches[i] for i in np.argsort(times, kind="stable")]
-
-
-class _TrainBatches:
-  """Random access to the endless sequence of training batches."""
-
-  def __init__(
-    self,
-    encoded: Sequence[EncodedExample],
-    plan: BatchPlan,
-    seed: int,
-    batch_size: int,
-    rows: slice,
-  ) -> None:
-    self._encoded, self._plan = encoded, plan
-    self._batch_size, self._rows = batch_size, rows
-    # Two epochs, since prefetching crosses their border.
-    self._epoch = functools.lru_cache(2)(
-      functools.partial(plan.shuffled_epoch, seed)
-    )
-
-  def __len__(self) -> int:
-    return self._plan.batches_per_epoch * 1_000_000  # Epochs; "endless".
-
-  def __getitem__(self, record_key: SupportsIndex) -> Batch:
-    step = record_key.__index__()
-    epoch, position = divmod(step, self._plan.batches_per_epoch)
-    shape, index = self._epoch(epoch)[position]
-    return collate(self._encoded, index, shape, self._batch_size, self._rows)
 
 
 def host_rows(batch_size: int, host: int, num_hosts: int) -> slice:
@@ -302,38 +280,48 @@ def train_batches(
   host: int = 0,
   num_hosts: int = 1,
 ) -> grain.DatasetIterator:
-  """Returns the endless, checkpointable iterator over training batches.
+  """Returns an endless, checkpointable iterator over training batches.
 
   Args:
     encoded: The examples.
     shapes: The padded lengths; the last holds every example.
-    batch_size: Global batch size.
-    seed: Of the order, with the epoch's number.
+    batch_size: The global batch size.
+    seed: The seed of the order.
     host: This host's number.
-    num_hosts: How many hosts share each global batch.
+    num_hosts: The number of hosts that share each global batch.
 
   Returns:
-    An iterator of `Batch`; `get_state` gives its position, a JSON value that
+    An iterator of `Batch`. `get_state` gives its position, a JSON value that
     does not depend on the hosts.
   """
-  source: Any = _TrainBatches(
-    encoded,
-    BatchPlan(encoded, shapes, batch_size),
-    seed,
-    batch_size,
-    host_rows(batch_size, host, num_hosts),
+  plan = BatchPlan(encoded, shapes, batch_size)
+  rows = host_rows(batch_size, host, num_hosts)
+  # Two epochs: at the border, prefetching reads the next one while the last
+  # batches of this one are still asked for.
+  ordered = functools.lru_cache(2)(functools.partial(plan.shuffled_epoch, seed))
+
+  def batch_at(step: int) -> Batch:
+    epoch, position = divmod(step, plan.batches_per_epoch)
+    shape, index = ordered(epoch)[position]
+    return collate(encoded, index, shape, batch_size, rows)
+
+  # Grain needs a length; no run lasts a million epochs.
+  dataset = grain.MapDataset.range(plan.batches_per_epoch * 1_000_000)
+  return iter(
+    dataset.map(batch_at).to_iter_dataset(
+      # A single thread: collating is cheap, and more would compete with XLA's.
+      grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+    )
   )
-  dataset = grain.MapDataset.source(source).to_iter_dataset(
-    grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-  )
-  return iter(dataset)
 
 
 def coarse_shapes(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
   """Returns every third shape, the longest among them.
 
-  For steps that are few or take long to compile: all but maximum likelihood's.
+  Steps that are few or take long to compile use these: all but maximum
+  likelihood's.
   """
+  # From the end, because the last shape alone holds every example.
   return tuple(shapes[::-3][::-1])
 
 
@@ -345,7 +333,7 @@ def eval_batches(
   host: int = 0,
   num_hosts: int = 1,
 ) -> Iterator[Batch]:
-  """Yields batches that hold every example once, the last one masked."""
+  """Yields batches that hold every example once; filling has mask 0."""
   rows = host_rows(batch_size, host, num_hosts)
   plan = BatchPlan(encoded, shapes, batch_size)
   for shape, index in plan.epoch(np.arange(len(encoded))):

@@ -1,7 +1,8 @@
-"""From a source to a prepared dataset."""
+"""A dataset prepared from its source: examples, vocabulary, lexicon."""
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -23,7 +24,7 @@ from empdg_jax.data import (
   vocab,
 )
 from empdg_jax.data import lexicon as lexicon_lib
-from empdg_jax.data.corpora import Corpus
+from empdg_jax.data.corpora import Conversation, Corpus
 from empdg_jax.data.examples import Dialogue, Example, Utterance
 from empdg_jax.data.lexicon import Lexicon
 from empdg_jax.data.pipeline import EncodedExample, Shape, encode, padded_shapes
@@ -41,10 +42,10 @@ class Dataset:
   Attributes:
     vocabulary: Tokens and their ids.
     lexicon: The emotion lexicon.
-    corpus: The dataset's labels, splits, licence and rules.
+    corpus: The labels, splits, licence and rules.
     examples: The examples of each split.
-    conversations: How many conversations each split has.
-    utterances: How many turns they have.
+    conversations: The number of conversations in each split.
+    utterances: The number of their turns in each split.
     shapes: The padded lengths, ascending.
   """
 
@@ -59,6 +60,8 @@ class Dataset:
   def digest(self) -> str:
     """Returns a hash of the vocabulary and of all examples, in order."""
     digest = hashlib.sha256("\n".join(self.vocabulary.tokens).encode())
+    # Hosts compare it before the first step: other data on one of them would
+    # be averaged into every update unseen.
     for members in self.examples.values():
       for example in members:
         digest.update(repr(example).encode())
@@ -80,9 +83,13 @@ class Dataset:
 
 
 def emotional_table(vocabulary: Vocabulary, lexicon: Lexicon) -> np.ndarray:
-  """Tells of every word, by itself, whether it is emotional, `[V]`.
+  """Marks the emotional words of a vocabulary, judged out of context.
 
-  For text that is made of ids: no tagger has seen its sentences.
+  Generated responses need it: they exist only as ids inside a compiled step,
+  where no tagger can read their sentences.
+
+  Returns:
+    A flag for each id, `[V]` bool.
   """
   return np.array(
     [
@@ -98,10 +105,10 @@ def load_dataset(
   lexicon: Lexicon | None = None,
   emotions: tuple[str, ...] | None = None,
 ) -> Dataset:
-  """Builds the dataset, or reads what an earlier call has built.
+  """Prepares a dataset, or reads one that an earlier call has prepared.
 
   Args:
-    config: What to read and how.
+    config: The data settings.
     vocabulary: A run's vocabulary, to use instead of building one.
     lexicon: An export's lexicon, to use instead of reading one.
     emotions: A run's emotion labels, to use instead of reading them.
@@ -110,55 +117,29 @@ def load_dataset(
     The dataset.
 
   Raises:
-    InputError: Something the config names cannot be read or is malformed.
+    InputError: A file that the configuration names cannot be read or is
+      malformed.
   """
   data_dir = pathlib.Path(config.data_dir or storage.cache_dir() / "datasets")
-  try:
+  what = f"config.data.data_dir: cannot write {str(data_dir)!r}"
+  with storage.errors(what, InputError):
     data_dir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(
-      f"config.data.data_dir: cannot write {str(data_dir)!r} ({error})"
-    ) from error
   corpus = corpora.find_corpus(config, emotions)
   if lexicon is None:
     lexicon = lexicon_lib.load_lexicon(config.lexicon)
-  if config.source != "official":  # Only a download takes long.
-    tfds.disable_progress_bar()
-  try:
-    builder = _open_builder(config.source, data_dir, corpus)
-    try:
-      with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints as it goes.
-        builder.download_and_prepare(
-          download_config=tfds.download.DownloadConfig(
-            force_checksums_validation=True
-          )
-        )
-    except FileExistsError:  # Another process was faster.
-      builder = _open_builder(config.source, data_dir, corpus)
-    raw = {
-      split: _read_conversations(builder, split) for split in corpus.splits
-    }
-  except InputError:
-    raise
-  except Exception as error:  # TFDS and its readers have no common class.
-    raise InputError(
-      f"config.data.source: {config.source!r} could not be prepared in "
-      f"{data_dir} ({error})"
-    ) from error
-  dialogues = _annotate(
-    raw, builder.builder_config.name, data_dir, lexicon, corpus
-  )
+  name, raw = _read_conversations(config, data_dir, corpus)
+  dialogues = _annotate(raw, name, data_dir, lexicon, corpus)
   split_examples = {
     split: examples.build_examples(dialogues[split], config.example_set)
     for split in raw
   }
   for split, members in split_examples.items():
     if not members:
+      dropped = corpus.dropped_conversations
       raise InputError(
         f"{config.source}: {split} has no example; a split needs a dialogue "
         "of at least four turns"
-        + " besides its last two conversations"
-        * corpus.joins_situations
+        + (f" besides its last {dropped} conversations" if dropped else "")
       )
   if vocabulary is None:
     scope = ("train",) if config.vocab_scope == "train" else raw
@@ -181,101 +162,118 @@ def load_dataset(
   )
 
 
-def _open_builder(
-  source: str, data_dir: pathlib.Path, corpus: Corpus
-) -> empathetic_dialogues.EmpatheticDialogues:
-  return empathetic_dialogues.EmpatheticDialogues(
-    source=source, data_dir=data_dir, emotions=corpus.emotions
-  )
-
-
 def _read_conversations(
-  builder: empathetic_dialogues.EmpatheticDialogues, split: str
-) -> list[empathetic_dialogues.Conversation]:
-  return [
-    empathetic_dialogues.Conversation(
-      id=record["id"].decode(),
-      emotion=int(record["emotion"]),
-      situation=record["situation"].decode(),
-      utterances=tuple(u.decode() for u in record["utterances"]),
-      speakers=tuple(int(s) for s in record["speakers"]),
+  config: DataConfig, data_dir: pathlib.Path, corpus: Corpus
+) -> tuple[str, dict[str, list[Conversation]]]:
+  """Prepares the raw dataset once, then reads it.
+
+  Returns:
+    The prepared dataset's name, and the conversations of each split.
+  """
+  own_labels = config.emotions != corpora.EMPATHETIC_DIALOGUES
+  if own_labels and config.source in ("official", "sample"):
+    raise InputError(
+      f"config.data.emotions={config.emotions!r}: the source "
+      f"{config.source!r} has the labels {corpora.EMPATHETIC_DIALOGUES!r}; "
+      "give the path of other data as config.data.source"
     )
-    for record in builder.as_data_source(split=split)
-  ]
+  if config.source != "official":  # Only a download takes long.
+    tfds.disable_progress_bar()
+  create_builder = functools.partial(
+    empathetic_dialogues.EmpatheticDialogues,
+    source=config.source,
+    data_dir=data_dir,
+    emotions=corpus.emotions,
+  )
+  what = f"config.data.source: {config.source!r} could not be prepared in"
+  with storage.errors(f"{what} {data_dir}", InputError):
+    builder = create_builder()
+    try:
+      # TFDS prints as it goes. Without this option it would accept a download
+      # of which no checksum is registered.
+      with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(
+          download_config=tfds.download.DownloadConfig(
+            force_checksums_validation=True
+          )
+        )
+    except FileExistsError:
+      # Another process was faster. Only a new builder sees what it wrote.
+      builder = create_builder()
+    return builder.builder_config.name, {
+      split: [
+        Conversation(
+          id=record["id"].decode(),
+          emotion=int(record["emotion"]),
+          situation=record["situation"].decode(),
+          utterances=tuple(u.decode() for u in record["utterances"]),
+          speakers=tuple(int(s) for s in record["speakers"]),
+        )
+        for record in builder.as_data_source(split=split)
+      ]
+      for split in corpus.splits
+    }
 
 
 def _annotate(
-  raw: dict[str, list[empathetic_dialogues.Conversation]],
+  raw: dict[str, list[Conversation]],
   name: str,
   data_dir: pathlib.Path,
   lexicon: Lexicon,
   corpus: Corpus,
 ) -> dict[str, list[Dialogue]]:
-  """Tokenises the dialogues and marks emotional words, once for each lexicon.
+  """Joins and tokenises conversations and marks their emotional words.
 
-  This takes half a minute on the real dataset, so the result is kept in a
-  file beside it, named by the dataset, the lexicon and the rules.
+  The result is kept in a file, since the real dataset takes half a minute.
   """
-  hashes = lexicon_lib.hashes_of(lexicon)
-  digest = hashlib.sha256(hashes.tobytes()).hexdigest()[:16]
-  path = data_dir / "tokenized" / f"{name}-{digest}-v{_RULES_VERSION}.json.gz"
+  # The file's name stands for all that the result depends on: the raw data, the
+  # lexicon, the corpus's rules and those of the code.
+  digest = hashlib.sha256(lexicon_lib.hashes_of(lexicon).tobytes())
+  digest.update(
+    f"{corpus.dropped_conversations} {corpus.joins_situations}".encode()
+  )
+  path = data_dir / "tokenized"
+  path /= f"{name}-{digest.hexdigest()[:16]}-v{_RULES_VERSION}.json.gz"
   if path.exists():
     try:
       with gzip.open(path, "rt", encoding="utf-8") as file:
         return {
-          split: [_from_json(d) for d in dialogues]
+          split: [
+            Dialogue(
+              identifier,
+              emotion,
+              tuple(Utterance(tuple(t), tuple(f)) for t, f in turns),
+            )
+            for identifier, emotion, turns in dialogues
+          ]
           for split, dialogues in json.load(file).items()
         }
     except (OSError, EOFError, ValueError, zlib.error) as error:
       raise InputError(
         f"{path}: damaged ({error}); delete it and it is made again"
       ) from error
-  joined = {s: examples.join_dialogues(c, corpus) for s, c in raw.items()}
   tokenizer = text.Tokenizer()
-  dialogues: dict[str, list[Dialogue]] = {}
-  for split, members in joined.items():
-    dialogues[split] = [
+  dialogues = {
+    split: [
       Dialogue(
-        dialogue.id,
-        dialogue.emotion,
+        joined.id,
+        joined.emotion,
         tuple(
-          examples.annotate(u, tokenizer, lexicon) for u in dialogue.utterances
+          examples.annotate(u, tokenizer, lexicon) for u in joined.utterances
         ),
       )
-      for dialogue in rich.progress.track(
-        members, f"Tokenising {split}", transient=True
+      for joined in rich.progress.track(
+        examples.join_dialogues(conversations, corpus),
+        f"Tokenising {split}",
+        transient=True,
       )
     ]
+    for split, conversations in raw.items()
+  }
   path.parent.mkdir(exist_ok=True)
   with (
     storage.atomic_path(path) as temporary,
     gzip.open(temporary, "wt", encoding="utf-8", compresslevel=1) as file,
   ):
-    json.dump(
-      {s: [_to_json(d) for d in members] for s, members in dialogues.items()},
-      file,
-    )
+    json.dump(dialogues, file)  # Named tuples become lists.
   return dialogues
-
-
-def _to_json(dialogue: Dialogue) -> list[object]:
-  turns = [
-    [" ".join(turn.tokens), "".join("01"[flag] for flag in turn.emotional)]
-    for turn in dialogue.turns
-  ]
-  return [dialogue.id, dialogue.emotion, turns]
-
-
-def _from_json(value: list) -> Dialogue:
-  identifier, emotion, turns = value
-  return Dialogue(
-    identifier,
-    emotion,
-    tuple(
-      Utterance(
-        tuple(tokens.split(" ")) if tokens else (),
-        tuple(flag == "1" for flag in flags),
-      )
-      for tokens, flags in turns
-    ),
-  )

@@ -1,27 +1,27 @@
-r"""Expand the embedded corpus: a small synthetic EmpatheticDialogues.
+r"""The embedded corpus: a small synthetic EmpatheticDialogues.
 
-The corpus lets the product train anywhere without a download. All of its
-sentences come from the grammar in `sample_corpus.txt` beside this module,
-which was written for this project and takes nothing from any data set. The
-expansion is deterministic, and no first utterance is ever used twice.
+With it, the product trains anywhere without a download. All sentences come from
+the grammar in `sample_corpus.txt` beside this module, which was written for
+this project and takes nothing from any dataset. The expansion is deterministic,
+and no first utterance is used twice.
 
 The grammar is read line by line (`#` starts a comment line):
 
     = FAMILY              begins a family of closings, shared by emotions
-    @ EMOTION FAMILY      begins an emotion, which closes as its family does
-    * TOPIC               begins a scenario of the emotion; names its topic
+    @ EMOTION FAMILY      begins an emotion with the closings of that family
+    * TOPIC               begins a scenario of the emotion and names its topic
     p: TEXT               the situation of the scenario
-    1: TEXT ... 6: TEXT   a sentence of that turn
+    1: TEXT ... 6: TEXT   a sentence for that turn
 
 Odd turns are the speaker's and even turns the listener's. Turns 2 and 3 are
-two sentences each: turn 2 is one of the emotion's replies, then the
-scenario's question; turn 3 is the scenario's answer, then one of the
-emotion's feelings. Turn 4 is the emotion's; turns 5 and 6, which not every
-dialogue has, are the family's.
+two sentences each: turn 2 is one of the emotion's responses, then the
+scenario's question; turn 3 is the scenario's reaction, then one of the
+emotion's feelings. Turn 4 comes from the emotion; turns 5 and 6, which not
+every dialogue has, come from the family.
 
-A group `{a|b|c}` in turn 1 is a slot to fill. Elsewhere in the scenario `{1}`
-is the filler of the first slot, `{2}` of the second and so on, and `{t}` in a
-sentence of the emotion is the topic.
+A group `{a|b|c}` in turn 1 is a slot to fill. Elsewhere in the scenario, `{1}`
+is the filler of the first slot, `{2}` of the second and so on; in a sentence of
+the emotion, `{t}` is the topic.
 """
 
 import itertools
@@ -34,14 +34,15 @@ from typing import NamedTuple
 SPLIT_SIZES = {"train": 674, "valid": 98, "test": 98}
 
 _GRAMMAR = Path(__file__).with_suffix(".txt")
-_HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,"
-_HEADER += "selfeval,tags"
+_HEADER = (
+  "conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags"
+)
 _SLOT = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 _LENGTHS = (4, 5, 6)
 
 
 class Dialogue(NamedTuple):
-  """One conversation, its even turns (from 0) being the speaker's."""
+  """One conversation; turns 0, 2, ... are the speaker's."""
 
   id: str
   emotion: str
@@ -50,14 +51,14 @@ class Dialogue(NamedTuple):
 
 
 class _Scenario(NamedTuple):
-  """What happened, as templates."""
+  """A scenario's topic, and a template for each of its turns."""
 
   topic: str
   lines: dict[str, str]
 
 
 class _Emotion(NamedTuple):
-  """The sentences of one emotion by turn, and its scenarios."""
+  """An emotion's sentences by turn, and its scenarios."""
 
   name: str
   lines: dict[str, list[str]]
@@ -65,16 +66,10 @@ class _Emotion(NamedTuple):
 
 
 def _parse(text: str) -> list[_Emotion]:
-  """Parse the grammar.
-
-  Args:
-    text: The grammar in the notation of the module's docstring.
-
-  Returns:
-    The emotions in the order of the text.
+  """Parses the grammar into its emotions, in the order of the text.
 
   Raises:
-    ValueError: If a line is in no known notation.
+    ValueError: A line has no known notation.
   """
   families: dict[str, dict[str, list[str]]] = {}
   emotions: list[_Emotion] = []
@@ -103,22 +98,22 @@ def _parse(text: str) -> list[_Emotion]:
 
 
 def _fill(template: str, values: dict[str, str]) -> str:
-  """Replace every `{name}` of a template by its value."""
+  """Replaces every `{name}` of a template by its value."""
   return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)
 
 
 def _openings(
   scenario: _Scenario, rng: random.Random
 ) -> Iterator[dict[str, str]]:
-  """Yield all expansions of a scenario in random order, each once.
+  """Yields all expansions of a scenario in random order, each once.
 
   Args:
     scenario: The scenario.
-    rng: The source of the order.
+    rng: The generator of the order.
 
   Yields:
-    The scenario's sentences by turn, `p` being the situation and `t` the
-    topic.
+    The scenario's sentences by turn, with the situation as `p` and the topic as
+    `t`.
   """
   first = scenario.lines["1"]
   slots = [group.split("|") for group in _SLOT.findall(first)]
@@ -134,26 +129,24 @@ def _openings(
 
 
 def _shuffled_forever(lines: list[str], rng: random.Random) -> Iterator[str]:
-  """Yield lines without end, all of them once before any comes again."""
+  """Yields lines without end, each once before any comes again."""
   while True:
     yield from rng.sample(lines, len(lines))
 
 
 def _expand(emotion: _Emotion) -> Iterator[tuple[str, tuple[str, ...]]]:
-  """Yield the situation and all six utterances of an emotion's dialogues.
+  """Yields the situation and all six utterances of an emotion's dialogues.
 
-  Args:
-    emotion: The grammar of the emotion.
-
-  Yields:
-    Pairs of situation and utterances, the scenarios taking turns; no first
-    utterance comes twice.
+  The scenarios take turns. No first utterance comes twice.
   """
+  # A generator for each emotion: a new sentence of one emotion then leaves the
+  # dialogues of all others as they were.
   rng = random.Random(f"embedded corpus: {emotion.name}")
   scenarios = [_openings(scenario, rng) for scenario in emotion.scenarios]
   bags = {t: _shuffled_forever(emotion.lines[t], rng) for t in "23456"}
   for opening in itertools.chain.from_iterable(zip(*scenarios, strict=False)):
-    # Each scenario meets the replies in another order, as bags are shuffled.
+    # The bags are shuffled, so each scenario meets the responses in another
+    # order, and no response gives a scenario away.
     shared = {turn: _fill(next(bag), opening) for turn, bag in bags.items()}
     yield (
       opening["p"],
@@ -168,76 +161,49 @@ def _expand(emotion: _Emotion) -> Iterator[tuple[str, tuple[str, ...]]]:
     )
 
 
-def _corpus() -> dict[str, tuple[Dialogue, ...]]:
-  """Expand the whole corpus, every split in turn.
+def dialogues() -> dict[str, list[Dialogue]]:
+  """Returns the dialogues of each split, the same on every call.
 
-  Returns:
-    The dialogues of each split.
+  They cycle over the 32 emotions, so neighbours differ in emotion and situation
+  and are never joined. No dialogue, nor even a first utterance, occurs twice in
+  the whole corpus.
   """
   emotions = _parse(_GRAMMAR.read_text(encoding="utf-8"))
   sources = [_expand(emotion) for emotion in emotions]
   corpus = {}
   for split, size in SPLIT_SIZES.items():
-    members = []
+    corpus[split] = []
     for index in range(size):
       cycle, which = divmod(index, len(emotions))
       situation, utterances = next(sources[which])
+      # By the cycle as well, else an emotion would have a single length.
       length = _LENGTHS[(cycle + which) % len(_LENGTHS)]
-      members.append(
+      corpus[split].append(
         Dialogue(
-          id=f"{split}:{index}",
-          emotion=emotions[which].name,
-          situation=situation,
-          utterances=utterances[:length],
+          f"{split}:{index}",
+          emotions[which].name,
+          situation,
+          utterances[:length],
         )
       )
-    corpus[split] = tuple(members)
   return corpus
 
 
-def dialogues(split: str) -> Iterator[Dialogue]:
-  """Yield the dialogues of a split, cycling over the 32 emotions.
-
-  Neighbours differ in emotion and situation, and no dialogue (nor even a
-  first utterance) occurs twice in the corpus, be it in one split or in two.
-
-  Args:
-    split: The name of the split, a key of `SPLIT_SIZES`.
-
-  Yields:
-    The dialogues, the same ones in the same order on every call.
-
-  Raises:
-    ValueError: If there is no such split.
-  """
-  if split not in SPLIT_SIZES:
-    raise ValueError(f"split {split!r} is not one of {list(SPLIT_SIZES)}")
-  yield from _corpus()[split]
-
-
 def csv_files() -> dict[str, bytes]:
-  """Render all splits in the official format of EmpatheticDialogues.
+  """Returns each split's CSV file in the format of EmpatheticDialogues.
 
   No field is quoted; a comma inside a text is written `_comma_`.
-
-  Returns:
-    The content of each split's CSV file by the name of the split, in UTF-8.
   """
   files = {}
-  for split, members in _corpus().items():
+  for split, members in dialogues().items():
     rows = [_HEADER]
     for dialogue in members:
+      situation = dialogue.situation.replace(",", "_comma_")
       for index, utterance in enumerate(dialogue.utterances):
-        fields = (
-          dialogue.id,
-          str(index + 1),
-          dialogue.emotion,
-          dialogue.situation,
-          str(index % 2),
-          utterance,
-          "",
-          "",
+        utterance = utterance.replace(",", "_comma_")
+        rows.append(
+          f"{dialogue.id},{index + 1},{dialogue.emotion},{situation},"
+          f"{index % 2},{utterance},,"
         )
-        rows.append(",".join(f.replace(",", "_comma_") for f in fields))
     files[split] = ("\n".join(rows) + "\n").encode()
   return files

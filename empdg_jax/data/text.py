@@ -1,6 +1,6 @@
 """Text normalisation and tokenisation.
 
-Tokens are what `nltk.word_tokenize` gives, without its downloaded Punkt model:
+Tokens are those of `nltk.word_tokenize`, without its downloaded Punkt model:
 one regular expression stands in for Punkt's sentence ends.
 """
 
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from nltk.tokenize.destructive import NLTKWordTokenizer
 
-# Replaced wherever they occur and in this order, as the field's preprocessing
-# of the dataset does (Lin et al., 2019).
+# Replaced wherever they occur, inside words too, and in this order, as the
+# field's preprocessing of the dataset does (Lin et al., 2019): published
+# vocabularies and figures depend on it.
 _CONTRACTIONS = {
   "it's": "it is",
   "don't": "do not",
@@ -37,9 +38,10 @@ _CONTRACTIONS = {
   "there're": "there are",
 }
 
-# A full stop inside a string ends a sentence if white space follows it, unless
-# it follows another stop, a digit, a lone letter or a usual abbreviation. (The
-# tokeniser itself splits the stop that ends the whole string.)
+# NLTK's tokeniser splits off only the full stop that ends the whole string and
+# leaves sentences to Punkt. Here a stop inside the string ends a sentence if
+# white space follows it, unless it follows another stop, a digit, a lone letter
+# or a common abbreviation. Look-behinds have a fixed width, so `mrs` is apart.
 _SENTENCE_END = re.compile(
   r"(?<![\s.\d])(?<!\b[a-z])(?<!\b(?:mr|ms|dr|st|vs|ok))(?<!\bmrs)\.(?=\s)"
 )
@@ -61,7 +63,7 @@ class Tokenizer:
   """
 
   def __init__(self) -> None:
-    """Needs no data beyond the package's own."""
+    """Creates the tokeniser, which needs no downloaded data."""
     self._words = NLTKWordTokenizer()
 
   def __call__(self, text: str) -> list[str]:

@@ -13,13 +13,14 @@ from empdg_jax.data.vocab import SPECIAL_TOKENS, Vocabulary
 def random_embeddings(
   vocab_size: int, dim: int, rng: np.random.Generator
 ) -> np.ndarray:
-  """Returns small normal values, `[vocab_size, dim]` float32.
+  """Draws small normal values, `[vocab_size, dim]` float32.
 
-  Words get values of a fourth of `load_vectors`' scale. Special tokens get a
-  tenth of that: CLS and LAB gather what attention brings to their position,
-  which must not drown in their own embedding.
+  Words get a quarter of the scale of `load_vectors`, special tokens a tenth of
+  that.
   """
   embeddings = rng.normal(0.0, 0.25 * dim**-0.5, (vocab_size, dim))
+  # CLS and LAB gather what attention brings to their position, which must not
+  # drown in their own embedding.
   embeddings[: len(SPECIAL_TOKENS)] *= 0.1
   return embeddings.astype(np.float32)
 
@@ -29,16 +30,13 @@ def load_vectors(
 ) -> tuple[np.ndarray, float]:
   """Reads vectors in GloVe's text format: a word and its numbers a line.
 
-  They are scaled to a root mean square of `dim ** -0.5`, so that the model's
-  `sqrt(dim)` makes them of size 1. At GloVe's own size they would be ten times
-  as large, and for thousands of steps little that a layer adds would count
-  beside them.
+  The vectors found are scaled to a root mean square of `dim ** -0.5`.
 
   Args:
     path: The file, gzipped if its name ends in `.gz`.
     vocabulary: The words to look for.
     dim: The embedding's size d; vectors may have fewer dimensions.
-    rng: Draws the dimensions and words that the file lacks.
+    rng: The generator of the dimensions and words that the file lacks.
 
   Returns:
     Embeddings, `[len(vocabulary), dim]` float32, and the share of the
@@ -46,7 +44,7 @@ def load_vectors(
 
   Raises:
     InputError: The file cannot be read, a line is ragged or holds something
-      else than numbers, or the vectors are longer than `dim`.
+      other than numbers, or the vectors are longer than `dim`.
   """
   embeddings = random_embeddings(len(vocabulary), dim, rng)
   width = 0
@@ -55,6 +53,7 @@ def load_vectors(
     opened = gzip.open if path.endswith(".gz") else open
     with opened(pathlib.Path(path), "rt", encoding="utf-8") as lines:
       for number, line in enumerate(lines, start=1):
+        # At spaces alone: some of GloVe's words hold other white space.
         word, *values = line.rstrip("\n").split(" ")
         width = width or len(values)
         if len(values) != width or not values:
@@ -67,6 +66,7 @@ def load_vectors(
             f"{path}: vectors of {width} numbers do not fit "
             f"config.model.emb_dim={dim}"
           )
+        # Only these rows are parsed: most of the file is other words.
         if (token := vocabulary.ids.get(word)) is not None:
           try:
             embeddings[token, :width] = np.array(values, np.float32)
@@ -82,6 +82,9 @@ def load_vectors(
     ) from error
   if not width:
     raise InputError(f"{path}: holds no vector")
+  # The model multiplies embeddings by sqrt(dim), which makes these of size 1.
+  # At GloVe's own size they would be ten times as large, and for thousands of
+  # steps they would drown out the layers.
   rows = sorted(found)
   if rows and (size := np.sqrt(np.mean(embeddings[rows, :width] ** 2))):
     embeddings[rows, :width] *= dim**-0.5 / size

@@ -1,4 +1,4 @@
-"""The vocabulary: tokens to ids and back."""
+"""The vocabulary: tokens and their ids."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ import pathlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from empdg_jax import storage
 from empdg_jax.config import InputError
 
 SPECIAL_TOKENS = ("UNK", "PAD", "EOS", "SOS", "USR", "SYS", "CLS", "LAB")
@@ -21,6 +22,7 @@ class Vocabulary:
   @functools.cached_property
   def ids(self) -> dict[str, int]:
     """The id of every token that text may contain."""
+    # Without the special tokens, so that no text can spell one.
     special = len(SPECIAL_TOKENS)
     return {t: i for i, t in enumerate(self.tokens) if i >= special}
 
@@ -29,44 +31,43 @@ class Vocabulary:
     return len(self.tokens)
 
   def encode(self, tokens: Iterable[str]) -> list[int]:
-    """Returns the tokens' ids, UNK for unknown ones."""
+    """Returns the ids of tokens, UNK for unknown ones."""
     return [self.ids.get(token, UNK) for token in tokens]
 
   def to_text(self) -> str:
-    """Returns one token a line, in the order of the ids."""
+    """Returns the tokens, one a line, in the order of their ids."""
     return "\n".join(self.tokens) + "\n"
 
   def save(self, path: pathlib.Path) -> None:
-    """Writes `to_text`."""
+    """Writes the vocabulary to a file, as `to_text` gives it."""
     path.write_text(self.to_text(), encoding="utf-8")
 
 
 def build_vocabulary(utterances: Iterable[Sequence[str]]) -> Vocabulary:
-  """Collects every token, the most frequent first, ties by spelling."""
+  """Builds the vocabulary of all tokens, the most frequent first."""
   counts = Counter(token for tokens in utterances for token in tokens)
+  # Ties by spelling, so that ids do not depend on the order of the data.
   words = sorted(counts, key=lambda token: (-counts[token], token))
   return Vocabulary(SPECIAL_TOKENS + tuple(words))
 
 
 def load_vocabulary(path: pathlib.Path) -> Vocabulary:
-  """Reads what `Vocabulary.save` wrote.
+  """Reads a vocabulary's file, as `Vocabulary.save` writes it.
 
   Raises:
     InputError: The file is missing or does not begin with the special tokens.
   """
-  try:
+  with storage.errors(f"{path}: cannot read the vocabulary", InputError):
     data = path.read_bytes()
-  except OSError as error:
-    raise InputError(f"{path}: cannot read the vocabulary ({error})") from error
   return parse_vocabulary(data, str(path))
 
 
 def parse_vocabulary(data: bytes, where: str) -> Vocabulary:
-  """Reads the content of a file that `Vocabulary.save` wrote.
+  """Reads the content of a vocabulary's file.
 
   Args:
     data: The content.
-    where: What to call it in messages.
+    where: The file's name in messages.
 
   Returns:
     The vocabulary.
@@ -75,6 +76,7 @@ def parse_vocabulary(data: bytes, where: str) -> Vocabulary:
     InputError: It is no text or does not begin with the special tokens.
   """
   try:
+    # Not `splitlines`, which would also split at separators inside tokens.
     tokens = tuple(data.decode("utf-8").removesuffix("\n").split("\n"))
   except UnicodeDecodeError as error:
     raise InputError(f"{where}: not a vocabulary ({error})") from error

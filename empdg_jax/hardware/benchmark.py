@@ -1,4 +1,4 @@
-"""What this machine makes of the training step and of decoding."""
+"""Times of training steps and of decoding on this machine."""
 
 import dataclasses
 import functools
@@ -17,31 +17,34 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
-from empdg_jax import parallel, storage
+from empdg_jax import storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, prepare
 from empdg_jax.data.pipeline import Batch, EncodedExample, Shape
 from empdg_jax.data.prepare import Dataset
 from empdg_jax.inference.system import System
+from empdg_jax.parallel.devices import replicate, shard, step_flops, unreplicate
 from empdg_jax.training.run_folder import Run
 from empdg_jax.training.train_state import count_parameters
 from empdg_jax.training.trainable import Trainable, assemble
 
-_MATRIX = 2048  # Rows and columns of the matrix product.
-_STREAM = 2**25  # Elements of the streamed arrays: 128 MB each, beyond caches.
+# Large enough for the machine's peak rates: the product's 2048 rows and columns
+# keep all cores busy, the streamed arrays of 128 MB each lie beyond all caches.
+_MATRIX = 2048
+_STREAM = 2**25
 
 
 def _median_seconds(
   runs: Sequence[Callable[[], Any]], rounds: int, console: Console
 ) -> list[float]:
-  """Times several calls in turn, so that all meet the machine's same moods.
+  """Times several calls.
 
   Args:
     runs: The calls; the first round of each compiles and is not counted.
-    rounds: How often each is timed.
-    console: Shows progress.
+    rounds: The number of times that each is timed.
+    console: The terminal, for progress.
 
   Returns:
     Each call's median time.
@@ -49,24 +52,28 @@ def _median_seconds(
   times: list[list[float]] = [[] for _ in runs]
   for run in track(runs, "Compiling", console=console, transient=True):
     jax.block_until_ready(run())
+  # Interleaved, so that noise of the machine affects all calls equally: their
+  # ratios are what is reported.
   for _ in track(range(rounds), "Timing", console=console, transient=True):
     for run, seconds in zip(runs, times, strict=True):
       start = time.perf_counter()
       jax.block_until_ready(run())
       seconds.append(time.perf_counter() - start)
+  # Medians, since a single pause of the machine would move a mean.
   return [statistics.median(seconds) for seconds in times]
 
 
 def _matrix_product() -> Callable[[], jax.Array]:
-  """Returns a float32 matrix product of `2 * _MATRIX ** 3` operations."""
+  """Returns a call of a float32 matrix product, `2 * _MATRIX ** 3` FLOP."""
   a = jnp.ones((_MATRIX, _MATRIX))
   product = jax.jit(lambda a: a @ a)
   return lambda: product(a)
 
 
 def _stream() -> Callable[[], jax.Array]:
-  """Returns `a = a + 2 b`, which moves `3 * 4 * _STREAM` bytes."""
+  """Returns a call of `a = a + 2 b`, which moves `3 * 4 * _STREAM` bytes."""
   a, b = jnp.ones(_STREAM), jnp.ones(_STREAM)
+  # Donated, since an optimiser too updates its arrays in place.
   update = jax.jit(lambda a, b: a + 2.0 * b, donate_argnums=0)
 
   def run() -> jax.Array:
@@ -80,17 +87,17 @@ def _stream() -> Callable[[], jax.Array]:
 def mle_step_floor(
   flops: float, parameters: int, peak: float, bandwidth: float
 ) -> float:
-  """Returns the least time that a step of Adam could take, in seconds.
+  """Returns the least time of a training step with Adam, in seconds.
 
-  Its arithmetic at the peak of matrix products, then seven passes over arrays
-  of the parameters' size: parameters, gradients and two moments are read,
-  parameters and moments written.
+  The step does its arithmetic at the peak of matrix products, then makes seven
+  passes over arrays of the parameters' size: it reads parameters, gradients and
+  two moments, and writes parameters and moments.
 
   Args:
-    flops: Floating-point operations of the step.
-    parameters: How many.
-    peak: FLOP/s.
-    bandwidth: Bytes/s.
+    flops: The step's floating-point operations.
+    parameters: The number of parameters.
+    peak: The rate of matrix products, FLOP/s.
+    bandwidth: The memory bandwidth, bytes/s.
 
   >>> mle_step_floor(2e9, 1_000_000, peak=1e11, bandwidth=2.8e9)
   0.03
@@ -101,7 +108,10 @@ def mle_step_floor(
 def _batches_by_shape(
   encoded: Sequence[EncodedExample], config: Config, shapes: Sequence[Shape]
 ) -> list[tuple[int, Shape, Batch]]:
-  """Returns for each shape its batches in an epoch and one of them."""
+  """Returns each shape with its number of batches an epoch and one of them.
+
+  The most frequent shape comes first.
+  """
   plan = pipeline.BatchPlan(encoded, shapes, config.train.batch_size)
   epoch = plan.shuffled_epoch(config.train.seed, 0)
   counts = Counter(shape for shape, _ in epoch)
@@ -126,6 +136,22 @@ def _assemble(dataset: Dataset, config: Config) -> Trainable:
   )
 
 
+def _advance(
+  states: dict[str, Any],
+  player: str,
+  step: Any,
+  batch: Any,
+  key: Any,
+  other: str | None = None,
+) -> Any:
+  """Runs one step of a player and keeps its new state; returns the metrics."""
+  # The step donates the state, so it must be replaced, and the other player's
+  # be read only now.
+  frozen = () if other is None else (states[other].params,)
+  states[player], sums = step(states[player], *frozen, batch, key)
+  return sums
+
+
 def _adversarial_steps(
   dataset: Dataset, config: Config, params: Any, batch: Any, key: Any
 ) -> dict[str, Callable[[], Any]]:
@@ -136,36 +162,51 @@ def _adversarial_steps(
     trainable = _assemble(dataset, dataclasses.replace(config, train=train))
     generator, discriminators = trainable.create_states(config.train.seed)
     # Every step donates its state, so that each signal needs its own.
-    states = parallel.replicate(
+    states = replicate(
       {
         "generator": generator.replace(params=params),
         "discriminator": discriminators,
       }
     )
-    steps_by_player = trainable.compile_steps()
-
-    def call(
-      player: str, other: str, step: Any, states: dict[str, Any] = states
-    ) -> Any:
-      states[player], sums = step(
-        states[player], states[other].params, batch, key
-      )
-      return sums
-
+    compiled = trainable.compile_steps()
     for player, other, step in (
-      ("discriminator", "generator", steps_by_player.discriminator),
-      ("generator", "discriminator", steps_by_player.adversarial),
+      ("discriminator", "generator", compiled.discriminator),
+      ("generator", "discriminator", compiled.adversarial),
     ):
       calls[f"{player}, {signal}"] = functools.partial(
-        call, player, other, step
+        _advance, states, player, step, batch, key, other
       )
   return calls
 
 
+def _time_decoding(
+  dataset: Dataset, config: Config, params: Any, console: Console
+) -> dict[str, Any]:
+  """Times greedy decoding of the valid split."""
+  system = System(
+    Run(pathlib.Path(), config, dataset.vocabulary, dataset.corpus.emotions),
+    params,
+  )
+  valid = dataset.encoded("valid")
+  console.print("Compiling the decoding step", style="dim")
+  # The first pass compiles every shape and is not counted.
+  list(system.respond(valid, config.eval.batch_size))
+  start = time.perf_counter()
+  responses = list(system.respond(valid, config.eval.batch_size))
+  seconds = time.perf_counter() - start
+  return {
+    "responses": len(responses),
+    "seconds": seconds,
+    "responses_per_second": len(responses) / seconds,
+    "mean_tokens": float(np.mean([len(r.tokens) for _, r in responses])),
+  }
+
+
 def _peak_memory() -> int:
-  """Returns the most memory that this process has had, in bytes."""
-  kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return kibibytes * (1 if platform.system() == "Darwin" else 1024)
+  """Returns this process's peak memory so far, in bytes."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  # Linux counts in KiB, macOS in bytes.
+  return peak * (1 if platform.system() == "Darwin" else 1024)
 
 
 def benchmark(
@@ -174,12 +215,12 @@ def benchmark(
   console: Console,
   rounds: int = 20,
 ) -> dict[str, Any]:
-  """Measures the training step by shape, and greedy decoding.
+  """Times training steps by shape, adversarial steps, and greedy decoding.
 
   Args:
-    dataset: Whose shapes to use.
-    config: Of the system.
-    console: Shows progress.
+    dataset: The dataset, for its shapes.
+    config: The system's configuration.
+    console: The terminal, for progress.
     rounds: Timed steps a shape.
 
   Returns:
@@ -188,49 +229,38 @@ def benchmark(
   trainable = _assemble(dataset, config)
   parameters = count_parameters(trainable.generator)
   initial, _ = trainable.create_states(config.train.seed)
-  params = parallel.unreplicate(parallel.replicate(initial.params))
-  state = parallel.replicate(initial)
-  key = parallel.replicate(jax.random.key(config.train.seed))
+  # A copy on this host, since the first step donates the state's buffers.
+  params = unreplicate(replicate(initial.params))
+  states = {"generator": replicate(initial)}
+  key = replicate(jax.random.key(config.train.seed))
   p_mle_step = trainable.compile_steps().mle
   by_shape = _batches_by_shape(dataset.encoded("train"), config, dataset.shapes)
-
-  def step(batch: Batch) -> Any:
-    nonlocal state
-    state, sums = p_mle_step(state, batch, key)
-    return state, sums
-
-  batches = [parallel.shard(batch) for _, _, batch in by_shape]
-  product_seconds, stream_seconds, *step_seconds = _median_seconds(
-    [
-      _matrix_product(),
-      _stream(),
-      *(functools.partial(step, batch) for batch in batches),
-    ],
-    rounds,
-    console,
+  batches = [shard(batch) for _, _, batch in by_shape]
+  steps = [
+    functools.partial(_advance, states, "generator", p_mle_step, batch, key)
+    for batch in batches
+  ]
+  product, stream, *seconds = _median_seconds(
+    [_matrix_product(), _stream(), *steps], rounds, console
   )
-  memory = _peak_memory()
+  peak, bandwidth = 2 * _MATRIX**3 / product, 3 * 4 * _STREAM / stream
+  # Before the steps below, which hold more states than training ever does.
+  training_memory = _peak_memory()
   adversarial = {}
   if trainable.adversary is not None:
     calls = _adversarial_steps(dataset, config, params, batches[0], key)
-    mle_seconds, *seconds = _median_seconds(
-      [functools.partial(step, batches[0]), *calls.values()],
-      rounds,
-      console,
-    )
+    mle, *others = _median_seconds([steps[0], *calls.values()], rounds, console)
     adversarial = {
-      name: {"step_seconds": s, "times_mle_step": s / mle_seconds}
-      for name, s in zip(calls, seconds, strict=True)
+      name: {"step_seconds": s, "times_mle_step": s / mle}
+      for name, s in zip(calls, others, strict=True)
     }
-  peak = 2 * _MATRIX**3 / product_seconds
-  bandwidth = 3 * 4 * _STREAM / stream_seconds
   devices = jax.local_device_count()
   shapes = []
-  for (count, shape, _), batch, seconds in zip(
-    by_shape, batches, step_seconds, strict=True
+  for (count, shape, _), batch, s in zip(
+    by_shape, batches, seconds, strict=True
   ):
-    compiled = p_mle_step.lower(state, batch, key).compile()
-    flops = parallel.step_flops(compiled)
+    compiled = p_mle_step.lower(states["generator"], batch, key).compile()
+    flops = step_flops(compiled)
     floor = mle_step_floor(flops, parameters, peak, bandwidth)
     shapes.append(
       {
@@ -238,27 +268,16 @@ def benchmark(
         "emotion": shape.emotion,
         "target": shape.target,
         "batches_per_epoch": count,
-        "step_seconds": seconds,
-        "examples_per_second": config.train.batch_size / seconds,
+        "step_seconds": s,
+        "examples_per_second": config.train.batch_size / s,
         "flops": flops * devices,
-        "flops_per_second": flops * devices / seconds,
+        "flops_per_second": flops * devices / s,
         "floor_seconds": floor,
-        "times_floor": seconds / floor,
+        "times_floor": s / floor,
       }
     )
-  del state
-
-  system = System(
-    Run(pathlib.Path(), config, dataset.vocabulary, dataset.corpus.emotions),
-    params,
-  )
-  valid = dataset.encoded("valid")
-  batch_size = config.eval.batch_size
-  console.print("Compiling the decoding step", style="dim")
-  list(system.respond(valid, batch_size))  # Compiles.
-  start = time.perf_counter()
-  responses = list(system.respond(valid, batch_size))
-  decoding = time.perf_counter() - start
+  # Frees Adam's state, which decoding does not have.
+  states.clear()
   return {
     "device": jax.devices()[0].device_kind,
     "devices": devices,
@@ -273,19 +292,14 @@ def benchmark(
       s["step_seconds"] * s["batches_per_epoch"] for s in shapes
     ),
     "adversarial_steps": adversarial,
-    "greedy_decoding": {
-      "responses": len(responses),
-      "seconds": decoding,
-      "responses_per_second": len(responses) / decoding,
-      "mean_tokens": float(np.mean([len(r.tokens) for _, r in responses])),
-    },
-    "training_peak_memory_bytes": memory,
+    "greedy_decoding": _time_decoding(dataset, config, params, console),
+    "training_peak_memory_bytes": training_memory,
     "peak_memory_bytes": _peak_memory(),
   }
 
 
 def print_benchmark(values: dict[str, Any], console: Console) -> None:
-  """Prints what `benchmark` returned."""
+  """Prints the values of `benchmark`."""
   console.print(
     f"{values['devices']} x {values['device']}; {values['model']}, "
     f"{values['parameters']:,} parameters; matrix product "
@@ -293,12 +307,11 @@ def print_benchmark(values: dict[str, Any], console: Console) -> None:
     f"{values['stream_bytes_per_second'] / 1e9:.1f} GB/s",
     highlight=False,
   )
-  table = Table(title=f"MLE step, batches of {values['batch_size']}")
-  for column in (
-    "context", "target", "batches", "ms", "examples/s", "GFLOP/s", "floor ms",
-    "x floor",
-  ):  # fmt: skip
-    table.add_column(column, justify="right")
+  names = "context,target,batches,ms,examples/s,GFLOP/s,floor ms,x floor"
+  table = Table(
+    *(Column(name, justify="right") for name in names.split(",")),
+    title=f"MLE step, batches of {values['batch_size']}",
+  )
   for shape in values["mle_step"]:
     table.add_row(
       str(shape["context"]),
@@ -312,9 +325,12 @@ def print_benchmark(values: dict[str, Any], console: Console) -> None:
     )
   console.print(table)
   if values["adversarial_steps"]:
-    table = Table(title="Adversarial steps on the most frequent shape")
-    for column in ("step", "ms", "x MLE step"):
-      table.add_column(column, justify="left" if column == "step" else "right")
+    table = Table(
+      "step",
+      Column("ms", justify="right"),
+      Column("x MLE step", justify="right"),
+      title="Adversarial steps on the most frequent shape",
+    )
     for name, step in values["adversarial_steps"].items():
       table.add_row(
         name,

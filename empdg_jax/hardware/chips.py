@@ -1,4 +1,4 @@
-"""What Google publishes of its TPU chips, and the slices that they come in."""
+"""Published rates of TPU chips, and the slices that they come in."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,11 @@ class Chip(NamedTuple):
 
   Attributes:
     memory: HBM, bytes.
-    flops: Peak, bfloat16, operations/s.
-    bandwidth: Of HBM, bytes/s.
-    interconnect: Of all links to other chips, both directions, bytes/s.
+    flops: Peak rate in bfloat16, operations/s.
+    bandwidth: HBM bandwidth, bytes/s.
+    interconnect: All links to other chips in both directions, bytes/s.
     layouts: The slices known to work, up to 256 chips.
-    options: What the compiler needs to take a chip as one device.
+    options: Compiler options needed to take a chip as one device.
   """
 
   memory: float
@@ -25,15 +25,10 @@ class Chip(NamedTuple):
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
+# A v4 chip has two cores; without megacore each would be a device.
+_MEGACORE = (("chip_config_name", "megacore"),)
 CHIPS = {
-  "v4": Chip(
-    32 * 2**30,
-    275e12,
-    1.2e12,
-    6e11,
-    _CUBES,
-    (("chip_config_name", "megacore"),),
-  ),
+  "v4": Chip(32 * 2**30, 275e12, 1.2e12, 6e11, _CUBES, _MEGACORE),
   "v5e": Chip(16 * 2**30, 197e12, 8.19e11, 4e11, _FLAT),
   "v5p": Chip(95 * 2**30, 459e12, 2.765e12, 1.2e12, _CUBES),
   "v6e": Chip(32 * 2**30, 918e12, 1.64e12, 8e11, _FLAT),

@@ -1,4 +1,4 @@
-"""Compiling every step for a TPU slice ahead of time, without any TPU."""
+"""Ahead-of-time compilation of every step for a TPU slice, without a TPU."""
 
 import concurrent.futures
 import importlib.util
@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,18 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.progress import track
 
-from empdg_jax import parallel
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import corpora, pipeline
 from empdg_jax.data.pipeline import Batch, Shape
 from empdg_jax.hardware import chips
 from empdg_jax.hardware.compile_report import Fit, Report, Slice, read_report
+from empdg_jax.parallel.devices import check_batches
 from empdg_jax.training import steps
 from empdg_jax.training.trainable import assemble
 
 _WITHOUT_UPDATE = ("eval", "predict")
-# Else the compiler asks the cloud which machine this is, and wants to be the
-# only one that uses its TPU.
+# Otherwise the compiler asks the cloud which machine this is, and insists on
+# being the only user of its TPU.
 _WITHOUT_TPU = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
@@ -35,11 +35,19 @@ _WITHOUT_TPU = {
 }
 
 
+class _AbstractStep(NamedTuple):
+  """A step and the shapes of its arguments."""
+
+  name: str
+  function: Any
+  arguments: tuple[Any, ...]
+
+
 def describe_topology(name: str) -> Slice:
   """Returns a slice by its name.
 
   Args:
-    name: As in `v5e:4x4`.
+    name: The chip and the layout, as in `v5e:4x4`.
 
   Raises:
     InputError: There is no such slice, or the TPU compiler is not installed.
@@ -50,6 +58,7 @@ def describe_topology(name: str) -> Slice:
     raise InputError(
       f"--topology={name}: expected one of " + "; ".join(chips.known_slices())
     )
+  # JAX's own error would name neither the package nor the extra.
   if importlib.util.find_spec("libtpu") is None:
     raise InputError(
       "the TPU compiler is missing; install it with: pip install "
@@ -62,7 +71,7 @@ def describe_topology(name: str) -> Slice:
 
 
 def _batch(shape: Shape, devices: int, per_device: int) -> Batch:
-  """Returns a batch's shapes, a leading axis for devices."""
+  """Returns the shapes of a sharded batch, `[devices, per_device, ...]`."""
 
   def ids(*lengths: int) -> Any:
     return jax.ShapeDtypeStruct((devices, per_device, *lengths), jnp.int32)
@@ -80,63 +89,60 @@ def _batch(shape: Shape, devices: int, per_device: int) -> Batch:
   )
 
 
-def _lowerings(
+def _abstract_steps(
   config: Config,
   vocab_size: int,
   devices: Sequence[jax.Device],
   train_rows: int,
   eval_rows: int,
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-  """Yields each step's name and how to lower it, on the longest lengths.
+) -> list[_AbstractStep]:
+  """Returns every step of a system, ready to lower.
+
+  The steps are those of training and evaluation themselves, on the longest
+  lengths, whose memory is the largest.
 
   Args:
-    config: Of the run.
-    vocab_size: V.
-    devices: The slice's.
-    train_rows: Examples a device of a training step.
-    eval_rows: Of evaluation.
-
-  Yields:
-    Names and functions.
+    config: The run's configuration.
+    vocab_size: The vocabulary's size V.
+    devices: The slice's chips.
+    train_rows: Examples a device in training steps.
+    eval_rows: Examples a device in evaluation and decoding.
   """
   emotions = corpora.find_corpus(config.data).emotions
+  # Which words are emotional changes no shape, so none are marked: no data are
+  # needed to compile.
   trainable = assemble(
     config, vocab_size, len(emotions), np.zeros(vocab_size, bool)
   )
   model = trainable.generator
+  # No array is ever made: states and keys are shapes, like the batches.
   state, discriminators = jax.eval_shape(lambda: trainable.create_states(0))
-  train_steps = trainable.compile_steps(devices)
   key = jax.eval_shape(lambda: jax.random.key(0))
   longest = pipeline.padded_shapes(config.data)[-1]
   batch = _batch(longest, len(devices), train_rows)
-  eval_batch = _batch(longest, len(devices), eval_rows)
-
-  yield "mle", lambda: train_steps.mle.lower(state, batch, key)
+  eval_arguments = state.params, _batch(longest, len(devices), eval_rows)
+  compiled = trainable.compile_steps(devices)
+  found = [_AbstractStep("mle", compiled.mle, (state, batch, key))]
   if discriminators is not None:
-    yield (
-      "discriminator",
-      lambda: train_steps.discriminator.lower(
-        discriminators, state.params, batch, key
+    found += [
+      _AbstractStep(
+        "discriminator",
+        compiled.discriminator,
+        (discriminators, state.params, batch, key),
       ),
-    )
-    yield (
-      "adversarial generator",
-      lambda: train_steps.adversarial.lower(
-        state, discriminators.params, batch, key
+      _AbstractStep(
+        "adversarial generator",
+        compiled.adversarial,
+        (state, discriminators.params, batch, key),
       ),
-    )
-  yield (
-    "eval",
-    lambda: steps.compile_eval_step(model, devices).lower(
-      state.params, eval_batch
-    ),
-  )
-  yield (
-    "predict",
-    lambda: steps.compile_predict_step(model, config.eval, devices).lower(
-      state.params, eval_batch
-    ),
-  )
+    ]
+  p_eval_step = steps.compile_eval_step(model, devices)
+  p_predict_step = steps.compile_predict_step(model, config.eval, devices)
+  return [
+    *found,
+    _AbstractStep("eval", p_eval_step, eval_arguments),
+    _AbstractStep("predict", p_predict_step, eval_arguments),
+  ]
 
 
 def check(
@@ -145,33 +151,33 @@ def check(
   """Compiles every step of a system for a slice, on its longest lengths.
 
   Args:
-    config: Of the run; its batch sizes are of the whole slice.
-    vocab_size: V.
+    config: The run's configuration; its batch sizes are of the whole slice.
+    vocab_size: The vocabulary's size V.
     slice_: The slice.
-    console: Shows progress.
+    console: The terminal, for progress.
 
   Returns:
-    A report for each step that compiles, and the names of those that do not
-    fit, of which the compiler may refuse some.
+    A report for each step that compiles, and the names of the steps that do not
+    fit; the compiler refuses some of them.
 
   Raises:
     InputError: A batch does not divide among the chips.
   """
-  rows = parallel.check_batches(config, len(slice_.devices))
-  lowerings = list(_lowerings(config, vocab_size, slice_.devices, *rows))
+  rows = check_batches(config, len(slice_.devices))
+  checked = _abstract_steps(config, vocab_size, slice_.devices, *rows)
   found = track(
-    _compile_all(lowerings, slice_),
+    _compile_all(checked, slice_),
     f"Compiling for {slice_.name}",
-    total=len(lowerings),
+    total=len(checked),
     console=console,
     transient=True,
   )
   reports, too_large = [], []
-  for (name, _), report in zip(lowerings, found, strict=True):
+  for step, report in zip(checked, found, strict=True):
     if report is not None:
       reports.append(report)
     if report is None or report.memory_share > 1.0:
-      too_large.append(name)
+      too_large.append(step.name)
   return reports, too_large
 
 
@@ -181,27 +187,29 @@ def find_batch(
   """Finds the largest batch whose training steps all fit.
 
   Args:
-    config: Of the run; the search begins with its batch.
-    vocab_size: V.
+    config: The run's configuration; the search begins with its batch.
+    vocab_size: The vocabulary's size V.
     slice_: The slice.
-    console: Shows each size as it is tried.
+    console: The terminal, for each size as it is tried.
 
   Returns:
-    See `largest_that_fits`.
+    The result of `largest_that_fits`.
 
   Raises:
     InputError: Not even one example a chip fits.
   """
 
   def share(rows: int) -> float:
-    lowerings = [
+    tried = [
       step
-      for step in _lowerings(config, vocab_size, slice_.devices, rows, rows)
-      if step[0] not in _WITHOUT_UPDATE
+      for step in _abstract_steps(
+        config, vocab_size, slice_.devices, rows, rows
+      )
+      if step.name not in _WITHOUT_UPDATE
     ]
     start = time.perf_counter()
     with console.status(f"Compiling for {rows:,} examples a device"):
-      reports = list(_compile_all(lowerings, slice_))
+      reports = list(_compile_all(tried, slice_))
     most = max(math.inf if r is None else r.memory_share for r in reports)
     needs = f"{most:.0%} of the memory" if most < math.inf else "too many"
     console.print(
@@ -210,6 +218,7 @@ def find_batch(
     )
     return most
 
+  # A batch of fewer examples than chips is a start all the same.
   configured = max(1, config.train.batch_size // len(slice_.devices))
   fit = largest_that_fits(share, configured)
   if not fit.rows:
@@ -220,19 +229,15 @@ def find_batch(
 
 
 def largest_that_fits(share: Callable[[int], float], start: int) -> Fit:
-  """Finds where a share of the memory that grows with the batch passes 1.
-
-  It grows about linearly: where the line through the latest two numbers passes
-  1 is the next, if that lies between what fits and what does not; else it is
-  halfway, or twice as many.
+  """Finds where a share of memory that grows with the batch passes 1.
 
   Args:
-    share: Returns it for a number of rows; infinite if it is not known.
-    start: The number to begin with.
+    share: Returns the share for a number of rows; infinite if unknown.
+    start: The number of rows to begin with.
 
   Returns:
-    Two numbers of rows, at most a 16th apart: what hardly fits takes minutes to
-    compile.
+    Two numbers of rows, at most a 16th apart: one that fits and one that does
+    not.
 
   >>> largest_that_fits(lambda rows: 0.1 + rows / 500, start=32)
   Fit(rows=450, too_many=478)
@@ -244,46 +249,46 @@ def largest_that_fits(share: Callable[[int], float], start: int) -> Fit:
   while True:
     found = share(rows)
     fits, too_many = (rows, too_many) if found <= 1 else (fits, rows)
+    # A 16th is near enough: what hardly fits takes minutes to compile.
     gap = max(1, fits // 16)
     if too_many - fits <= gap:
       return Fit(fits, too_many)
     if found < math.inf:
       points = [*points[-1:], (rows, found)]
+    # Bisection, or doubling until something does not fit.
     rows = 2 * fits if too_many == most else (fits + too_many) // 2
+    # Memory grows about linearly, so a secant step is closer, if its line
+    # through the latest two points is of any use: a refused size has no share,
+    # and where memory comes in tiles two sizes may have the same.
     if len(points) == 2:
       (x, y), (other_x, other_y) = points
       slope = (other_y - y) / (other_x - x)
       line = int(x + (1 - y) / slope) if slope > 0 else fits
       if fits < line < too_many:
         rows = line
+    # At least a gap from both ends, else the last steps would creep.
     rows = min(max(rows, fits + gap), too_many - gap)
 
 
 def _compile_all(
-  lowerings: Sequence[tuple[str, Callable[[], Any]]], slice_: Slice
+  abstract_steps: Sequence[_AbstractStep], slice_: Slice
 ) -> Iterator[Report | None]:
-  """Yields each step's report; see `_report`."""
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    yield from pool.map(
-      lambda step: _report(step[0], step[1], slice_), lowerings
-    )
+  """Yields each step's report, None if the compiler says that it does not fit.
 
-
-def _report(
-  name: str, lower: Callable[[], Any], slice_: Slice
-) -> Report | None:
-  """Compiles a step and reads what the compiler says of it.
-
-  Returns:
-    None if it says that the step does not fit: it keeps a little of the chip's
-    memory for itself, so what hardly fits is refused as well.
+  Steps compile side by side: the compiler releases Python's lock.
   """
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    yield from pool.map(lambda step: _report(step, slice_), abstract_steps)
+
+
+def _report(step: _AbstractStep, slice_: Slice) -> Report | None:
   start = time.perf_counter()
+  # The compiler keeps a little of the chip's memory for itself, so it refuses
+  # what hardly fits as well.
   try:
-    compiled = lower().compile()
+    compiled = step.function.lower(*step.arguments).compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     return None
-  seconds = time.perf_counter() - start
-  return read_report(name, compiled, slice_, seconds)
+  return read_report(step.name, compiled, slice_, time.perf_counter() - start)

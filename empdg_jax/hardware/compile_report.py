@@ -1,15 +1,15 @@
-"""What the TPU compiler says of the steps that it compiles."""
+"""The TPU compiler's reports on compiled steps."""
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from empdg_jax.hardware.chips import Chip
 
@@ -20,8 +20,8 @@ class Slice(NamedTuple):
   """A part of a TPU pod.
 
   Attributes:
-    name: As in `v5e:4x4`.
-    chip: What it is made of.
+    name: Its name, such as `v5e:4x4`.
+    chip: The kind of its chips.
     devices: Its chips, none of which need exist.
   """
 
@@ -32,25 +32,25 @@ class Slice(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What the compiler says of one step, a chip.
+  """The compiler's report on one step; all figures are for one chip.
 
   Attributes:
-    step: Its name.
-    arguments: Memory of parameters, state and batch, bytes.
-    outputs: Memory of what it returns beside what it updates in place, bytes.
-    temporaries: Memory of intermediate values, bytes.
-    code: Memory of the program, bytes.
-    memory: All of these.
-    memory_share: Of the chip's.
+    step: The step's name.
+    arguments: Memory for parameters, state and batch, bytes.
+    outputs: Memory for results that are not updated in place, bytes.
+    temporaries: Memory for intermediate values, bytes.
+    code: Memory for the program, bytes.
+    memory: The sum of these.
+    memory_share: The sum's share of the chip's memory.
     flops: Floating-point operations; a loop's body counts once.
-    bytes_accessed: Traffic to memory.
-    all_reduces: How many all-reduce operations.
-    bytes_reduced: All that they sum over the chips.
-    all_gathers: How many all-gather operations.
-    compute_seconds: The operations at the chip's published peak.
-    memory_seconds: The traffic at the published bandwidth of its memory.
-    all_reduce_seconds: See `all_reduce_seconds`.
-    compile_seconds: On this machine.
+    bytes_accessed: Memory traffic, bytes.
+    all_reduces: The number of all-reduce operations.
+    bytes_reduced: The bytes that they sum over the chips.
+    all_gathers: The number of all-gather operations.
+    compute_seconds: Time for the operations at the published peak rate.
+    memory_seconds: Time for the traffic at the published bandwidth.
+    all_reduce_seconds: Time for the sums; see `all_reduce_seconds`.
+    compile_seconds: Time to compile, on this machine.
   """
 
   step: str
@@ -71,45 +71,42 @@ class Report:
   compile_seconds: float
 
 
-_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+))\[([\d,]*)\]")
+# An array's type in a program: `f32[2,3]`, or `pred[8]`, a byte an element.
+_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+))\[([\d,]*)\]")
 
 
 def collective_bytes(text: str, operation: str) -> list[int]:
-  """Returns the bytes that each collective operation of a program gives.
+  """Returns the size of each collective operation's result, in bytes.
 
   Args:
-    text: A compiled program, as `compiled.as_text()`.
+    text: A compiled program, from `compiled.as_text()`.
     operation: `"all-reduce"` or `"all-gather"`.
-
-  Returns:
-    An item for each operation.
 
   >>> program = "%a = (f32[2,3]{1,0}, f32[]) all-reduce(%b, %c), channel_id=1"
   >>> collective_bytes(program, "all-reduce")
   [28]
   """
-  found = []
-  for match in re.finditer(
-    rf"= (.*?) {operation}(?:-start)?\(", text, re.MULTILINE
-  ):
-    size = 0
-    for kind, bits, lengths in _ARRAY.findall(match[1]):
-      width = 1 if kind == "pred" else int(bits) // 8
-      size += width * int(np.prod([int(n) for n in lengths.split(",") if n]))
-    found.append(size)
-  return found
+  # XLA may split an operation into a start and a done; only the start counts.
+  # One operation may reduce a tuple of arrays.
+  return [
+    sum(
+      (int(bits or 8) // 8) * math.prod(int(n) for n in lengths.split(",") if n)
+      for bits, lengths in _ARRAY.findall(results)
+    )
+    for results in re.findall(rf"= (.*?) {operation}(?:-start)?\(", text)
+  ]
 
 
 def all_reduce_seconds(size: float, chips: int, interconnect: float) -> float:
-  """Returns the least time to sum arrays over chips, without any latency.
+  """Returns the least time to sum arrays over chips, without latency.
 
-  A chip must send, and receive, `2 (n - 1) / n` times their bytes (Patarasuk
-  and Yuan, 2009), here over all of its links at once.
+  A chip must send and receive `2 (n - 1) / n` times their bytes (Patarasuk and
+  Yuan, 2009), here over all of its links at once.
 
   Args:
-    size: Of the arrays, bytes.
-    chips: n.
-    interconnect: Of a chip's links in both directions, bytes/s.
+    size: The arrays' size, bytes.
+    chips: The number of chips n.
+    interconnect: A chip's links in both directions, bytes/s.
 
   >>> all_reduce_seconds(1e9, chips=4, interconnect=6e9)
   0.5
@@ -120,20 +117,18 @@ def all_reduce_seconds(size: float, chips: int, interconnect: float) -> float:
 def read_report(
   step: str, compiled: Any, slice_: Slice, seconds: float
 ) -> Report:
-  """Reads what the compiler says of a step.
+  """Reads the compiler's analyses of a step.
 
   Args:
-    step: Its name.
+    step: The step's name.
     compiled: The compiled step.
-    slice_: What it is compiled for.
-    seconds: How long that took.
+    slice_: The slice that it is compiled for.
+    seconds: The time that compiling took.
   """
   chip = slice_.chip
-  memory = compiled.memory_analysis()
-  cost = compiled.cost_analysis()
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   text = compiled.as_text()
-  flops, traffic = float(cost["flops"]), float(cost["bytes accessed"])
-  reduced = collective_bytes(text, "all-reduce")
+  # Donated arguments hold the results that replace them.
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
   total = (
     memory.argument_size_in_bytes
@@ -141,32 +136,35 @@ def read_report(
     + memory.temp_size_in_bytes
     + memory.generated_code_size_in_bytes
   )
+  reduced = collective_bytes(text, "all-reduce")
   return Report(
-    step,
-    memory.argument_size_in_bytes,
-    outputs,
-    memory.temp_size_in_bytes,
-    memory.generated_code_size_in_bytes,
-    total,
-    total / chip.memory,
-    flops,
-    traffic,
-    len(reduced),
-    sum(reduced),
-    len(collective_bytes(text, "all-gather")),
-    flops / chip.flops,
-    traffic / chip.bandwidth,
-    all_reduce_seconds(sum(reduced), len(slice_.devices), chip.interconnect),
-    seconds,
+    step=step,
+    arguments=memory.argument_size_in_bytes,
+    outputs=outputs,
+    temporaries=memory.temp_size_in_bytes,
+    code=memory.generated_code_size_in_bytes,
+    memory=total,
+    memory_share=total / chip.memory,
+    flops=float(cost["flops"]),
+    bytes_accessed=float(cost["bytes accessed"]),
+    all_reduces=len(reduced),
+    bytes_reduced=sum(reduced),
+    all_gathers=len(collective_bytes(text, "all-gather")),
+    compute_seconds=float(cost["flops"]) / chip.flops,
+    memory_seconds=float(cost["bytes accessed"]) / chip.bandwidth,
+    all_reduce_seconds=all_reduce_seconds(
+      sum(reduced), len(slice_.devices), chip.interconnect
+    ),
+    compile_seconds=seconds,
   )
 
 
 class Fit(NamedTuple):
-  """How many examples fit a device.
+  """The largest batch that fits a device, found to a 16th.
 
   Attributes:
-    rows: So many do.
-    too_many: So many do not.
+    rows: A number of examples that fit.
+    too_many: A larger number that do not.
   """
 
   rows: int
@@ -174,15 +172,11 @@ class Fit(NamedTuple):
 
 
 def print_fit(fit: Fit, slice_: Slice, form: str, console: Console) -> None:
-  """Prints the largest batch; see `print_reports`."""
+  """Prints the largest batch that fits; see `print_reports`."""
   batch_size = fit.rows * len(slice_.devices)
   if form == "json":
-    values = {
-      "topology": slice_.name,
-      **fit._asdict(),
-      "batch_size": batch_size,
-    }
-    console.file.write(json.dumps(values, indent=2) + "\n")
+    values = {**fit._asdict(), "batch_size": batch_size}
+    _print_json({"topology": slice_.name, **values}, console)
     return
   console.print(
     f"The largest batch that fits: {fit.rows:,} examples a device "
@@ -198,14 +192,14 @@ def print_reports(
   form: str,
   console: Console,
 ) -> None:
-  """Prints what the compiler says.
+  """Prints the compiler's reports.
 
   Args:
-    reports: Of each step.
+    reports: A report for each step that compiled.
     too_large: Names of the steps that do not fit.
-    topology: The slice.
-    form: One of `FORMATS`.
-    console: Where to print.
+    topology: The slice's name.
+    form: The format, one of `FORMATS`.
+    console: The terminal.
   """
   if form == "json":
     values = {
@@ -213,16 +207,21 @@ def print_reports(
       "steps": [dataclasses.asdict(report) for report in reports],
       "too_large": list(too_large),
     }
-    console.file.write(json.dumps(values, indent=2) + "\n")
+    _print_json(values, console)
     return
-  memory = Table(title=f"{topology}: memory of a chip, MiB")
+  names = "arguments", "outputs", "temporary", "code", "share", "compiled s"
+  memory = Table(
+    "step",
+    *(Column(name, justify="right") for name in names),
+    title=f"{topology}: memory of a chip, MiB",
+  )
+  names = "GFLOP", "ms", "memory GB", "ms", "all-reduced MB", "ms"
   work = Table(
+    "step",
+    *(Column(name, justify="right") for name in names),
     title=f"{topology}: work of a chip, and its least time at published rates",
     caption="The body of a loop, as in sampling and decoding, is counted once.",
   )
-  names = "arguments", "outputs", "temporary", "code", "share", "compiled s"
-  _add_columns(memory, *names)
-  _add_columns(work, "GFLOP", "ms", "memory GB", "ms", "all-reduced MB", "ms")
   for r in reports:
     memory.add_row(
       r.step,
@@ -243,12 +242,9 @@ def print_reports(
       f"{1e3 * r.all_reduce_seconds:,.2f}",
     )
   if reports:
-    console.print(memory)
-    console.print(work)
+    console.print(memory, work)
 
 
-def _add_columns(table: Table, *names: str) -> None:
-  """Adds a column for the step, then columns of figures."""
-  table.add_column("step")
-  for name in names:
-    table.add_column(name, justify="right")
+def _print_json(values: dict[str, Any], console: Console) -> None:
+  # Past the console, which would wrap lines at the terminal's width.
+  console.file.write(json.dumps(values, indent=2) + "\n")

@@ -1,28 +1,31 @@
-"""Scoring and responding to a whole split."""
+"""The evaluation of a whole split: scores and responses."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from empdg_jax import metrics, parallel
+from empdg_jax import metrics
 from empdg_jax.config import Config
 from empdg_jax.data import prepare
+from empdg_jax.data.pipeline import EncodedExample
 from empdg_jax.inference import predictions
-from empdg_jax.inference.system import System
+from empdg_jax.inference.system import Response, System
+from empdg_jax.parallel import hosts
 
 
 def evaluate_split(
   system: System, split: str, folder: pathlib.Path, console: Console
 ) -> dict[str, Any]:
-  """Scores and answers every example of a split, and writes both files.
+  """Scores every example of a split, generates its responses, writes the files.
 
   Args:
-    system: What to evaluate.
+    system: The system to evaluate.
     split: The split's name.
-    folder: Where `predictions.jsonl` and `metrics.json` go.
-    console: Shows progress.
+    folder: The folder for `predictions.jsonl` and `metrics.json`.
+    console: The terminal, for progress.
 
   Returns:
     The content of `metrics.json`.
@@ -30,8 +33,9 @@ def evaluate_split(
   Raises:
     InputError: The data or the folder cannot be used.
   """
-  with parallel.refusing_together():
-    if parallel.is_main_process():
+  with hosts.refusing_together():
+    # Before the work, which may take an hour.
+    if hosts.is_main_process():
       predictions.check_writable(folder)
     dataset = prepare.load_dataset(
       system.config.data,
@@ -39,28 +43,12 @@ def evaluate_split(
       system.lexicon,
       system.emotions,
     )
-  parallel.check_same(dataset.digest, "data")
-  examples, encoded = dataset.examples[split], dataset.encoded(split)
-  scores, responses = {}, {}
-  with Progress(
-    *Progress.get_default_columns(),
-    TextColumn("{task.fields[rate]}"),
-    console=console,
-    transient=True,
-    disable=not console.is_terminal,
-  ) as bar:
-    task = bar.add_task("Scoring", total=len(examples), rate="")
-    for index, nll, tokens in system.score(encoded):
-      scores[index] = nll, tokens
-      bar.advance(task)
-    task = bar.add_task("Responding", total=len(examples), rate="")
-    batch_size = system.config.eval.batch_size
-    for index, response in system.respond(encoded, batch_size):
-      responses[index] = response
-      speed = bar.tasks[task].speed or 0.0
-      bar.update(task, advance=1, rate=f"{speed:.0f} responses/s")
+  hosts.check_same(dataset.digest, "data")
+  encoded = dataset.encoded(split)
+  scores, responses = _run_steps(system, encoded, console)
+  # In the split's order: batches come by shape.
   lines = []
-  for index, example in enumerate(examples):
+  for index, example in enumerate(dataset.examples[split]):
     nll, tokens = scores[index]
     lines.append(
       {
@@ -82,17 +70,47 @@ def evaluate_split(
     "parameters": system.parameters,
     **metrics.text_metrics(lines, len(system.vocabulary)),
   }
-  if parallel.is_main_process():
+  if hosts.is_main_process():
     predictions.write_evaluation(folder, lines, values)
   return values
 
 
+def _run_steps(
+  system: System, encoded: Sequence[EncodedExample], console: Console
+) -> tuple[dict[int, tuple[float, int]], dict[int, Response]]:
+  """Scores examples and generates responses, with a progress bar.
+
+  Returns:
+    By the examples' indices: the summed token loss and the token count; the
+    response.
+  """
+  scores, responses = {}, {}
+  with Progress(
+    *Progress.get_default_columns(),
+    TextColumn("{task.fields[rate]}"),
+    console=console,
+    transient=True,
+    disable=not console.is_terminal,
+  ) as bar:
+    task = bar.add_task("Scoring", total=len(encoded), rate="")
+    for index, nll, tokens in system.score(encoded):
+      scores[index] = nll, tokens
+      bar.advance(task)
+    task = bar.add_task("Responding", total=len(encoded), rate="")
+    batch_size = system.config.eval.batch_size
+    for index, response in system.respond(encoded, batch_size):
+      responses[index] = response
+      speed = bar.tasks[task].speed or 0.0
+      bar.update(task, advance=1, rate=f"{speed:.0f} responses/s")
+  return scores, responses
+
+
 def origin(config: Config, step: int | None) -> dict[str, Any]:
-  """Returns what `metrics.json` says of where its figures come from.
+  """Returns the part of `metrics.json` that says where its figures come from.
 
   Args:
-    config: What the system was evaluated with.
-    step: Of the checkpoint.
+    config: The configuration of the evaluation.
+    step: The number of updates before the checkpoint.
   """
   return {
     "step": step,

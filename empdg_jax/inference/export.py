@@ -1,4 +1,4 @@
-"""Writing an export, and loading one in Python."""
+"""The writing of an export, and its use in Python."""
 
 import dataclasses
 import functools
@@ -25,8 +25,7 @@ from empdg_jax.data.corpora import SPLITS
 from empdg_jax.data.pipeline import Batch
 from empdg_jax.inference import evaluate, export_files, model_card
 from empdg_jax.inference.respond import Responder
-from empdg_jax.inference.system import load_system, params_like
-from empdg_jax.models import registry
+from empdg_jax.inference.system import create_model, load_system, params_like
 from empdg_jax.models.encoder_decoder import EncoderDecoder
 from empdg_jax.training import checkpoint, run_folder, steps
 from empdg_jax.training.checkpoint import Checkpoints
@@ -40,11 +39,11 @@ def load(folder: str | os.PathLike[str]) -> Responder:
   """Loads an export.
 
   Args:
-    folder: What `empdg export` wrote.
+    folder: A folder written by `empdg export`.
 
   Returns:
-    Who replies: `load("my-export").respond(["i lost my job today"])` has
-    `text`, `emotion` and `emotions`.
+    The responder: `load("my-export").respond(["i lost my job today"])` returns
+    a response with `text`, `emotion` and `emotions`.
 
   Raises:
     InputError: A file is missing, damaged or of a newer format.
@@ -63,14 +62,14 @@ def respond_step(
   model: EncoderDecoder,
   config: EvalConfig,
 ) -> dict[str, jax.Array]:
-  """Is the function that `respond.jax` holds.
+  """Generates responses; this is the function in `respond.jax`.
 
   Args:
-    params: By the names of `params.safetensors`.
+    params: The parameters, by their names in `params.safetensors`.
     context: Ids, `[batch, context_length]` int32.
     state: Dialogue-state ids, `[batch, context_length]` int32.
     emotion_context: Ids, `[batch, emotional_length]` int32.
-    model: The system.
+    model: The generator.
     config: The limits of decoding.
 
   Returns:
@@ -78,51 +77,39 @@ def respond_step(
     system perceives emotions, `emotion_probs` `[batch, emotions]`; see
     `steps.Prediction`.
   """
+  # As the package: it computes in float32 whatever the export's type.
   params = {name: array.astype(jnp.float32) for name, array in params.items()}
   prediction = steps.predict_step(
     export_files.nested(params),
-    Batch(
-      context=context,
-      state=state,
-      emotion_context=emotion_context,
-      target=None,
-      feedback=None,
-      emotion=None,
-      mask=None,
-      position=None,
-      index=None,
-    ),
+    # Prediction reads the contexts alone.
+    Batch._make([context, state, emotion_context, *[None] * 6]),
     model=model,
     config=config,
   )
   return {n: x for n, x in prediction._asdict().items() if x is not None}
 
 
-def lower_respond_step(
-  config: Config,
-  vocab_size: int,
-  num_emotions: int,
-  params: dict[str, np.ndarray],
-) -> bytes:
+def lower_respond_step(run: Run, params: dict[str, np.ndarray]) -> bytes:
   """Lowers `respond_step` for all platforms and any batch size.
 
   Args:
-    config: Of the run; contexts have its longest lengths.
-    vocab_size: V.
-    num_emotions: How many emotions the run's dataset labels.
-    params: The parameters, of which only shapes and types matter.
+    run: The run; contexts have its longest lengths.
+    params: The parameters by name, of which only shapes and types matter.
 
   Returns:
     The content of `respond.jax`.
   """
-  longest = pipeline.padded_shapes(config.data)[-1]
+  longest = pipeline.padded_shapes(run.config.data)[-1]
+  # A symbol: one file then serves every batch size, and each is specialised
+  # when it is first called.
   (batch,) = jax_export.symbolic_shape("batch")
   context = jax.ShapeDtypeStruct((batch, longest.context), jnp.int32)
   emotional = jax.ShapeDtypeStruct((batch, longest.emotion), jnp.int32)
   step = functools.partial(
     respond_step,
-    model=registry.create_model(config.model, vocab_size, num_emotions),
-    config=dataclasses.replace(config.eval, beam_size=1),
+    model=create_model(run),
+    # Always greedy: beam search stays with the package.
+    config=dataclasses.replace(run.config.eval, beam_size=1),
   )
   shapes = {
     name: jax.ShapeDtypeStruct(array.shape, array.dtype)
@@ -148,9 +135,9 @@ def export(
     workdir: The run folder.
     out: The folder to write; it must not exist.
     which: The checkpoint; see `Checkpoints.select`.
-    average: If not 0, take the mean of so many of the latest checkpoints.
-    dtype: Of the parameters, one of `DTYPES`.
-    console: Says what is done.
+    average: If not 0, the number of latest checkpoints to average.
+    dtype: The type of the parameters, one of `DTYPES`.
+    console: The terminal.
 
   Raises:
     InputError: There is no such run or checkpoint, or the folder exists or
@@ -158,47 +145,73 @@ def export(
   """
   if out.exists():
     raise InputError(f"--out={out} exists; give another folder, or delete it")
-  try:
+  with storage.errors(f"--out={out}: cannot write", InputError):
     out.parent.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(f"--out={out}: cannot write ({error})") from error
   run = run_folder.open_run(workdir)
-  lexicon = lexicon_lib.load_lexicon(run.config.data.lexicon)
-  checkpoints = Checkpoints(workdir)
-  if average:
-    params, taken = _average(checkpoints, run, average)
-  else:
-    selected = checkpoints.select(which)
-    taken = [selected.step]
-    params = checkpoints.restore_params(
-      selected.kind, params_like(run), selected.step
-    )
-  checkpoints.close()
-  named = {
-    name: array.astype(jnp.dtype(dtype))
-    for name, array in export_files.named(params).items()
-  }
-  # Those of the very parameters that are written, or none.
+  params, taken = _read_params(run, which, average)
+  params = {name: a.astype(jnp.dtype(dtype)) for name, a in params.items()}
+  # An evaluation goes along only if it is of the very parameters in the export.
   metrics = {}
   if not average and dtype == "float32":
     metrics = _metrics_of(workdir, evaluate.origin(run.config, taken[0]))
-  longest = pipeline.padded_shapes(run.config.data)[-1]
-  about = {
+  about = _about(run.config, taken, average, dtype)
+  console.print(
+    "Lowering the response step for " + ", ".join(_PLATFORMS), style="dim"
+  )
+  files = _gather_files(run, about, params, metrics)
+  _write(out, files)
+  if not metrics:
+    console.print(
+      "No evaluation of these parameters goes with it; to make one of the "
+      f"export: empdg evaluate --bundle={out}",
+      soft_wrap=True,
+      highlight=False,
+    )
+  size = sum(map(len, files.values())) / 2**20
+  console.print(
+    f"Exported {model_card.checkpoint_text(about)} to {out}: {len(files)} "
+    f"files, {size:.1f} MiB. Next: empdg chat --bundle={out}",
+    soft_wrap=True, highlight=False,
+  )  # fmt: skip
+
+
+def _about(
+  config: Config, taken: list[int], average: int, dtype: str
+) -> dict[str, Any]:
+  """Returns the content of `export.json`."""
+  longest = pipeline.padded_shapes(config.data)[-1]
+  return {
     "format_version": export_files.FORMAT_VERSION,
-    "system": run.config.model.name,
+    "system": config.model.name,
     "step": None if average else taken[0],
     "averaged_steps": taken if average else [],
     "dtype": dtype,
     "context_length": longest.context,
     "emotional_length": longest.emotion,
-    "max_decode_steps": run.config.eval.max_decode_steps,
+    "max_decode_steps": config.eval.max_decode_steps,
     "platforms": list(_PLATFORMS),
     "empdg_jax": importlib.metadata.version("empdg-jax"),
     "jax": jax.__version__,
   }
-  console.print("Lowering the reply for " + ", ".join(_PLATFORMS), style="dim")
+
+
+def _gather_files(
+  run: Run,
+  about: dict[str, Any],
+  params: dict[str, np.ndarray],
+  metrics: dict[str, Any],
+) -> dict[str, bytes]:
+  """Returns the content of every file of an export by its name.
+
+  Args:
+    run: The run.
+    about: The content of `export.json`.
+    params: The parameters by name, in the export's type.
+    metrics: The metrics of these parameters by split; empty if there are none.
+  """
+  lexicon = lexicon_lib.load_lexicon(run.config.data.lexicon)
   files = {
-    export_files.ABOUT: (json.dumps(about, indent=2) + "\n").encode(),
+    export_files.ABOUT: _json_bytes(about),
     export_files.CONFIG: config_lib.to_json(run.config).encode(),
     export_files.VOCABULARY: run.vocabulary.to_text().encode(),
     export_files.EMOTION_NAMES: corpora.to_text(run.emotions).encode(),
@@ -209,49 +222,60 @@ def export(
       lexicon_lib.hashes_of(lexicon)
     ),
     export_files.PARAMS: safetensors.numpy.save(
-      named, metadata={"format_version": str(export_files.FORMAT_VERSION)}
+      params, metadata={"format_version": str(export_files.FORMAT_VERSION)}
     ),
-    export_files.RESPOND: lower_respond_step(
-      run.config, len(run.vocabulary), len(run.emotions), named
-    ),
+    export_files.RESPOND: lower_respond_step(run, params),
     export_files.CARD: model_card.write_card(
-      run, lexicon, about, named, metrics
+      run, lexicon, about, params, metrics
     ).encode(),
   }
   if metrics:
-    files[export_files.METRICS] = (
-      json.dumps(metrics, indent=2) + "\n"
-    ).encode()
-  else:
-    console.print(
-      "No evaluation of these parameters goes with it; to make one of the "
-      f"export: empdg evaluate --bundle={out}",
-      soft_wrap=True,
-      highlight=False,
-    )
+    files[export_files.METRICS] = _json_bytes(metrics)
+  # Last, since it lists the sums of all the others.
   files[export_files.SUMS] = export_files.sums_text(files).encode()
-  _write(out, files)
-  size = sum(map(len, files.values())) / 2**20
-  console.print(
-    f"Exported {model_card.checkpoint_text(about)} to {out}: {len(files)} "
-    f"files, {size:.1f} MiB. Next: empdg chat --bundle={out}",
-    soft_wrap=True, highlight=False,
-  )  # fmt: skip
+  return files
 
 
-def _average(
-  checkpoints: Checkpoints, run: Run, count: int
-) -> tuple[Any, list[int]]:
-  """Returns the mean of the latest checkpoints' parameters, and their steps."""
+def _json_bytes(values: Any) -> bytes:
+  return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def _read_params(
+  run: Run, which: str | None, average: int
+) -> tuple[dict[str, np.ndarray], list[int]]:
+  """Returns the parameters by name, and the steps of their checkpoints."""
+  checkpoints = Checkpoints(run.workdir)
+  if average:
+    taken = _latest_of_one_phase(checkpoints, average)
+  else:
+    taken = [checkpoints.select(which)]
+  like = params_like(run)
+  params: Any = None
+  # One checkpoint at a time in memory. Summed in float64, whose rounding
+  # vanishes in float32; for a single checkpoint both conversions are exact.
+  for one in taken:
+    read = checkpoints.restore_params(one.kind, like, one.step)
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), read)
+    params = wide if params is None else jax.tree.map(np.add, params, wide)
+  checkpoints.close()
+  params = jax.tree.map(lambda x: (x / len(taken)).astype(np.float32), params)
+  return export_files.named(params), sorted(one.step for one in taken)
+
+
+def _latest_of_one_phase(
+  checkpoints: Checkpoints, count: int
+) -> list[checkpoint.Selected]:
+  """Returns the latest checkpoints, which must be of one phase."""
   latest = [c for c in checkpoints.all() if c.kind == checkpoint.LATEST]
   if count > len(latest):
     raise InputError(
       f"--average={count}: the run keeps {len(latest)} of its latest "
       "checkpoints; config.train.keep_checkpoints says how many"
     )
-  taken = latest[:count]
+  # A mean over the border of two phases would mix two objectives.
   phases = {
-    checkpoints.restore_progress(one.kind, one.step)["phase"] for one in taken
+    checkpoints.restore_progress(one.kind, one.step)["phase"]
+    for one in latest[:count]
   }
   if len(phases) > 1:
     raise InputError(
@@ -259,20 +283,13 @@ def _average(
       + ", ".join(sorted(phases))
       + "; 'empdg checkpoints' lists them"
     )
-  like = params_like(run)
-  total = None
-  for one in taken:  # One at a time in memory, summed in float64.
-    params = checkpoints.restore_params(one.kind, like, one.step)
-    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    total = wide if total is None else jax.tree.map(np.add, total, wide)
-  mean = jax.tree.map(lambda x: (x / count).astype(np.float32), total)
-  return mean, sorted(one.step for one in taken)
+  return latest[:count]
 
 
 def _metrics_of(
   workdir: pathlib.Path, origin: dict[str, Any]
 ) -> dict[str, Any]:
-  """Returns each split's metrics that have this origin, where present."""
+  """Returns the metrics that have this origin, by split."""
   found = {}
   for split in SPLITS:
     path = workdir / "eval" / split / "metrics.json"
@@ -291,14 +308,14 @@ def _metrics_of(
 def _write(out: pathlib.Path, files: dict[str, bytes]) -> None:
   """Writes a folder under a temporary name, then renames it."""
   temporary = out.with_name(f".{out.name}.{os.getpid()}")
-  shutil.rmtree(temporary, ignore_errors=True)  # A killed process's.
+  # A killed process with the same number may have left one.
+  shutil.rmtree(temporary, ignore_errors=True)
   try:
-    for name, data in files.items():
-      path = temporary / name
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_bytes(data)
-    temporary.rename(out)
-  except OSError as error:
-    raise InputError(f"--out={out}: cannot write ({error})") from error
+    with storage.errors(f"--out={out}: cannot write", InputError):
+      for name, data in files.items():
+        path = temporary / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+      temporary.rename(out)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""An export: one folder from which a system is scored and talked with.
+"""The files of an export, and their checked reading; `export.py` writes them.
 
-`export.py` writes it; here are its files, and how they are read and checked.
+An export is one folder from which a system is evaluated and chatted with.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import safetensors
 from flax import traverse_util
 
 from empdg_jax import config as config_lib
+from empdg_jax import storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import corpora, vocab
 from empdg_jax.data.lexicon import HashedWords
@@ -30,13 +31,15 @@ VOCABULARY = "vocab.txt"
 EMOTION_NAMES = "emotions.txt"
 PARAMS = "params.safetensors"
 RESPOND = "respond.jax"
-# By the vocabulary's ids: which words are emotional, whatever their sentence.
+# A flag for each id of the vocabulary: is the word emotional out of context?
+# The stand-alone example has no tagger and needs nothing else.
 EMOTIONAL = "lexicon.npy"
-# Of all of the lexicon's words, those that the vocabulary lacks included.
+# All words of the lexicon, since words that the vocabulary lacks are emotional
+# too. As hashes, because some lexicons may not be handed on.
 LEXICON_HASHES = "lexicon_hashes.npy"
 CARD = "README.md"
 METRICS = "eval/metrics.json"
-# The names that safetensors has for the types of parameters.
+# `safetensors.numpy` saves bfloat16 but cannot load it.
 _TYPES: dict[str, Any] = {"F32": np.float32, "BF16": jnp.bfloat16}
 REQUIRED = (
   ABOUT, CONFIG, VOCABULARY, EMOTION_NAMES, PARAMS, RESPOND, EMOTIONAL,
@@ -46,13 +49,13 @@ REQUIRED = (
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-  """What an export holds.
+  """The content of an export.
 
   Attributes:
     run: The run that it comes from.
-    lexicon: The words of the run's lexicon.
+    lexicon: The run's lexicon.
     params: The generator's parameters as NumPy float32, nested as the model's.
-    step: The run's updates before the checkpoint; None for an average.
+    step: The number of updates before the checkpoint; None for an average.
   """
 
   run: Run
@@ -76,17 +79,13 @@ def read_file(folder: pathlib.Path, name: str) -> bytes:
   Raises:
     InputError: It cannot be read.
   """
-  try:
+  what = f"--bundle={folder}: {name} cannot be read; export again"
+  with storage.errors(what, InputError):
     return (folder / name).read_bytes()
-  except OSError as error:
-    reason = error.strerror or error
-    raise InputError(
-      f"--bundle={folder}: {name} cannot be read ({reason}); export again"
-    ) from error
 
 
 def sums_text(files: Mapping[str, bytes]) -> str:
-  """Returns what `sha256sum` prints of files, by name.
+  """Returns the output of `sha256sum` for files, sorted by name.
 
   >>> sums_text({"a": b""})[:20]
   'e3b0c44298fc1c149afb'
@@ -98,18 +97,17 @@ def sums_text(files: Mapping[str, bytes]) -> str:
 
 
 class _Checked:
-  """Reads an export's files, each once, checked against SHA256SUMS."""
+  """The files of an export, checked against SHA256SUMS as they are read."""
 
   def __init__(self, folder: pathlib.Path) -> None:
     """Reads SHA256SUMS, and the version of the format.
 
     Raises:
-      InputError: The folder is no export, or one of a newer format; or naming
-        the file that is missing or damaged.
+      InputError: The folder is no export or one of a newer format, or a file
+        is missing or damaged.
     """
     require_export(folder)
     self._folder = folder
-    self._files: dict[str, bytes] = {}
     self.digests: dict[str, str] = {}
     text = read_file(folder, SUMS).decode("utf-8", "replace")
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
@@ -119,7 +117,8 @@ class _Checked:
           f"--bundle={folder}: {SUMS} is damaged in line {number}; export again"
         )
       self.digests[name] = digest
-    # First, since a newer format may have other files and other fields.
+    # Before anything else, since a newer format may have other files and other
+    # fields, and what it needs is an update, not a new export.
     version = json.loads(self.read(ABOUT))["format_version"]
     if version > FORMAT_VERSION:
       raise InputError(
@@ -133,8 +132,6 @@ class _Checked:
     Raises:
       InputError: It is not listed, cannot be read or is damaged.
     """
-    if name in self._files:
-      return self._files[name]
     if name not in self.digests:
       raise InputError(
         f"--bundle={self._folder}: {SUMS} does not list {name}; export again"
@@ -145,19 +142,19 @@ class _Checked:
         f"--bundle={self._folder}: {name} is not what was exported (its "
         f"SHA-256 differs from {SUMS}); copy or export it again"
       )
-    self._files[name] = data
     return data
 
   def read_all(self) -> dict[str, bytes]:
-    """Returns every file of the format; see `read`."""
+    """Returns every file of the export; see `read`."""
     if unknown := set(self.digests) - {*REQUIRED, METRICS}:
       raise InputError(
         f"--bundle={self._folder}: {SUMS} lists {min(unknown)!r}, which is no "
         "file of an export; export again"
       )
+    # Required files first and by name, so that a missing one is the one named.
     return {
       name: self.read(name)
-      for name in {**dict.fromkeys(REQUIRED), **self.digests}
+      for name in dict.fromkeys((*REQUIRED, *self.digests))
     }
 
   def config(self) -> Config:
@@ -166,15 +163,17 @@ class _Checked:
     return config_lib.from_json(text, f"{self._folder}/{CONFIG}")
 
   def run(self) -> Run:
-    """Returns what the export tells of its run."""
+    """Returns the configuration, vocabulary and labels of the export's run."""
     where = f"{self._folder}/{VOCABULARY}"
     vocabulary = vocab.parse_vocabulary(self.read(VOCABULARY), where)
     config = self.config()
+    # The labels come from the export: the configuration may name a file of the
+    # training machine, or one whose labels have changed since.
     emotions = tuple(self.read(EMOTION_NAMES).decode().split())
     if emotions != corpora.find_corpus(config.data, emotions).emotions:
       raise InputError(
         f"--bundle={self._folder}: {EMOTION_NAMES} names other emotions than "
-        "this package's"
+        f"the 32 of {corpora.EMPATHETIC_DIALOGUES}"
       )
     return Run(self._folder, config, vocabulary, emotions)
 
@@ -185,21 +184,16 @@ def read_config(folder: pathlib.Path) -> Config:
 
 
 def read_run(folder: pathlib.Path) -> Run:
-  """Reads what an export tells of its run; see `read_export`."""
+  """Reads an export's run without its parameters; see `read_export`."""
   return _Checked(folder).run()
 
 
 def read_export(folder: pathlib.Path) -> Export:
   """Reads an export, checked against its SHA256SUMS.
 
-  Args:
-    folder: The export.
-
-  Returns:
-    What it holds.
-
   Raises:
-    InputError: Naming the file that is missing, damaged or too new.
+    InputError: A file is missing, damaged or of a newer format; the message
+      names it.
   """
   checked = _Checked(folder)
   files = checked.read_all()
@@ -219,19 +213,19 @@ def read_export(folder: pathlib.Path) -> Export:
 
 
 def bytes_of(array: np.ndarray) -> bytes:
-  """Returns an array as a `.npy` file."""
+  """Returns the content of an array's `.npy` file."""
   buffer = io.BytesIO()
   np.save(buffer, array, allow_pickle=False)
   return buffer.getvalue()
 
 
 def array_of(data: bytes) -> np.ndarray:
-  """Reads what `bytes_of` gave."""
+  """Returns the array of a `.npy` file; refuses pickles."""
   return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 def named(params: Any) -> dict[str, Any]:
-  """Returns parameters by readable names: the modules, joined by dots.
+  """Returns parameters by name: their modules' names, joined by dots.
 
   >>> named({"encoder": {"norm": {"scale": 1.0}}})
   {'encoder.norm.scale': 1.0}
@@ -240,5 +234,5 @@ def named(params: Any) -> dict[str, Any]:
 
 
 def nested(params: Mapping[str, Any]) -> Any:
-  """Returns what `named` was given."""
+  """Returns parameters nested as the model's; the inverse of `named`."""
   return traverse_util.unflatten_dict(params, sep=".")

@@ -1,5 +1,6 @@
-"""Replies to contexts from a file (`generate`) and in a dialogue (`chat`)."""
+"""Responses to contexts from a file (`generate`) and in a chat."""
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
@@ -14,13 +15,13 @@ from empdg_jax.data.examples import Utterance, annotate
 from empdg_jax.data.pipeline import EncodedExample
 from empdg_jax.inference.system import Response, System
 
-# A context longer than this is taken for a mistake; shorter ones keep the
-# latest tokens that fit the model's longest shape.
+# A longer context is taken for a mistake, such as a whole file in one line.
+# Shorter ones keep the latest tokens that fit the longest shape.
 MAX_CONTEXT_TOKENS = 2_000
 
 
 class Responder:
-  """Turns utterances into replies.
+  """A system that responds to text.
 
   Attributes:
     system: The system.
@@ -40,21 +41,24 @@ class Responder:
     """Turns a dialogue's turns into ids, with an empty target.
 
     Args:
-      utterances: The turns; the last is the user's, and they alternate.
+      utterances: The turns, alternating between user and system; the last is
+        the user's.
 
     Returns:
       The example.
 
     Raises:
-      InputError: There is no word, none that the system knows, or too many; or
-        the turns are not a list.
+      InputError: The turns are no list, hold no word or none that the system
+        knows, or are too long.
     """
+    # A string is a sequence of strings too: each letter would be a turn.
     if isinstance(utterances, str):
       raise InputError(
         f"{utterances[:60]!r}: expected a list of turns, the user's last"
       )
     turns = [annotate(u, self._tokenizer, self._lexicon) for u in utterances]
-    if len(turns) % 2 == 0:  # The dialogue began with the listener.
+    # The listener began: an empty turn keeps the user's turns at even numbers.
+    if len(turns) % 2 == 0:
       turns.insert(0, Utterance((), ()))
     tokens = [token for turn in turns for token in turn.tokens]
     if not tokens:
@@ -64,41 +68,42 @@ class Responder:
         f"the context has {len(tokens):,} tokens; "
         f"at most {MAX_CONTEXT_TOKENS:,}"
       )
-    if not any(t in self.system.vocabulary.ids for t in tokens if t.isalpha()):
+    # Punctuation is always known, so only words show another language.
+    vocabulary = self.system.vocabulary
+    if not any(t in vocabulary.ids for t in tokens if t.isalpha()):
       raise InputError(
-        f"no word of the context is in the vocabulary of "
-        f"{len(self.system.vocabulary):,} words: {' '.join(tokens)[:60]!r}"
+        f"no word of the context is in the vocabulary of {len(vocabulary):,} "
+        f"words: {' '.join(tokens)[:60]!r}"
       )
-    return pipeline.encode(
-      turns, (), 0, self.system.vocabulary, self.system.shapes[-1]
-    )
+    return pipeline.encode(turns, (), 0, vocabulary, self.system.shapes[-1])
 
   def respond(self, context: Sequence[str]) -> Response:
-    """Returns the reply to a dialogue.
+    """Returns the response to a dialogue.
 
     Args:
-      context: Its turns; the last is the user's, and they alternate.
+      context: The turns, as in `encode`.
 
     Raises:
-      InputError: The context cannot be answered; see `encode`.
+      InputError: The context cannot be used; see `encode`.
     """
-    (reply,) = self.answer([self.encode(context)])
-    return reply
+    return self.respond_batch([context])[0]
 
   def respond_batch(self, contexts: Sequence[Sequence[str]]) -> list[Response]:
-    """Returns the replies to several dialogues, in their order."""
-    return self.answer([self.encode(context) for context in contexts])
+    """Returns the responses to several dialogues, in their order."""
+    return self.respond_encoded([self.encode(context) for context in contexts])
 
-  def answer(self, encoded: Sequence[EncodedExample]) -> list[Response]:
-    """Returns a reply to each of what `encode` gave, in their order."""
+  def respond_encoded(
+    self, encoded: Sequence[EncodedExample]
+  ) -> list[Response]:
+    """Returns the responses to encoded dialogues, in their order."""
     if not encoded:
       return []
-    # A single reply need not wait for a whole batch: one row a device.
-    devices = jax.local_device_count()
+    # A single response need not wait for a whole batch: one row a device.
     batch_size = self.system.config.eval.batch_size
-    batch_size = devices if len(encoded) == 1 else batch_size
-    replies = dict(self.system.respond(encoded, batch_size))
-    return [replies[index] for index in range(len(encoded))]
+    if len(encoded) == 1:
+      batch_size = jax.local_device_count()
+    responses = dict(self.system.respond(encoded, batch_size))
+    return [responses[index] for index in range(len(encoded))]
 
 
 def _parse_line(line: str) -> list[str]:
@@ -122,65 +127,52 @@ def _parse_line(line: str) -> list[str]:
 def generate(
   responder: Responder, lines: Iterable[str], batch_size: int
 ) -> Iterator[dict[str, Any]]:
-  """Answers contexts, one JSON value a line.
+  """Responds to contexts, one JSON value a line.
 
   Args:
-    responder: Who answers.
-    lines: `{"context": [utterance, ...]}` each; blank lines are passed over.
-    batch_size: How many lines to read before answering.
+    responder: The system's responder.
+    lines: `{"context": [utterance, ...]}` each; blank lines are skipped.
+    batch_size: The number of lines to read before responding.
 
   Yields:
     `{"context", "response", "emotion", "emotion_probability"}` for each line
     in order (without an emotion if the system perceives none;
-    `"context_tokens_cut"` too where the context was too long), or `{"error"}`
-    for a line that cannot be answered.
+    `"context_tokens_cut"` too if the context was too long), or `{"error"}` for
+    a line that cannot be used.
   """
-  group: list[tuple[list[str], EncodedExample] | InputError] = []
-  for number, line in enumerate(lines, start=1):
-    if not line.strip():
-      continue
-    try:
-      context = _parse_line(line)
-      group.append((context, responder.encode(context)))
-    except InputError as error:
-      group.append(InputError(f"line {number}: {error}"))
-    if len(group) == batch_size:
-      yield from _answer(responder, group)
-      group = []
-  if group:
-    yield from _answer(responder, group)
-
-
-def _answer(
-  responder: Responder,
-  group: list[tuple[list[str], EncodedExample] | InputError],
-) -> Iterator[dict[str, Any]]:
-  good = [item[1] for item in group if not isinstance(item, InputError)]
-  replies = iter(responder.answer(good) if good else [])
-  for item in group:
-    if isinstance(item, InputError):
-      yield {"error": str(item)}
-      continue
-    reply = next(replies)
-    answer: dict[str, Any] = {
-      "context": item[0],
-      "response": reply.text,
-    }
-    if reply.emotions is not None:
-      answer["emotion"] = reply.emotion
-      answer["emotion_probability"] = round(float(reply.emotions.max()), 4)
-    if reply.cut:
-      answer["context_tokens_cut"] = reply.cut
-    yield answer
+  numbered = ((n, s) for n, s in enumerate(lines, start=1) if s.strip())
+  # Batch by batch, so that a pipe gets responses while its input still comes.
+  while group := list(itertools.islice(numbered, batch_size)):
+    parsed: list[tuple[list[str], EncodedExample] | InputError] = []
+    for number, line in group:
+      try:
+        context = _parse_line(line)
+        parsed.append((context, responder.encode(context)))
+      except InputError as error:
+        parsed.append(InputError(f"line {number}: {error}"))
+    good = [item[1] for item in parsed if not isinstance(item, InputError)]
+    responses = iter(responder.respond_encoded(good))
+    for item in parsed:
+      if isinstance(item, InputError):
+        yield {"error": str(item)}
+        continue
+      response = next(responses)
+      values: dict[str, Any] = {"context": item[0], "response": response.text}
+      if response.emotions is not None:
+        values["emotion"] = response.emotion
+        values["emotion_probability"] = round(float(response.emotions.max()), 4)
+      if response.cut:
+        values["context_tokens_cut"] = response.cut
+      yield values
 
 
 def chat(responder: Responder, console: Console, lines: TextIO) -> None:
   """Holds a dialogue in the terminal until the user leaves.
 
   Args:
-    responder: Who answers.
-    console: Where to print.
-    lines: Where the user's turns come from.
+    responder: The system's responder.
+    console: The terminal.
+    lines: The user's turns, one a line.
   """
   console.print(
     "Say how you feel. An empty line or Ctrl-D ends, /new begins anew."
@@ -196,16 +188,16 @@ def chat(responder: Responder, console: Console, lines: TextIO) -> None:
       turns = []
       continue
     try:
-      reply = responder.respond([*turns, said])
+      response = responder.respond([*turns, said])
     except InputError as error:
       console.print(f"({error})", markup=False, highlight=False)
       continue
-    turns += [said, reply.text]
-    if reply.emotions is not None:
-      likeliest = reply.emotions.argsort()[::-1][:3]
+    turns += [said, response.text]
+    if response.emotions is not None:
+      likeliest = response.emotions.argsort()[::-1][:3]
       labels = responder.system.emotions
       felt = ", ".join(
-        f"{labels[e]} {reply.emotions[e]:.0%}" for e in likeliest
+        f"{labels[e]} {response.emotions[e]:.0%}" for e in likeliest
       )
       console.print(f"[dim]perceived: {felt}[/dim]", highlight=False)
-    console.print(f"empdg> {reply.text}", markup=False, highlight=False)
+    console.print(f"empdg> {response.text}", markup=False, highlight=False)

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from empdg_jax import parallel
 from empdg_jax.config import Config
 from empdg_jax.data import pipeline, text, vocab
 from empdg_jax.data.lexicon import Lexicon
@@ -16,6 +15,8 @@ from empdg_jax.data.pipeline import Batch, EncodedExample, Shape
 from empdg_jax.data.vocab import Vocabulary
 from empdg_jax.inference import export_files
 from empdg_jax.models import registry
+from empdg_jax.models.encoder_decoder import EncoderDecoder
+from empdg_jax.parallel import devices, hosts
 from empdg_jax.training import checkpoint, run_folder, steps
 from empdg_jax.training.run_folder import Run
 from empdg_jax.training.train_state import count_parameters, init_params
@@ -23,13 +24,13 @@ from empdg_jax.training.train_state import count_parameters, init_params
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-  """What the system makes of a context.
+  """A response and the emotion perceived in its context.
 
   Attributes:
     tokens: The response, without EOS.
     emotion: The likeliest emotion's label; None if the system perceives none.
     emotions: The probability of every emotion, `[emotions]`, or None.
-    cut: How many of the context's oldest tokens it did not see.
+    cut: The number of the context's oldest tokens that were cut.
   """
 
   tokens: tuple[str, ...]
@@ -39,7 +40,7 @@ class Response:
 
   @property
   def text(self) -> str:
-    """The response as people write."""
+    """The response as readable text."""
     return text.join_tokens(self.tokens)
 
 
@@ -52,16 +53,17 @@ def response_tokens(
   """Turns ids into tokens up to EOS; an UNK becomes the word it copies.
 
   Args:
-    ids: `[max_steps]`.
+    ids: The generated ids, `[max_steps]`.
     copied_from: The source position that an UNK copies, `[max_steps]`.
-    words: The source's tokens by position, as `source_words` gives them.
-    vocabulary: Ids to tokens.
+    words: The source's tokens by position, from `source_words`.
+    vocabulary: The tokens of ids.
 
   Returns:
     The tokens.
   """
   tokens = []
   for token, position in zip(ids, copied_from, strict=True):
+    # PAD ends a response too: decoding fills with it after EOS.
     if token in (vocab.EOS, vocab.PAD):
       break
     unknown = token == vocab.UNK and position >= 0
@@ -72,8 +74,22 @@ def response_tokens(
 def source_words(encoded: EncodedExample, shape: Shape) -> list[str]:
   """Returns the text at each position of the decoder's source."""
   context = ["CLS", *encoded.words]
+  # The emotional context begins after the padded context, whatever its length.
   context += ["PAD"] * (shape.context - len(context))
   return [*context, "LAB", *encoded.emotion_words]
+
+
+def create_model(run: Run) -> EncoderDecoder:
+  """Returns the generator of a run."""
+  return registry.create_model(
+    run.config.model, len(run.vocabulary), len(run.emotions)
+  )
+
+
+def params_like(run: Run) -> Any:
+  """Returns the shapes of a run's parameters."""
+  model = create_model(run)
+  return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
 class System:
@@ -92,15 +108,16 @@ class System:
     Args:
       run: The run's configuration, vocabulary and emotion labels.
       params: The model's parameters, not replicated.
-      lexicon: An export's lexicon; None: the one that the configuration names.
-      step: The run's updates before the checkpoint; None if it is none.
+      lexicon: An export's lexicon; None for the one that the configuration
+        names.
+      step: The number of updates before the checkpoint; None for an average.
       config: The run's configuration with other `eval` fields, or None.
 
     Raises:
       InputError: The batch size does not divide among the devices.
     """
     config = config or run.config
-    parallel.rows_per_device(
+    devices.rows_per_device(
       config.eval.batch_size, jax.device_count(), "config.eval.batch_size"
     )
     self.config = config
@@ -110,10 +127,8 @@ class System:
     self.step = step
     self.shapes = pipeline.padded_shapes(config.data)
     self.eval_shapes = pipeline.coarse_shapes(self.shapes)
-    self.params = parallel.replicate(params)
-    model = registry.create_model(
-      config.model, len(run.vocabulary), len(run.emotions)
-    )
+    self.params = devices.replicate(params)
+    model = create_model(run)
     self.parameters = count_parameters(model)
     self.p_eval_step = steps.compile_eval_step(model)
     self.p_predict_step = steps.compile_predict_step(model, config.eval)
@@ -121,47 +136,58 @@ class System:
   def respond(
     self, encoded: Sequence[EncodedExample], batch_size: int
   ) -> Iterator[tuple[int, Response]]:
-    """Writes a response to each context.
+    """Generates a response to each context.
 
     Args:
-      encoded: The contexts; targets are not looked at.
-      batch_size: Contexts a step.
+      encoded: The contexts; targets are ignored.
+      batch_size: Contexts a step, over all devices.
 
     Yields:
       Each example's index and response, batch by batch.
     """
-    # Only contexts matter here, so batches are made by them alone.
+    # Without targets, examples group by their contexts alone, which takes fewer
+    # shapes to compile and pads less.
     blank = [e._replace(target=[vocab.EOS], feedback=[]) for e in encoded]
-    shapes = _context_shapes(self.eval_shapes)
+    shapes = sorted({Shape(s.context, s.emotion, 1) for s in self.eval_shapes})
     for batch in self._batches(blank, shapes, batch_size):
-      prediction = parallel.unshard(
-        self.p_predict_step(self.params, parallel.shard(batch))
+      prediction = devices.unshard(
+        self.p_predict_step(self.params, devices.shard(batch))
       )
       shape = Shape(batch.context.shape[1], batch.emotion_context.shape[1], 1)
-      prediction, indices, mask = parallel.gather(
+      # Every host needs all rows, not its own alone: metrics are of the split.
+      prediction, indices, mask = devices.gather(
         (prediction, batch.index, batch.mask)
       )
-      for row, index in enumerate(indices):
-        if mask[row]:
-          example = encoded[index]
-          emotion, emotions = None, None
-          if prediction.emotion_probs is not None:
-            emotions = prediction.emotion_probs[row]
-            emotion = self.emotions[int(emotions.argmax())]
-          yield (
-            int(index),
-            Response(
-              response_tokens(
-                prediction.tokens[row],
-                prediction.copied_from[row],
-                source_words(example, shape),
-                self.vocabulary,
-              ),
-              emotion,
-              emotions,
-              example.cut[0],
-            ),
-          )
+      for row in np.flatnonzero(mask):
+        example = encoded[indices[row]]
+        emotion, emotions = None, None
+        if prediction.emotion_probs is not None:
+          emotions = prediction.emotion_probs[row]
+          emotion = self.emotions[int(emotions.argmax())]
+        tokens = response_tokens(
+          prediction.tokens[row],
+          prediction.copied_from[row],
+          source_words(example, shape),
+          self.vocabulary,
+        )
+        yield (
+          int(indices[row]),
+          Response(tokens, emotion, emotions, example.cut[0]),
+        )
+
+  def score(
+    self, encoded: Sequence[EncodedExample]
+  ) -> Iterator[tuple[int, float, int]]:
+    """Yields each example's index, summed token loss, and token count."""
+    batch_size = self.config.eval.batch_size
+    for batch in self._batches(encoded, self.eval_shapes, batch_size):
+      _, values = self.p_eval_step(self.params, devices.shard(batch))
+      values, indices, mask = devices.gather(
+        (devices.unshard(values), batch.index, batch.mask)
+      )
+      for row in np.flatnonzero(mask):
+        nll, tokens = values["nll"][row], values["tokens"][row]
+        yield int(indices[row]), float(nll), int(tokens)
 
   def _batches(
     self,
@@ -169,7 +195,7 @@ class System:
     shapes: Sequence[Shape],
     batch_size: int,
   ) -> Iterator[Batch]:
-    """Yields this host's part of the examples' batches."""
+    """Yields this host's part of each batch of the examples."""
     return pipeline.eval_batches(
       encoded,
       shapes,
@@ -177,29 +203,6 @@ class System:
       host=jax.process_index(),
       num_hosts=jax.process_count(),
     )
-
-  def score(
-    self, encoded: Sequence[EncodedExample]
-  ) -> Iterator[tuple[int, float, int]]:
-    """Yields each example's index, token NLL in all, and token count."""
-    batch_size = self.config.eval.batch_size
-    for batch in self._batches(encoded, self.eval_shapes, batch_size):
-      _, values = self.p_eval_step(self.params, parallel.shard(batch))
-      values, indices, mask = parallel.gather(
-        (parallel.unshard(values), batch.index, batch.mask)
-      )
-      for row, index in enumerate(indices):
-        if mask[row]:
-          yield (
-            int(index),
-            float(values["nll"][row]),
-            int(values["tokens"][row]),
-          )
-
-
-def _context_shapes(shapes: Sequence[Shape]) -> list[Shape]:
-  """Returns the distinct context lengths, ascending, the longest last."""
-  return sorted({Shape(s.context, s.emotion, 1) for s in shapes})
 
 
 def load_system(
@@ -210,35 +213,28 @@ def load_system(
   Args:
     folder: The folder.
     config: The run's configuration with other `eval` fields, or None.
-    which: Which checkpoint of a run; see `Checkpoints.select`.
+    which: The checkpoint of a run; see `Checkpoints.select`.
 
   Returns:
     The system.
 
   Raises:
-    InputError: The folder holds neither, a damaged export, no such checkpoint,
-      or one of other shapes.
+    InputError: The folder is neither, a damaged export, or holds no such
+      checkpoint or one of other shapes.
   """
   if run_folder.is_export(folder):
-    with parallel.refusing_together():
+    with hosts.refusing_together():
       exported = export_files.read_export(folder)
     return System(
       exported.run, exported.params, exported.lexicon, exported.step, config
     )
-  with parallel.refusing_together():
+  with hosts.refusing_together():
     run = run_folder.open_run(folder)
     checkpoints = checkpoint.Checkpoints(folder)
     selected = checkpoints.select(which)
+  # Outside: hosts wait for each other in Orbax, and no host may wait inside.
   params = checkpoints.restore_params(
     selected.kind, params_like(run), selected.step
   )
   checkpoints.close()
   return System(run, params, step=selected.step, config=config)
-
-
-def params_like(run: Run) -> Any:
-  """Returns the shapes of a run's parameters."""
-  model = registry.create_model(
-    run.config.model, len(run.vocabulary), len(run.emotions)
-  )
-  return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

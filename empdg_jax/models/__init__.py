@@ -1,1 +1,1 @@
-"""Layers, encoders, decoders and the systems made of them."""
+"""Layers, encoders, decoders, discriminators and systems."""

@@ -1,10 +1,11 @@
 """The adversarial game: sampled responses, discriminator inputs and losses.
 
-A generator's signal (paper §4.2) is a gradient that flows from the
-discriminators' scores through embedded responses into its parameters.
+The generator's signal (paper §4.2) is a gradient that flows from the scores of
+the discriminators through embedded responses into the generator's parameters.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -26,14 +27,15 @@ from empdg_jax.models.encoder_decoder import EncoderDecoder, Encoding, Inputs
 
 @dataclasses.dataclass(frozen=True)
 class Adversary:
-  """What phases 2 and 3 add to a system.
+  """The part of a system that only phases 2 and 3 use.
 
   Attributes:
-    discriminator: The module of every discriminator; parameters are keyed by
-      the discriminators' names.
-    is_emotional: Which words the emotional discriminator reads, `[V]` booleans.
-    max_emotional_words: The most that it reads of an utterance.
-    config: Penalty, signal and sampling.
+    discriminator: The module of all discriminators; their parameters are keyed
+      by their names.
+    is_emotional: Marks the words that the emotional discriminator reads, `[V]`
+      booleans.
+    max_emotional_words: The most words that it reads of an utterance.
+    config: The options of the penalty, the signal and the sampling.
   """
 
   discriminator: Discriminator
@@ -43,23 +45,26 @@ class Adversary:
 
 
 class EmbeddedResponse(NamedTuple):
-  """A batch of responses as the discriminators are given them.
+  """A batch of responses, or of feedback, with embeddings to score.
 
   Attributes:
-    tokens: `[batch, length]`, PAD behind the end.
-    embedded: `[batch, length, d]`.
+    tokens: The ids, PAD after the end, `[batch, length]`.
+    embedded: The embeddings, which carry gradients, `[batch, length, d]`.
   """
 
   tokens: jax.Array
   embedded: jax.Array
 
 
-# The generator's parameters that have a row or a column a word.
-_OF_VOCABULARY = ("embedding", "vocab_projection")
+# The generator's matrices with a row or a column per word.
+_VOCABULARY_MATRICES = ("embedding", "vocab_projection")
 
 
 class _Taps(NamedTuple):
-  """Zeros added in each step of sampling, for gradients with respect to them.
+  """Zeros added in each step of sampling.
+
+  The gradient with respect to a tap is the gradient that arrives at the place
+  where it is added.
 
   Attributes:
     embedded: Added to the decoder's input, `[steps, batch, d]`.
@@ -68,6 +73,56 @@ class _Taps(NamedTuple):
 
   embedded: jax.Array
   logits: jax.Array
+
+
+def _draw(
+  params: Any,
+  encoded: Encoding,
+  taps: _Taps,
+  keys: jax.Array,
+  model: EncoderDecoder,
+  adversary: Adversary,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  """Draws responses by `straight_through_sample`.
+
+  Returns:
+    The embedded responses `[batch, steps, d]`, whose gradient reaches all
+    parameters but the vocabulary's matrices; the tokens `[batch, steps]` and
+    the inputs of `project`, `[steps, batch, d]`.
+  """
+  matrices = {k: v for k, v in params.items() if k in _VOCABULARY_MATRICES}
+  variables = {"params": params | jax.lax.stop_gradient(matrices)}
+
+  def step(x: jax.Array, cache: Any, index: jax.Array, tap: _Taps) -> Any:
+    taken: Any = model.apply(
+      variables,
+      encoded,
+      x + tap.embedded,
+      cache,
+      index,
+      tap.logits,
+      method="decode_embedded",
+    )
+    log_probs, hidden, cache = taken
+    return log_probs, cache, hidden
+
+  def embed(tokens: jax.Array, weights: jax.Array) -> Any:
+    return model.apply(variables, tokens, weights, method="embed")
+
+  steps = adversary.config.sample_steps
+  tokens, embedded, hidden = decoding.straight_through_sample(
+    step,
+    embed,
+    encoded.first_input,
+    model.apply(variables, len(keys), steps, method="init_cache"),
+    keys,
+    taps,
+    steps,
+    adversary.config.sample_temperature,
+    eos=vocab.EOS,
+    pad=vocab.PAD,
+  )
+  return embedded, (tokens, hidden)
 
 
 def _sample(
@@ -79,80 +134,55 @@ def _sample(
 ) -> EmbeddedResponse:
   """Draws a response to each dialogue; see `straight_through_sample`.
 
-  The backward pass of a scan would add to the gradient of the vocabulary's
-  matrices in every step, and they are most of the model. So they are constants
-  in the scan, and their gradient is one product after it, of what went into
-  them and of the gradient that came back to them.
+  The gradient is exact. It does not flow into the embedding table as the
+  discriminators read it, but into everything that chose the tokens.
   """
-  steps = adversary.config.sample_steps
+  # JAX's backward pass of a scan carries a gradient of every parameter and adds
+  # to it in each step. For the vocabulary's matrices, most of the model, that
+  # means writing arrays of their size `steps` times. So `_draw` makes them
+  # constants of the scan, and the taps collect, for all steps, the gradients
+  # that arrive where the matrices were used:
+  #   logits = hidden @ projection + tap.logits
+  #   decoder input = embedding[token] + tap.embedded
+  # A product's gradient with respect to its matrix needs only the product's
+  # input, which `_draw` records, and the gradient of its output, which the taps
+  # hold. One product over all steps after the scan then gives the whole sum.
   batch, dim = encoded.first_input.shape
-
-  def draw(params: Any, encoded: Encoding, taps: _Taps) -> Any:
-    """Returns the embedded response, and its tokens and hidden states."""
-    constants = {k: v for k, v in params.items() if k in _OF_VOCABULARY}
-    variables = {"params": params | jax.lax.stop_gradient(constants)}
-
-    def step(x: jax.Array, cache: Any, index: jax.Array, tap: _Taps) -> Any:
-      taken: Any = model.apply(
-        variables,
-        encoded,
-        x + tap.embedded,
-        cache,
-        index,
-        tap.logits,
-        method="decode_embedded",
-      )
-      log_probs, hidden, cache = taken
-      return log_probs, cache, hidden
-
-    def embed(tokens: jax.Array, weights: jax.Array) -> Any:
-      return model.apply(variables, tokens, weights, method="embed")
-
-    tokens, embedded, hidden = decoding.straight_through_sample(
-      step,
-      embed,
-      encoded.first_input,
-      model.apply(variables, batch, steps, method="init_cache"),
-      keys,
-      taps,
-      steps,
-      adversary.config.sample_temperature,
-      eos=vocab.EOS,
-      pad=vocab.PAD,
-    )
-    return embedded, (tokens, hidden)
-
-  zeros = _Taps(
+  steps = adversary.config.sample_steps
+  taps = _Taps(
     jnp.zeros((steps, batch, dim)),
     jnp.zeros((steps, batch, len(adversary.is_emotional))),
   )
+  draw = functools.partial(_draw, keys=keys, model=model, adversary=adversary)
 
   @jax.custom_vjp
   def sample(params: Any, encoded: Encoding) -> EmbeddedResponse:
-    embedded, (tokens, _) = draw(params, encoded, zeros)
+    embedded, (tokens, _) = draw(params, encoded, taps)
     return EmbeddedResponse(tokens, embedded)
 
   def forward(params: Any, encoded: Encoding) -> Any:
     embedded, pull, (tokens, hidden) = jax.vjp(
-      draw, params, encoded, zeros, has_aux=True
+      draw, params, encoded, taps, has_aux=True
     )
     return EmbeddedResponse(tokens, embedded), (params, pull, tokens, hidden)
 
   def backward(residuals: Any, gradient: EmbeddedResponse) -> Any:
     params, pull, tokens, hidden = residuals
-    of_params, of_encoded, of_taps = pull(gradient.embedded)
+    scan_grads, encoded_grads, tap_grads = pull(gradient.embedded)
 
-    def through_matrices(params: Any) -> Any:
-      """Returns what the taps were added to; the first input is no token."""
+    def use_matrices(params: Any) -> Any:
+      """Returns the terms that the taps were added to."""
       variables = {"params": params}
       return (
         model.apply(variables, tokens[:, :-1].T, method="embed"),
         model.apply(variables, hidden, method="project"),
       )
 
-    _, pull_matrices = jax.vjp(through_matrices, params)
-    (of_matrices,) = pull_matrices((of_taps.embedded[1:], of_taps.logits))
-    return jax.tree.map(jnp.add, of_params, of_matrices), of_encoded
+    # The first input is no token, and the last token is never an input: token
+    # i meets tap i + 1.
+    _, pull_matrices = jax.vjp(use_matrices, params)
+    (matrix_grads,) = pull_matrices((tap_grads.embedded[1:], tap_grads.logits))
+    return jax.tree.map(jnp.add, scan_grads, matrix_grads), encoded_grads
 
   sample.defvjp(forward, backward)
   return sample(params, encoded)
@@ -166,26 +196,30 @@ def respond(
   model: EncoderDecoder,
   adversary: Adversary,
 ) -> tuple[EmbeddedResponse, Encoding]:
-  """Lets the generator respond; gradients reach `params` as configured.
+  """Generates responses whose gradient reaches `params` as configured.
 
-  The discriminators read words through the generator's embedding table, which
-  the signal never changes.
+  `config.generator_signal` is `"straight_through"` (sampled responses),
+  `"expected"` (expected embeddings under teacher forcing) or `"constant"`
+  (sampled responses without a gradient).
 
   Args:
     params: The generator's parameters.
     inputs: The dialogues.
-    target: Gold responses, which `"expected"` follows, `[batch, N]`.
-    keys: Of the noise, `[batch]`.
+    target: The gold responses, which `"expected"` follows, `[batch, N]`.
+    keys: The keys of the noise, `[batch]`.
     model: The generator.
-    adversary: Says how to respond.
+    adversary: The options of the signal and the sampling.
 
   Returns:
-    The responses, and what the generator made of the dialogues.
+    The responses and the encoded dialogues.
   """
+  # The discriminators read words through the generator's embedding table. The
+  # signal must not reach it there: moving the words' embeddings would raise a
+  # score without changing a response.
   frozen = {"params": jax.lax.stop_gradient(params)}
   signal = adversary.config.generator_signal
   if signal == "expected":
-    # With dropout, as the step's likelihood: the compiler joins both passes.
+    # With the same dropout as the likelihood, so that XLA merges both passes.
     outputs: Any = model.apply({"params": params}, inputs, target, keys)
     probs = losses.mixture(outputs.logits, outputs.pointer)
     tokens = jnp.where(target == vocab.PAD, vocab.PAD, decoding.argmax(probs))
@@ -200,7 +234,7 @@ def respond(
 def embed_words(
   params: Any, tokens: jax.Array, model: EncoderDecoder
 ) -> EmbeddedResponse:
-  """Returns gold responses or feedback as the discriminators are given them."""
+  """Embeds gold responses or feedback, without a gradient."""
   frozen = {"params": jax.lax.stop_gradient(params)}
   embedded: Any = model.apply(frozen, tokens, method="embed")
   return EmbeddedResponse(tokens, embedded)
@@ -213,20 +247,17 @@ def discriminator_inputs(
   feedback: EmbeddedResponse,
   adversary: Adversary,
 ) -> dict[str, DiscriminatorInputs]:
-  """Returns what each discriminator reads.
+  """Returns the inputs of each discriminator, by its name.
 
   Args:
-    names: Of the discriminators, `"semantic"` or `"emotional"`.
-    encoded: The dialogues.
-    responses: One or several to each dialogue.
+    names: The names of the discriminators, `"semantic"` or `"emotional"`.
+    encoded: The encoded dialogues.
+    responses: One or several responses per dialogue.
     feedback: The user's next turns.
-    adversary: Says which words are emotional.
-
-  Returns:
-    A reading by name.
+    adversary: Marks the emotional words.
   """
 
-  def read(name: str, response: EmbeddedResponse) -> Utterances:
+  def select(name: str, response: EmbeddedResponse) -> Utterances:
     mask = response.tokens != vocab.PAD
     embedded = jnp.where(mask[..., None], response.embedded, 0.0)
     words = Utterances(embedded, mask)
@@ -237,9 +268,9 @@ def discriminator_inputs(
 
   return {
     name: DiscriminatorInputs(
-      tuple(read(name, response) for response in responses),
-      read(name, feedback),
-      getattr(encoded, name),
+      tuple(select(name, response) for response in responses),
+      select(name, feedback),
+      getattr(encoded, name),  # Named like the context that it reads.
     )
     for name in names
   }
@@ -248,31 +279,33 @@ def discriminator_inputs(
 def discriminator_losses(
   discriminator: Discriminator,
   params: Any,
-  reading: DiscriminatorInputs,
+  inputs: DiscriminatorInputs,
   alpha: jax.Array,
   penalty_weight: float,
 ) -> dict[str, jax.Array]:
-  """Scores a generated and a gold response to each dialogue (eqs. 17-19).
+  """Scores a generated and a gold response per dialogue (eqs. 17-19).
 
   Args:
     discriminator: The discriminator.
     params: Its parameters.
-    reading: The dialogues, with the generated and the gold responses.
-    alpha: Between 0, gold, and 1, generated: where the slope is measured,
-      `[B]`.
+    inputs: The dialogues, with the generated and the gold responses.
+    alpha: The point at which the slope is measured, from 0 (gold) to 1
+      (generated), `[B]`.
     penalty_weight: beta.
 
   Returns:
     `loss`, `wasserstein` (gold minus generated score), `gradient_penalty` and
-    `gradient_norm`, `[B]` each.
+    `gradient_norm`, each `[B]`.
   """
   variables = {"params": params}
-  represented: Any = discriminator.apply(variables, reading, method="represent")
+  represented: Any = discriminator.apply(variables, inputs, method="represent")
   (generated, gold), interaction = represented
 
   def score(response: Utterances) -> Any:
     return discriminator.apply(variables, response, interaction, method="score")
 
+  # A point between two responses is real wherever either of them is, and its
+  # slope counts there and nowhere else.
   mask = generated.mask | gold.mask
   penalty, norm = losses.gradient_penalty(
     lambda features: score(Utterances(features, mask)),

@@ -1,4 +1,4 @@
-"""The systems that EmpDG is compared with (paper §5.3), on the same layers."""
+"""The baselines of EmpDG (paper §5.3), built from the same layers."""
 
 from typing import NamedTuple
 
@@ -10,17 +10,13 @@ from empdg_jax.config import ModelConfig
 from empdg_jax.data import vocab
 from empdg_jax.models import encoders, layers
 from empdg_jax.models.decoder import DecoderLayer, LayerCache
-from empdg_jax.models.encoder_decoder import (
-  EncoderDecoder,
-  Encoding,
-  Inputs,
-)
+from empdg_jax.models.encoder_decoder import EncoderDecoder, Encoding, Inputs
 
 
 class Transformer(EncoderDecoder):
-  """An encoder and a decoder (Vaswani et al., 2017); it perceives no emotion.
+  """The Transformer (Vaswani et al., 2017), which predicts no emotion.
 
-  The decoder's first input is SOS.
+  The first input of its decoder is SOS.
   """
 
   def setup(self) -> None:
@@ -29,7 +25,7 @@ class Transformer(EncoderDecoder):
     self.encoder = encoders.Encoder(self.config)
 
   def source_ids(self, inputs: Inputs) -> tuple[jax.Array, ...]:
-    """Returns words, states and SOS."""
+    """Returns the words, their states and SOS."""
     start = jnp.full_like(inputs.context[:, :1], vocab.SOS)
     return inputs.context, inputs.state, start
 
@@ -42,8 +38,6 @@ class Transformer(EncoderDecoder):
     semantic = self.encoder(words + states, mask, keys)
     return Encoding(
       semantic[:, 0],
-      None,
-      None,
       start[:, 0],
       self.decoder.project_memory(semantic, mask),
       inputs.context,
@@ -51,21 +45,22 @@ class Transformer(EncoderDecoder):
 
 
 class EmoPrepend(EncoderDecoder):
-  """EmoPrepend-1 (Rashkin et al., 2019): the perceived emotion comes first.
+  """EmoPrepend-1 (Rashkin et al., 2019): the predicted emotion comes first.
 
-  A classifier on the encoder's CLS; its logits, projected, are the decoder's
-  first input. It is EmpDG's generator without the emotional context.
+  A classifier reads the encoder's output at CLS; its projected logits are the
+  first input of the decoder. It is EmpDG's generator without the emotional
+  context.
   """
 
   def setup(self) -> None:
-    """Creates the encoder and the emotion's projections."""
+    """Creates the encoder and the projections of the emotion."""
     super().setup()
     self.encoder = encoders.Encoder(self.config)
     self.emotion = nn.Dense(self.num_emotions, use_bias=False)
     self.emotion_embedding = nn.Dense(self.config.emb_dim)
 
   def source_ids(self, inputs: Inputs) -> tuple[jax.Array, ...]:
-    """Returns words and states."""
+    """Returns the words and their states."""
     return inputs.context, inputs.state
 
   def read(
@@ -78,25 +73,24 @@ class EmoPrepend(EncoderDecoder):
     emotion_logits = self.emotion(semantic[:, 0])
     return Encoding(
       semantic[:, 0],
-      None,
-      emotion_logits,
       self.emotion_embedding(emotion_logits),
       self.decoder.project_memory(semantic, mask),
       inputs.context,
+      emotion_logits,
     )
 
 
 class ListenersMemory(NamedTuple):
-  """What MoEL's decoders attend to, projected once a response.
+  """The context, projected once per response for all of MoEL's decoders.
 
   Attributes:
-    shared: The shared listener's keys and values of the context,
+    shared: The keys and values of the shared listener,
       `[batch, heads, memory_length, depth]`.
-    listeners: The listeners' keys and values, the same with an axis of
-      listeners behind the batch's.
-    meta: Each meta layer's.
+    listeners: Those of the listeners,
+      `[batch, listeners, heads, memory_length, depth]`.
+    meta: Those of every meta layer, shaped like `shared`.
     mask: True at real tokens, `[batch, memory_length]`.
-    weights: Of the listeners, sums to 1, `[batch, listeners]`.
+    weights: The weights of the listeners, which sum to 1, `[batch, listeners]`.
   """
 
   shared: tuple[jax.Array, jax.Array]
@@ -110,9 +104,9 @@ class ListenersCache(NamedTuple):
   """The caches of MoEL's decoders; see `decoder.LayerCache`.
 
   Attributes:
-    shared: The shared listener's.
-    listeners: The listeners', an axis of them behind the batch's.
-    meta: Each meta layer's.
+    shared: The cache of the shared listener.
+    listeners: Those of the listeners, with their axis after the batch axis.
+    meta: Those of every meta layer.
   """
 
   shared: LayerCache
@@ -121,11 +115,15 @@ class ListenersCache(NamedTuple):
 
 
 def _listeners(config: ModelConfig, num_emotions: int) -> nn.Module:
-  """Returns a decoder layer for each emotion.
+  """Returns one decoder layer per emotion, vectorised.
 
-  Parameters have a leading axis of listeners; arrays of examples have it behind
-  the batch's axis.
+  Parameters have a leading axis of listeners; arrays of examples have it as
+  their second axis.
   """
+  # `nn.vmap` needs the axes of each method that is called. The input, mask and
+  # index are common to all listeners; the keys and values of `keys_values`
+  # (axis 1), the dropout keys (axis 0) and the cache (axis 1) are their own.
+  # They are the second axis because beam search reorders the first.
   lifted = nn.vmap(
     DecoderLayer,
     methods={
@@ -149,8 +147,8 @@ def _listeners(config: ModelConfig, num_emotions: int) -> nn.Module:
 class ListenersDecoder(nn.Module):
   """MoEL's decoders (Lin et al., 2019, §3.2-3.3).
 
-  Each emotion's listener and a shared one read the same inputs; the shared
-  listener's output plus the weighted sum of the others goes to the meta
+  A listener per emotion and a shared listener get the same inputs. The output
+  of the shared one plus the weighted sum of the others goes to the meta
   listener, which has `num_layers` layers.
   """
 
@@ -164,24 +162,18 @@ class ListenersDecoder(nn.Module):
     self.listeners = _listeners(c, self.num_emotions)
     self.meta = [DecoderLayer(c) for _ in range(c.num_layers)]
     self.dropout = layers.Dropout(c.dropout_rate)
-    if c.norm_order == "pre":
-      self.norm = nn.LayerNorm()
-
-  def _last_norm(self, x: jax.Array) -> jax.Array:
-    return self.norm(x) if self.config.norm_order == "pre" else x
+    # With "post" the last layer has already normalised its output.
+    self.norm = nn.LayerNorm() if c.norm_order == "pre" else lambda x: x
 
   def project_memory(
     self, memory: jax.Array, mask: jax.Array, weights: jax.Array
   ) -> ListenersMemory:
-    """Projects contexts; see `decoder.Decoder.project_memory`.
+    """Projects contexts for `__call__` and `step`.
 
     Args:
       memory: `[batch, memory_length, d]`.
       mask: True at real tokens, `[batch, memory_length]`.
-      weights: Of the listeners, `[batch, listeners]`.
-
-    Returns:
-      What `__call__` and `step` need.
+      weights: The weights of the listeners, `[batch, listeners]`.
     """
     return ListenersMemory(
       self.shared.keys_values(memory),
@@ -197,18 +189,20 @@ class ListenersDecoder(nn.Module):
     """Decodes with teacher forcing; see `decoder.Decoder`."""
     x += layers.sinusoidal_positions(x.shape[1], x.shape[2])
     x = self.dropout(x, keys)
-    # Each listener drops features of its own.
-    of_listeners = (
-      keys if keys is None else _fold_in_listeners(keys, self.num_emotions)
-    )
+    # All listeners have the same path, so without keys of their own they would
+    # share one dropout mask. A key per listener -> [listeners, batch]
+    listener_keys = keys
+    if keys is not None:
+      fold_in = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
+      listener_keys = fold_in(keys, jnp.arange(self.num_emotions))
     shared, _ = self.shared(x, memory.shared, memory.mask, keys)
-    heard, _ = self.listeners(x, memory.listeners, memory.mask, of_listeners)
-    x = shared + jnp.einsum("bl,bl...->b...", memory.weights, heard)
+    each, _ = self.listeners(x, memory.listeners, memory.mask, listener_keys)
+    x = shared + jnp.einsum("bl,bl...->b...", memory.weights, each)
     attention = []
     for layer, keys_values in zip(self.meta, memory.meta, strict=True):
       x, weights = layer(x, keys_values, memory.mask, keys)
       attention.append(weights)
-    return self._last_norm(x), attention[-1]
+    return self.norm(x), attention[-1]
 
   def init_cache(self, batch: int, max_steps: int) -> ListenersCache:
     """Returns empty caches."""
@@ -233,10 +227,10 @@ class ListenersDecoder(nn.Module):
     shared, _, shared_cache = self.shared.step(
       x, memory.shared, mask, cache.shared, index
     )
-    heard, _, listeners_cache = self.listeners.step(
+    each, _, listeners_cache = self.listeners.step(
       x, memory.listeners, mask, cache.listeners, index
     )
-    x = shared + jnp.einsum("bl,bl...->b...", memory.weights, heard)
+    x = shared + jnp.einsum("bl,bl...->b...", memory.weights, each)
     meta_cache, attention = [], []
     for layer, keys_values, layer_cache in zip(
       self.meta, memory.meta, cache.meta, strict=True
@@ -247,29 +241,22 @@ class ListenersDecoder(nn.Module):
       meta_cache.append(layer_cache)
       attention.append(weights)
     new_cache = ListenersCache(shared_cache, listeners_cache, tuple(meta_cache))
-    return self._last_norm(x), attention[-1], new_cache
-
-
-def _fold_in_listeners(keys: jax.Array, listeners: int) -> jax.Array:
-  """Returns a key for each listener and example, `[listeners, batch]`."""
-  fold_in = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
-  return fold_in(keys, jnp.arange(listeners))
+    return self.norm(x), attention[-1], new_cache
 
 
 class MoEL(Transformer):
   """The mixture of empathetic listeners (Lin et al., 2019).
 
-  A Transformer whose decoder is the listeners, weighted by the perceived
-  emotion.
+  A Transformer whose decoder mixes the listeners by the predicted emotion.
   """
 
   def setup(self) -> None:
-    """Creates the listeners' keys."""
+    """Creates the encoder and the classifier that weights the listeners."""
     super().setup()
     self.emotion = nn.Dense(self.num_emotions, use_bias=False)
 
   def create_decoder(self) -> ListenersDecoder:
-    """Returns the listeners."""
+    """Returns the decoder of all listeners."""
     return ListenersDecoder(self.config, self.num_emotions)
 
   def read(
@@ -286,11 +273,10 @@ class MoEL(Transformer):
       weights = jnp.where(inputs.listener[:, None] < 0, weights, gold)
     return Encoding(
       semantic[:, 0],
-      None,
-      emotion_logits,
       start[:, 0],
       self.decoder.project_memory(semantic, mask, weights),
       inputs.context,
+      emotion_logits,
     )
 
 
@@ -298,16 +284,15 @@ def listener_weights(logits: jax.Array, top_k: int) -> jax.Array:
   """Returns the softmax over the `top_k` largest of `[batch, emotions]` logits.
 
   Args:
-    logits: Of the emotions.
-    top_k: How many listeners are heard; 0 for all.
+    logits: The logits of the emotions.
+    top_k: The number of listeners with a weight; 0 for all.
 
   >>> listener_weights(jnp.array([[0.0, 0.0, -9.0]]), top_k=2)
   Array([[0.5, 0.5, 0. ]], dtype=float32)
   """
   if top_k:
-    _, heard = jax.lax.top_k(logits, top_k)
-    is_heard = jnp.any(
-      heard[..., None] == jnp.arange(logits.shape[-1]), axis=-2
-    )
-    logits = jnp.where(is_heard, logits, -jnp.inf)
+    # By indices and not by the k-th value, which ties could share.
+    _, best = jax.lax.top_k(logits, top_k)
+    in_best = jnp.any(best[..., None] == jnp.arange(logits.shape[-1]), axis=-2)
+    logits = jnp.where(in_best, logits, -jnp.inf)
   return jax.nn.softmax(logits)

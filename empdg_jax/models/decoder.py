@@ -1,4 +1,4 @@
-"""The Transformer decoder (paper eqs. 10-12), whole sequences or a step."""
+"""The Transformer decoder (paper eqs. 10-12), for sequences and for steps."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ from empdg_jax.models import layers
 
 
 class Memory(NamedTuple):
-  """What the decoder attends to, projected once a response.
+  """The contexts, projected once per response.
 
   Attributes:
-    keys_values: Each layer's keys and values of the contexts,
+    keys_values: The keys and values of every layer,
       `[batch, heads, memory_length, depth]`.
     mask: True at real tokens, `[batch, memory_length]`.
   """
@@ -24,12 +24,12 @@ class Memory(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-  """What a layer remembers of the positions before.
+  """The previous positions of one layer.
 
   Attributes:
-    keys: `[batch, heads, max_steps, depth]`.
-    values: The same shape.
-    feed_forward: See `layers.FeedForward.init_cache`.
+    keys: The keys of self-attention, `[batch, heads, max_steps, depth]`.
+    values: Its values, the same shape.
+    feed_forward: The cache of `layers.FeedForward.step`.
   """
 
   keys: jax.Array
@@ -80,7 +80,7 @@ class DecoderLayer(nn.Module):
     )
     x = self.cross_residual.after(x, y, keys)
     y = self.feed_forward_residual.before(x)
-    # Causal layers never see the padding behind a response.
+    # No mask: padding follows a response, and causal layers never look ahead.
     y = self.feed_forward(y, jnp.ones(x.shape[:2], bool))
     return self.feed_forward_residual.after(x, y, keys), weights
 
@@ -101,7 +101,9 @@ class DecoderLayer(nn.Module):
     cache: LayerCache,
     index: jax.Array,
   ) -> tuple[jax.Array, jax.Array, LayerCache]:
-    """Transforms the one position `index`; see `Decoder.step`."""
+    """Transforms the position `index`; see `Decoder.step`."""
+    # The cache has its full length from the start, since a growing one would
+    # compile anew at every step. `seen` hides the positions still empty.
     y = self.self_residual.before(x)
     k, v = self.self_attention.keys_values(y)
     keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, index, axis=2)
@@ -121,7 +123,10 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-  """A stack of decoder layers; positions are added here."""
+  """A stack of decoder layers; positions are added here.
+
+  With `norm_order="pre"` a normalisation follows the stack.
+  """
 
   config: ModelConfig
 
@@ -130,11 +135,8 @@ class Decoder(nn.Module):
     c = self.config
     self.layers = [DecoderLayer(c) for _ in range(c.num_layers)]
     self.dropout = layers.Dropout(c.dropout_rate)
-    if c.norm_order == "pre":
-      self.norm = nn.LayerNorm()
-
-  def _last_norm(self, x: jax.Array) -> jax.Array:
-    return self.norm(x) if self.config.norm_order == "pre" else x
+    # With "post" the last layer has already normalised its output.
+    self.norm = nn.LayerNorm() if c.norm_order == "pre" else lambda x: x
 
   def project_memory(self, memory: jax.Array, mask: jax.Array) -> Memory:
     """Projects contexts `[batch, memory_length, d]` for all layers."""
@@ -148,12 +150,12 @@ class Decoder(nn.Module):
     """Decodes with teacher forcing.
 
     Args:
-      x: The decoder's inputs, `[batch, length, d]`.
+      x: The inputs, `[batch, length, d]`.
       memory: The projected contexts.
-      keys: Dropout keys, `[batch]`, or None for evaluation.
+      keys: The dropout keys, `[batch]`, or None for evaluation.
 
     Returns:
-      Outputs `[batch, length, d]`, and the last layer's attention to the
+      The outputs `[batch, length, d]`, and the last layer's attention to the
       contexts, `[batch, length, memory_length]`.
     """
     x += layers.sinusoidal_positions(x.shape[1], x.shape[2])
@@ -162,10 +164,10 @@ class Decoder(nn.Module):
     for layer, keys_values in zip(self.layers, memory.keys_values, strict=True):
       x, weights = layer(x, keys_values, memory.mask, keys)
       attention.append(weights)
-    return self._last_norm(x), attention[-1]
+    return self.norm(x), attention[-1]
 
   def init_cache(self, batch: int, max_steps: int) -> tuple[LayerCache, ...]:
-    """Returns every layer's empty cache."""
+    """Returns an empty cache for every layer."""
     return tuple(layer.init_cache(batch, max_steps) for layer in self.layers)
 
   def step(
@@ -178,15 +180,17 @@ class Decoder(nn.Module):
     """Decodes one position.
 
     Args:
-      x: Its input, `[batch, 1, d]`.
+      x: The input, `[batch, 1, d]`.
       memory: The projected contexts.
-      cache: Every layer's cache.
+      cache: The caches of all layers.
       index: The position, a scalar.
 
     Returns:
       The output `[batch, 1, d]`, the last layer's attention to the contexts
       `[batch, 1, memory_length]`, and the caches for the next position.
     """
+    # `index` is traced and the table's length may not be: look up a row of the
+    # whole table, which is a constant of the compiled loop.
     steps = cache[0].keys.shape[2]
     x += layers.sinusoidal_positions(steps, x.shape[2])[index]
     new_cache, attention = [], []
@@ -198,4 +202,4 @@ class Decoder(nn.Module):
       )
       new_cache.append(layer_cache)
       attention.append(weights)
-    return self._last_norm(x), attention[-1], tuple(new_cache)
+    return self.norm(x), attention[-1], tuple(new_cache)

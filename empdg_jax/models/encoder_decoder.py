@@ -1,7 +1,7 @@
-"""What every system shares: words in, a decoder with a pointer, words out.
+"""The part that all systems share: embeddings, decoder, pointer and output.
 
-A system says what it reads of a dialogue and how; `EncoderDecoder` does the
-rest, for teacher forcing, for decoding and for sampling.
+A system defines which ids it embeds and how it encodes them; `EncoderDecoder`
+does the rest for teacher forcing, decoding and sampling.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from empdg_jax.data import vocab
 from empdg_jax.losses import Pointer, log_mixture
 from empdg_jax.models import decoder, layers
 
-# A response never holds these; it may hold UNK, which copies a source word.
+# Ids that no response holds. UNK is not among them: it copies a source word.
 _NEVER_GENERATED = (
   vocab.PAD,
   vocab.SOS,
@@ -34,8 +34,8 @@ class Inputs(NamedTuple):
     context: `[batch, M]`.
     state: `[batch, M]`.
     emotion_context: `[batch, E]`.
-    listener: The one listener to hear in training, -1 where the model chooses
-      itself, `[batch]`; None always lets it choose. Of MoEL alone.
+    listener: MoEL's forced listener in training, -1 where the predicted emotion
+      weights the listeners, `[batch]`; None forces none.
   """
 
   context: jax.Array
@@ -45,36 +45,36 @@ class Inputs(NamedTuple):
 
 
 class Encoding(NamedTuple):
-  """What a system makes of a dialogue; `d` features.
+  """A batch of encoded dialogues.
 
   Attributes:
-    semantic: `x~0`, the dialogue context's vector, `[batch, d]`.
-    emotional: `w~0`, the emotional context's vector, `[batch, d]`, of EmpDG's
-      generator alone.
-    emotion_logits: `ep` of eq. 7, `[batch, emotions]`; None for a system that
-      perceives no emotion.
-    first_input: The decoder's first input, `[batch, d]`.
-    memory: What the decoder attends to, projected; the decoder's own type.
-    source: Ids of the tokens that it attends to, `[batch, length]`.
+    semantic: `x~0`, the vector of the dialogue context, `[batch, d]`.
+    first_input: The first input of the decoder, `[batch, d]`.
+    memory: The projected contexts, of the decoder's own type.
+    source: The ids of the tokens the decoder attends to, `[batch, length]`.
+    emotion_logits: `ep` of eq. 7, `[batch, emotions]`; None in a system that
+      predicts no emotion.
+    emotional: `w~0`, the vector of the emotional context, `[batch, d]`; None
+      except in EmpDG's generator.
   """
 
   semantic: jax.Array
-  emotional: jax.Array | None
-  emotion_logits: jax.Array | None
   first_input: jax.Array
   memory: Any
   source: jax.Array
+  emotion_logits: jax.Array | None = None
+  emotional: jax.Array | None = None
 
 
 class Outputs(NamedTuple):
-  """What a system makes of a dialogue and a target.
+  """The outputs of a system under teacher forcing.
 
   Attributes:
-    encoded: The dialogue.
-    logits: Over the vocabulary, `[batch, N, V]`.
-    attention: Of the decoder's last layer to the source, the mean of its heads,
-      `[batch, N, length]`.
-    pointer: Where the decoder copies from, if the model has a pointer.
+    encoded: The encoded dialogues.
+    logits: The logits over the vocabulary, `[batch, N, V]`.
+    attention: The attention of the decoder's last layer to the source, averaged
+      over its heads, `[batch, N, length]`.
+    pointer: The copying part, None without `config.pointer_generator`.
   """
 
   encoded: Encoding
@@ -84,12 +84,12 @@ class Outputs(NamedTuple):
 
 
 class Cache(NamedTuple):
-  """What decoding remembers between steps.
+  """The state of decoding between steps.
 
   Attributes:
-    layers: The decoder's caches; the decoder's own type.
-    copied_from: For each step the source position that an UNK of that step
-      copies, -1 where there is none, `[batch, max_steps]`.
+    layers: The decoder's cache, of the decoder's own type.
+    copied_from: The source position that an UNK copies at each step, -1 where
+      the source has none, `[batch, max_steps]`.
   """
 
   layers: Any
@@ -97,15 +97,15 @@ class Cache(NamedTuple):
 
 
 class EncoderDecoder(nn.Module):
-  """A system without its encoders.
+  """The abstract base of all systems; it has no encoder.
 
-  A system's `setup` creates its encoders after this class's, and another
-  `self.decoder` if it has one; `source_ids` and `read` say what they read.
+  A system extends `setup` by its encoders, defines `source_ids` and `read`, and
+  may override `create_decoder`.
 
   Attributes:
-    config: Its sizes and options.
+    config: The system's sizes and options.
     vocab_size: V.
-    num_emotions: How many emotions the dataset labels.
+    num_emotions: The number of emotion labels in the dataset.
   """
 
   config: ModelConfig
@@ -113,7 +113,7 @@ class EncoderDecoder(nn.Module):
   num_emotions: int
 
   def setup(self) -> None:
-    """Creates what is of the vocabulary's size, the gate and the decoder."""
+    """Creates the embedding, output projection, gate and decoder."""
     c = self.config
     self.embedding = self.param(
       "embedding",
@@ -124,9 +124,9 @@ class EncoderDecoder(nn.Module):
     if c.pointer_generator:
       self.gate = nn.Dense(1)
     if not c.tie_embeddings:
-      # Glorot's bound, a sixth of the layer's default, gives every word almost
-      # the same chance at first: words that are never targets keep what they
-      # are given, and must not take probability from the others.
+      # Glorot's bound, a sixth of a dense layer's default, gives all words
+      # almost the same probability at first. Words that are never targets keep
+      # about that probability, so it must be no larger than the others'.
       self.vocab_projection = self.param(
         "vocab_projection",
         nn.initializers.xavier_uniform(),
@@ -134,25 +134,22 @@ class EncoderDecoder(nn.Module):
       )
 
   def create_decoder(self) -> Any:
-    """Returns the decoder; see `decoder.Decoder` for what it must do."""
+    """Returns the decoder, with the interface of `decoder.Decoder`."""
     return decoder.Decoder(self.config)
 
   def source_ids(self, inputs: Inputs) -> tuple[jax.Array, ...]:
-    """Returns the ids to embed, `[batch, length]` each, for `read`."""
+    """Returns the ids to embed for `read`, each `[batch, length]`."""
     raise NotImplementedError
 
   def read(
     self, inputs: Inputs, embedded: list[jax.Array], keys: jax.Array | None
   ) -> Encoding:
-    """Encodes what `source_ids` gave.
+    """Encodes the embedded `source_ids`.
 
     Args:
       inputs: The dialogues.
-      embedded: The embedded ids, `[batch, length, d]` each.
-      keys: Dropout keys, `[batch]`, or None for evaluation.
-
-    Returns:
-      The emotion and what the decoder needs.
+      embedded: The embedded ids, each `[batch, length, d]`.
+      keys: The dropout keys, `[batch]`, or None for evaluation.
     """
     raise NotImplementedError
 
@@ -161,11 +158,9 @@ class EncoderDecoder(nn.Module):
     return probs @ self.embedding * self.config.emb_dim**0.5
 
   def _embed_all(self, *ids: jax.Array) -> list[jax.Array]:
-    """Returns `embed` of each argument, `[batch, length]`.
-
-    All ids are looked up at once: the gradient of a look-up is an array as
-    large as the table, so one is cheaper than several.
-    """
+    """Returns `embed` of each argument, `[batch, length]`."""
+    # One look-up for all ids: each one's gradient is an array as large as the
+    # table, and several would have to be added up.
     embedded = self.embed(jnp.concatenate(ids, axis=1))
     ends = list(itertools.accumulate(i.shape[1] for i in ids))
     return jnp.split(embedded, ends[:-1], axis=1)
@@ -177,8 +172,8 @@ class EncoderDecoder(nn.Module):
 
     Args:
       tokens: `[batch]` or `[batch, length]`.
-      weights: Takes the gradient of `tokens`, one axis more, V; see
-        `layers.straight_through`.
+      weights: Weights that receive the gradient of `tokens`, with a further
+        axis of size V; see `layers.straight_through`.
 
     Returns:
       `[batch, d]` or `[batch, length, d]`.
@@ -190,14 +185,11 @@ class EncoderDecoder(nn.Module):
     return embedded * self.config.emb_dim**0.5
 
   def encode(self, inputs: Inputs, keys: jax.Array | None) -> Encoding:
-    """Reads the dialogue (eqs. 1-8).
+    """Embeds and encodes dialogues (eqs. 1-8).
 
     Args:
       inputs: The dialogues.
-      keys: Dropout keys, `[batch]`, or None for evaluation.
-
-    Returns:
-      The emotion and what the decoder needs.
+      keys: The dropout keys, `[batch]`, or None for evaluation.
     """
     embedded = self._embed_all(*self.source_ids(inputs))
     return self.read(inputs, embedded, keys)
@@ -221,13 +213,12 @@ class EncoderDecoder(nn.Module):
     """Scores a target with teacher forcing.
 
     Args:
-      inputs: The contexts.
+      inputs: The dialogues.
       target: `y1 .. yn EOS`, `[batch, N]`.
-      keys: Dropout keys, `[batch]`, or None for evaluation.
-
-    Returns:
-      The dialogue, the logits, the attention and the pointer.
+      keys: The dropout keys, `[batch]`, or None for evaluation.
     """
+    # The decoder predicts each token from the one before it, and the first
+    # token from `first_input`; the last token is never an input.
     *embedded, embedded_target = self._embed_all(
       *self.source_ids(inputs), target[:, :-1]
     )
@@ -238,7 +229,7 @@ class EncoderDecoder(nn.Module):
     return Outputs(encoded, self.project(hidden), attention, pointer)
 
   def init_cache(self, batch: int, max_steps: int) -> Cache:
-    """Returns the empty cache for responses of at most `max_steps` tokens."""
+    """Returns an empty cache for responses of at most `max_steps` tokens."""
     return Cache(
       self.decoder.init_cache(batch, max_steps),
       jnp.full((batch, max_steps), -1, jnp.int32),
@@ -250,13 +241,13 @@ class EncoderDecoder(nn.Module):
     """Predicts the token at position `index`.
 
     Args:
-      encoded: The dialogue.
-      tokens: The tokens chosen one step earlier, `[batch]`; ignored at 0.
-      cache: What the earlier steps left.
+      encoded: The encoded dialogues.
+      tokens: The tokens chosen one step earlier, `[batch]`; ignored at step 0.
+      cache: The cache of the previous step.
       index: The step, a scalar.
 
     Returns:
-      Log-probabilities `[batch, V]` with impossible tokens at -1e9, and the
+      The log-probabilities `[batch, V]`, impossible tokens at -1e9, and the
       cache for the next step.
     """
     x = jnp.where(index == 0, encoded.first_input, self.embed(tokens))
@@ -271,18 +262,18 @@ class EncoderDecoder(nn.Module):
     index: jax.Array,
     added: jax.typing.ArrayLike = 0.0,
   ) -> tuple[jax.Array, jax.Array, Cache]:
-    """Predicts as `decode_step` does, from an embedded token.
+    """Predicts like `decode_step`, but from an embedded token.
 
     Args:
-      encoded: The dialogue.
-      x: The token chosen one step earlier, embedded, `[batch, d]`; at 0
+      encoded: The encoded dialogues.
+      x: The embedded token chosen one step earlier, `[batch, d]`; at step 0
         `encoded.first_input`.
-      cache: What the earlier steps left.
+      cache: The cache of the previous step.
       index: The step, a scalar.
-      added: To the logits, for a gradient with respect to them.
+      added: A term added to the logits, for a gradient with respect to them.
 
     Returns:
-      Log-probabilities as `decode_step`, what `project` was given
+      The log-probabilities as from `decode_step`, the input of `project`
       `[batch, d]`, and the cache.
     """
     hidden, attention, layer_caches = self.decoder.step(
@@ -292,11 +283,15 @@ class EncoderDecoder(nn.Module):
     hidden = hidden[:, 0]
     logits = self.project(hidden) + added
     log_probs = log_mixture(logits[:, None], pointer)[:, 0]
-    # UNK stands for the unknown source word most attended to, if any.
+    # All words outside the vocabulary share the id UNK, so a copied UNK alone
+    # does not say which word it is. `copied_from` records the unknown source
+    # word with the most attention, for the text to show. Without any unknown
+    # source word, UNK is impossible.
     unknown = encoded.source == vocab.UNK
     copied_from = jnp.argmax(jnp.where(unknown, attention[:, 0], -1.0), axis=-1)
     copies = jnp.any(unknown, axis=-1) & self.config.pointer_generator
     ids = jnp.arange(self.vocab_size)
+    # These ids have logits like any other, which could win at any step.
     never = jnp.isin(ids, jnp.array(_NEVER_GENERATED))
     impossible = never | ((ids == vocab.UNK) & ~copies[:, None])
     log_probs = jnp.where(impossible, layers.NEGATIVE_INFINITY, log_probs)

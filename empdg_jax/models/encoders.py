@@ -39,7 +39,7 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
   """A stack of layers over embedded tokens; positions are added here.
 
-  With `norm_order="pre"` a last normalisation follows the stack.
+  With `norm_order="pre"` a normalisation follows the stack.
   """
 
   config: ModelConfig
@@ -51,17 +51,18 @@ class Encoder(nn.Module):
     """Encodes a context.
 
     Args:
-      x: Word plus state embeddings, `[batch, length, d]`.
+      x: The sums of word and state embeddings, `[batch, length, d]`.
       mask: True at real tokens, `[batch, length]`.
       keys: Dropout keys, `[batch]`, or None for evaluation.
 
     Returns:
-      `[batch, length, d]`; the first position's vector stands for the whole.
+      `[batch, length, d]`; the first position's vector represents the context.
     """
     x += layers.sinusoidal_positions(x.shape[1], x.shape[2])
     x = layers.Dropout(self.config.dropout_rate)(x, keys)
     for layer in range(self.config.num_layers):
       x = EncoderLayer(self.config, name=f"layer_{layer}")(x, mask, keys)
-    return (
-      nn.LayerNorm(name="norm")(x) if self.config.norm_order == "pre" else x
-    )
+    if self.config.norm_order == "pre":
+      # The residual stream reaches this point without a normalisation.
+      x = nn.LayerNorm(name="norm")(x)
+    return x

@@ -6,18 +6,14 @@ import jax.numpy as jnp
 
 from empdg_jax.data import vocab
 from empdg_jax.models import encoders
-from empdg_jax.models.encoder_decoder import (
-  EncoderDecoder,
-  Encoding,
-  Inputs,
-)
+from empdg_jax.models.encoder_decoder import EncoderDecoder, Encoding, Inputs
 
 
 class Generator(EncoderDecoder):
-  """EmpDG's generator: a second encoder reads the emotional words."""
+  """EmpDG's generator, with a second encoder for the emotional words."""
 
   def setup(self) -> None:
-    """Creates both encoders and the emotion's projections."""
+    """Creates both encoders and the projections of the emotion."""
     super().setup()
     self.semantic_encoder = encoders.Encoder(self.config)
     self.emotion_encoder = encoders.Encoder(self.config)
@@ -25,7 +21,8 @@ class Generator(EncoderDecoder):
     self.emotion_embedding = nn.Dense(self.config.emb_dim)
 
   def source_ids(self, inputs: Inputs) -> tuple[jax.Array, ...]:
-    """Returns words, states, emotional words and their one state, LAB."""
+    """Returns words, states, emotional words and LAB."""
+    # LAB is the state of every emotional word; one column broadcasts to all.
     label = jnp.full_like(inputs.context[:, :1], vocab.LAB)
     return inputs.context, inputs.state, inputs.emotion_context, label
 
@@ -43,6 +40,8 @@ class Generator(EncoderDecoder):
     emotion_logits = self.emotion(
       jnp.concatenate([emotional[:, 0], semantic[:, 0]], axis=-1)
     )
+    # The decoder attends to one memory, C = [Cu ; Ce]. Its parts keep their
+    # padding between them: the mask hides it and no shape depends on lengths.
     memory = self.decoder.project_memory(
       jnp.concatenate([semantic, emotional], axis=1),
       jnp.concatenate([mask, emotion_mask], axis=1),
@@ -50,9 +49,9 @@ class Generator(EncoderDecoder):
     source = jnp.concatenate([inputs.context, inputs.emotion_context], axis=1)
     return Encoding(
       semantic[:, 0],
-      emotional[:, 0],
-      emotion_logits,
       self.emotion_embedding(emotion_logits),
       memory,
       source,
+      emotion_logits,
+      emotional[:, 0],
     )

@@ -1,8 +1,7 @@
-"""Layers that every system is made of (Vaswani et al., 2017; Lin et al., 2019).
+"""The layers of all systems (Vaswani et al., 2017; Lin et al., 2019).
 
-Arrays are batch-first: `[batch, length, features]`. Masks are boolean, True
-where a position is real. Dropout takes one key an example, and `keys=None`
-means evaluation.
+Arrays are batch-first, `[batch, length, features]`. Masks are boolean, True at
+real positions. Dropout takes one key per example; `keys=None` means evaluation.
 """
 
 import math
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 
 from empdg_jax.rng import random_words
 
+# Finite, so that a softmax over masked positions alone is not NaN.
 NEGATIVE_INFINITY = -1e9
 
 
@@ -21,11 +21,11 @@ def sinusoidal_positions(length: int, dim: int) -> jax.Array:
   """Returns position embeddings (Vaswani et al., 2017, §3.5).
 
   Args:
-    length: How many positions.
-    dim: Features, even.
+    length: The number of positions.
+    dim: The number of features, even.
 
   Returns:
-    `[length, dim]`, the first half sines, the second half cosines, with
+    `[length, dim]`: sines in the first half and cosines in the second, with
     wavelengths from 2 pi to 10,000 x 2 pi.
   """
   half = dim // 2
@@ -38,54 +38,48 @@ def sinusoidal_positions(length: int, dim: int) -> jax.Array:
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Returns `x @ kernel`, `[..., features] @ [features, outputs]`.
 
-  The kernel's gradient is one product of two matrices as they lie in memory;
-  the derivative that JAX finds itself transposes `[..., outputs]` first, which
-  takes a third of the time of the product for a whole vocabulary.
+  For a kernel as wide as the vocabulary; the result and its gradients are those
+  of the plain product, but the kernel's gradient is faster.
   """
   return x @ kernel
-
-
-def _project_forward(
-  x: jax.Array, kernel: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return x @ kernel, (x, kernel)
 
 
 def _project_backward(
   residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+  # The kernel's gradient is one product of two matrices as they lie in memory.
+  # The derivative that JAX finds transposes the `[..., outputs]` gradient
+  # first, and with a whole vocabulary of outputs that copy takes a third of the
+  # time of the product itself.
   x, kernel = residuals
   rows = x.reshape(-1, x.shape[-1])
   return gradient @ kernel.T, rows.T @ gradient.reshape(len(rows), -1)
 
 
-project.defvjp(_project_forward, _project_backward)
+project.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _project_backward)
 
 
 @jax.custom_vjp
 def straight_through(
   weights: jax.Array, tokens: jax.Array, table: jax.Array
 ) -> jax.Array:
-  """Looks tokens up, with the gradient of a weighted mean (Jang et al., 2017).
+  """Looks up tokens with the gradient of a weighted mean (Jang et al., 2017).
 
   Args:
-    weights: Of every row of the table; they only take the gradient,
-      `[..., V]`.
+    weights: The weights of the table's rows, `[..., V]`. The result ignores
+      them, but they receive a gradient.
     tokens: `[...]`.
     table: `[V, d]`.
 
   Returns:
-    `table[tokens]`, `[..., d]`, whose gradient is that of `weights @ table`
-    with respect to the weights, and its own with respect to the table.
+    `table[tokens]`, `[..., d]`. Its gradient with respect to the weights is
+    that of `weights @ table`; with respect to the table, that of the look-up.
   """
+  # Jang et al. write this as `soft + stop_gradient(hard - soft)`, which would
+  # compute `weights @ table`, a product over the vocabulary, and discard it.
+  # The custom rule runs that product in the backward pass alone.
   del weights
   return table[tokens]
-
-
-def _straight_through_forward(
-  weights: jax.Array, tokens: jax.Array, table: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return straight_through(weights, tokens, table), (tokens, table)
 
 
 def _straight_through_backward(
@@ -99,30 +93,39 @@ def _straight_through_backward(
   )
 
 
-straight_through.defvjp(_straight_through_forward, _straight_through_backward)
+straight_through.defvjp(
+  lambda weights, tokens, table: (table[tokens], (tokens, table)),
+  _straight_through_backward,
+)
 
 
 class Dropout(nn.Module):
-  """Dropout whose masks are drawn an example at a time.
+  """Dropout with a mask per example.
 
-  An example's mask depends on its key and on this module's place in the
-  model, never on the batch or the device that the example is in.
+  An example's mask depends on its key and on this module's place in the model,
+  never on the batch or device that holds the example.
+
+  Attributes:
+    rate: The probability of dropping a feature.
   """
 
   rate: float
 
   @nn.compact
   def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
-    """Drops features of `x` `[batch, ...]` by `keys` `[batch]`, Threefry's."""
+    """Drops features of `x` `[batch, ...]`; `keys` `[batch]` are Threefry's."""
     if keys is None or self.rate == 0.0:
       return x
+    # All layers get the same keys, so each folds in its path in the model, as
+    # Flax does with its one key per batch. Unlike `hash`, crc32 gives the same
+    # number in every process, and so on every host.
     site = zlib.crc32("/".join(self.path).encode())
     threshold = round(self.rate * 2**16)
-
     count = math.prod(x.shape[1:])
 
     def keep(key: jax.Array) -> jax.Array:
-      # 16 bits decide on a feature.
+      # 16 bits per feature halve the hashing of 32, and set the rate to within
+      # 2**-17, far closer than anyone tunes it.
       words = random_words(jax.random.fold_in(key, site), -(-count // 2))
       bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)
       return bits[:count].reshape(x.shape[1:]) >= threshold
@@ -131,12 +134,12 @@ class Dropout(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-  """Scaled dot-product attention with several heads, no biases.
+  """Scaled dot-product attention with several heads and no biases.
 
   Attributes:
-    num_heads: How many.
-    key_value_depth: Depth of queries, keys and values, all heads together.
-    dim: Features of the output.
+    num_heads: The number of heads.
+    key_value_depth: The depth of queries, keys and values over all heads.
+    dim: The number of output features.
   """
 
   num_heads: int
@@ -155,13 +158,10 @@ class MultiHeadAttention(nn.Module):
     return x.transpose(0, 2, 1, 3)  # -> [batch, heads, length, depth]
 
   def keys_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Projects what is attended to.
-
-    Args:
-      memory: `[batch, memory_length, features]`.
+    """Projects the memory `[batch, memory_length, features]`.
 
     Returns:
-      Keys and values, `[batch, heads, memory_length, depth]` each.
+      The keys and the values, each `[batch, heads, memory_length, depth]`.
     """
     return self._split(self.key(memory)), self._split(self.value(memory))
 
@@ -177,10 +177,11 @@ class MultiHeadAttention(nn.Module):
       mask: Broadcasts to `[batch, heads, length, memory_length]`.
 
     Returns:
-      `[batch, length, dim]`, and the attention weights averaged over the heads,
-      `[batch, length, memory_length]`.
+      The outputs `[batch, length, dim]`, and the attention weights averaged
+      over the heads, `[batch, length, memory_length]`.
     """
     queries = self._split(self.query(x))
+    # Scaling the queries rather than the scores touches a smaller array.
     queries *= queries.shape[-1] ** -0.5
     scores = jnp.einsum("bhqd,bhkd->bhqk", queries, keys)
     weights = nn.softmax(jnp.where(mask, scores, NEGATIVE_INFINITY))
@@ -196,14 +197,14 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """Two layers with ReLU between: dense, or convolutions of width 3.
+  """Two layers with ReLU between them: dense, or convolutions of width 3.
 
   Attributes:
-    filter_size: Hidden units.
-    dim: Features of the output.
-    kind: `"conv"` (Lin et al., 2019) or `"dense"` (the paper's words).
-    causal: Whether a convolution sees the current and earlier positions only,
-      and not also the next one.
+    filter_size: The number of hidden units.
+    dim: The number of output features.
+    kind: `"conv"` (Lin et al., 2019) or `"dense"` (the paper's wording).
+    causal: Whether a convolution covers the two previous positions rather than
+      the previous and the next one.
   """
 
   filter_size: int
@@ -212,7 +213,9 @@ class FeedForward(nn.Module):
   causal: bool
 
   def setup(self) -> None:
-    """Creates both layers; a convolution is a dense layer over windows."""
+    """Creates both layers."""
+    # A convolution is a dense layer over concatenated windows: one large
+    # product, and the same parameters serve `step`, which holds the window.
     self.hidden = nn.Dense(self.filter_size)
     self.output = nn.Dense(self.dim)
 
@@ -227,8 +230,8 @@ class FeedForward(nn.Module):
     """Transforms `x` `[batch, length, features]`.
 
     Args:
-      x: The input.
-      mask: `[batch, length]`; a convolution sees zeros at other positions.
+      x: The inputs.
+      mask: `[batch, length]`; a convolution reads zeros where it is False.
 
     Returns:
       `[batch, length, dim]`.
@@ -238,7 +241,7 @@ class FeedForward(nn.Module):
     return self.output(self._windows(jnp.where(real, hidden, 0.0)))
 
   def init_cache(self, batch: int, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
-    """Returns the two positions before the first, for both layers."""
+    """Returns the two zero positions before the first, for both layers."""
     if self.kind == "dense":
       return ()
     return (
@@ -253,10 +256,10 @@ class FeedForward(nn.Module):
 
     Args:
       x: `[batch, 1, features]`.
-      cache: The two positions before this one, of both layers.
+      cache: The inputs of both layers at the two previous positions.
 
     Returns:
-      `[batch, 1, dim]` and the cache for the next position.
+      `[batch, 1, dim]`, and the cache for the next position.
     """
     if self.kind == "dense":
       return self.output(nn.relu(self.hidden(x))), ()
@@ -269,14 +272,14 @@ class FeedForward(nn.Module):
 
 
 class Residual(nn.Module):
-  """Where a sub-layer's normalisation stands.
+  """The residual connection and the normalisation of a sub-layer f.
 
-  `"pre"`: `x + dropout(f(norm(x)))`; `"post"`: `norm(x + dropout(f(x)))`, as
-  eqs. 2-3, 5-6 and 10-12 are printed.
+  `"pre"` is `x + dropout(f(norm(x)))`; `"post"` is `norm(x + dropout(f(x)))`,
+  as printed in eqs. 2-3, 5-6 and 10-12.
 
   Attributes:
     norm_order: `"pre"` or `"post"`.
-    dropout_rate: Of the sub-layer's output.
+    dropout_rate: The dropout rate of the sub-layer's output.
   """
 
   norm_order: str
@@ -294,6 +297,6 @@ class Residual(nn.Module):
   def after(
     self, x: jax.Array, y: jax.Array, keys: jax.Array | None
   ) -> jax.Array:
-    """Returns the stream after the sub-layer gave `y` for `before(x)`."""
+    """Returns the stream after a sub-layer that maps `before(x)` to `y`."""
     y = x + self.dropout(y, keys)
     return y if self.norm_order == "pre" else self.norm(y)

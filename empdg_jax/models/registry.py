@@ -1,4 +1,4 @@
-"""The registry of systems: one record for each, read by everything else."""
+"""The registry of systems: one record per system."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -17,16 +17,16 @@ TABLE_2 = "Table 2. Ablations"
 
 
 class SystemSpec(NamedTuple):
-  """Everything that the project knows about a system.
+  """The record of a system.
 
   Attributes:
-    generator: The module that responds.
-    title: The system's name in tables.
-    description: One line for the model card, with the source.
-    tables: Titles of the tables that the system appears in.
-    paper: Metrics that the paper reports, by their names in `metrics.json`.
-    discriminators: What it is trained against, `"semantic"` and `"emotional"`
-      in this order; a system without any has no phase 2 or 3.
+    generator: The module that generates responses.
+    title: The name of the system in tables.
+    description: A phrase for the model card, with the source.
+    tables: The titles of the tables that show the system.
+    paper: The metrics that the paper reports, by their names in `metrics.json`.
+    discriminators: The names of its discriminators, `"semantic"` before
+      `"emotional"`; a system without any has no phases 2 and 3.
   """
 
   generator: type[EncoderDecoder]
@@ -43,7 +43,7 @@ def _paper(
   distinct_1: float,
   distinct_2: float,
 ) -> dict[str, float]:
-  """Names the figures of a row of the paper's Tables 1 and 2."""
+  """Returns a row of the paper's Tables 1 and 2 by the names of its metrics."""
   row = {
     "perplexity_per_example": perplexity,
     "distinct_1": distinct_1,
@@ -52,7 +52,7 @@ def _paper(
   return row if accuracy is None else {"emotion_accuracy": accuracy, **row}
 
 
-# By `config.model.name`; tables list systems in this order.
+# The systems by `config.model.name`, in the order of the paper's tables.
 SYSTEMS: dict[str, SystemSpec] = {
   "transformer": SystemSpec(
     Transformer,
@@ -99,10 +99,10 @@ SYSTEMS: dict[str, SystemSpec] = {
 
 
 def find_system(config: ModelConfig) -> SystemSpec:
-  """Returns the record of the system that `config.name` names.
+  """Returns the record of the system `config.name`.
 
   Raises:
-    InputError: No system has that name.
+    InputError: There is no system of that name.
   """
   if config.name not in SYSTEMS:
     raise InputError(
@@ -115,15 +115,16 @@ def find_system(config: ModelConfig) -> SystemSpec:
 def create_model(
   config: ModelConfig, vocab_size: int, num_emotions: int
 ) -> EncoderDecoder:
-  """Returns the generator of the system that `config.name` names.
+  """Returns the generator of the system `config.name`.
 
   Args:
-    config: Names the system and gives its sizes and options.
+    config: The system's name, sizes and options.
     vocab_size: V.
-    num_emotions: How many emotions the dataset labels.
+    num_emotions: The number of emotion labels in the dataset.
 
   Raises:
-    InputError: No system has that name, or it cannot have so many listeners.
+    InputError: There is no system of that name, or `listener_top_k` exceeds
+      the number of emotions.
   """
   spec = find_system(config)
   if config.listener_top_k > num_emotions:
@@ -135,11 +136,12 @@ def create_model(
 
 
 def create_adversary(config: Config, is_emotional: np.ndarray) -> Adversary:
-  """Returns what phases 2 and 3 add to the system.
+  """Returns the part of the system that only phases 2 and 3 use.
 
   Args:
     config: The run's configuration.
-    is_emotional: Which words the emotional discriminator reads, `[V]` booleans.
+    is_emotional: Marks the words that the emotional discriminator reads, `[V]`
+      booleans.
 
   Raises:
     InputError: The convolutions cannot share d filters equally.

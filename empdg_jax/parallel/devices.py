@@ -1,7 +1,8 @@
 """Data parallelism over devices: the one file that names `pmap`.
 
-Compiled steps take the state as it is, the same on all devices, and a batch
-with a leading axis over this host's devices, called `"batch"` inside.
+Compiled steps take the state in its own shape, replicated on all devices, and a
+batch with a leading axis over this host's devices. Inside a step, `"batch"`
+names that axis.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,22 +28,20 @@ def compile_step(
 ) -> Any:
   """Compiles a step for all devices.
 
-  What is replicated has the axis None: it keeps its own shape, so that XLA can
-  update a donated state in place. (With a leading axis of devices its CPU
-  backend copies every array.) What is sharded has the axis 0, over this host's
-  devices.
-
   Args:
     step: The function of one device, which may use `psum`.
-    in_axes: None or 0 for each argument.
-    out_axes: None or 0 for each result.
-    donate_state: Whether the first argument's memory may be reused for the
-      result.
-    devices: Those to compile for; None takes all that there are.
+    in_axes: For each argument, None if it is replicated, 0 if it is sharded
+      over this host's devices.
+    out_axes: The same for each result.
+    donate_state: Whether the result may reuse the first argument's memory.
+    devices: The devices to compile for; None for all.
 
   Returns:
     The compiled step.
   """
+  # Replicated arrays keep their own shape, so that XLA updates a donated state
+  # in place. With a leading axis of devices, its CPU backend would copy every
+  # array.
   return jax.pmap(
     step,
     axis_name=AXIS,
@@ -54,11 +53,8 @@ def compile_step(
 
 
 def psum(tree: Any) -> Any:
-  """Sums over all devices; inside a compiled step.
-
-  On one device nothing is to be done, and nothing is compiled: XLA's CPU
-  backend would copy every gradient.
-  """
+  """Sums over all devices, inside a compiled step."""
+  # Even over one device, XLA's CPU backend would copy every gradient.
   return tree if jax.lax.axis_size(AXIS) == 1 else jax.lax.psum(tree, AXIS)
 
 
@@ -66,17 +62,18 @@ def replicate(tree: Any) -> Any:
   """Copies every array to every local device."""
   mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
   sharding = NamedSharding(mesh, PartitionSpec())
-  # Never the given memory itself, which a step might be given to reuse.
+  # A copy in any case: a step that donates its state would otherwise overwrite
+  # the caller's arrays.
   return jax.device_put(tree, sharding, may_alias=False)
 
 
 def unreplicate(tree: Any) -> Any:
-  """Returns replicated arrays as NumPy."""
+  """Returns replicated arrays as NumPy arrays."""
   return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data), tree)
 
 
 def shard(batch: Any) -> Any:
-  """Splits rows: `[rows, ...] -> [local devices, rows / devices, ...]`."""
+  """Splits rows: `[rows, ...] -> [devices, rows / devices, ...]`."""
   devices = jax.local_device_count()
   return jax.tree.map(
     lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), batch
@@ -84,34 +81,35 @@ def shard(batch: Any) -> Any:
 
 
 def unshard(tree: Any) -> Any:
-  """Joins the devices' rows as NumPy: `[devices, n, ...] -> [rows, ...]`."""
+  """Joins rows as NumPy: `[devices, rows / devices, ...] -> [rows, ...]`."""
   return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), tree)
 
 
 def gather(rows: Any) -> Any:
-  """Joins all hosts' rows of NumPy arrays, in the hosts' order, on each."""
+  """Joins the NumPy rows of all hosts in order, `[rows, ...]`, on each host."""
   if jax.process_count() == 1:
     return rows
   return multihost_utils.process_allgather(rows, tiled=True)
 
 
 def step_flops(compiled: Any) -> float:
-  """Returns XLA's count of one device's floating-point operations."""
+  """Returns XLA's count of floating-point operations on one device."""
   analysis = compiled.cost_analysis()
   analysis = analysis[0] if isinstance(analysis, list) else analysis
   return float(analysis["flops"])
 
 
 def rows_per_device(batch_size: int, devices: int, name: str) -> int:
-  """Returns how many examples of a global batch each device takes.
+  """Returns the number of examples of a global batch on each device.
 
   Args:
-    batch_size: Of the global batch.
-    devices: How many there are, on all hosts.
+    batch_size: The global batch size.
+    devices: The number of devices on all hosts.
     name: The field that holds the batch size, for the message.
 
   Raises:
-    InputError: It does not divide; the message names the nearest that does.
+    InputError: The batch size does not divide; the message names the nearest
+      that does.
 
   >>> rows_per_device(32, 8, "config.train.batch_size")
   4
@@ -127,10 +125,10 @@ def rows_per_device(batch_size: int, devices: int, name: str) -> int:
 
 
 def check_batches(config: Config, devices: int) -> tuple[int, int]:
-  """Returns how many examples a device takes in training and evaluation.
+  """Returns the examples on each device in training and in evaluation.
 
   Raises:
-    InputError: A batch does not divide; see `rows_per_device`.
+    InputError: A batch size does not divide; see `rows_per_device`.
   """
   train, evaluation = (
     rows_per_device(
@@ -142,7 +140,7 @@ def check_batches(config: Config, devices: int) -> tuple[int, int]:
 
 
 def check_devices() -> None:
-  """Raises InputError unless there are devices of the platform asked for."""
+  """Raises InputError unless the platform asked for has devices."""
   try:
     jax.devices()
   except (RuntimeError, AssertionError) as error:  # JAX asserts some plugins.
@@ -154,7 +152,7 @@ def check_devices() -> None:
 
 
 def describe_devices() -> str:
-  """Returns what there is to compute on, in words."""
+  """Returns the number and kind of devices, and of hosts, in words."""
   devices, hosts = jax.device_count(), jax.process_count()
   kind = jax.devices()[0].device_kind
   return (

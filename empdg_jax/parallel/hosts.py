@@ -21,9 +21,9 @@ from empdg_jax import storage
 from empdg_jax.config import InputError
 
 INITIALIZATION_SECONDS = 120  # The hosts of a pod do not start all at once.
-SHARED_SECONDS = 60  # For a new folder to be seen by all hosts.
-_HEARTBEAT_SECONDS = 60  # After which a silent host counts as lost.
-_LEAVE_SECONDS = 10  # For all hosts to refuse what is given.
+SHARED_SECONDS = 60  # The longest wait until all hosts see a new file.
+_HEARTBEAT_SECONDS = 60  # A host silent for so long counts as lost.
+_LEAVE_SECONDS = 10  # The longest wait until all hosts have refused an input.
 
 
 def initialize(
@@ -33,29 +33,28 @@ def initialize(
   *,
   preemptible: bool = False,
 ) -> None:
-  """Joins the processes of all hosts; before anything else is done with JAX.
+  """Joins the processes of all hosts; comes before any other use of JAX.
 
   Args:
     coordinator_address: `host:port` of process 0, or `"auto"` where the cluster
-      tells JAX of it (TPU pods, Slurm, Kubernetes); `""` for a single process.
-    num_processes: How many there are, with an address.
-    process_id: Which of them this is, with an address.
-    preemptible: Whether SIGTERM is to be asked for by `preempted`; else it ends
-      the process.
+      tells JAX the address (TPU pods, Slurm, Kubernetes); `""` for a single
+      process.
+    num_processes: The number of processes, with an address.
+    process_id: The number of this process, with an address.
+    preemptible: Whether the caller asks `preempted` for SIGTERM; otherwise
+      SIGTERM ends the process.
 
   Raises:
-    InputError: The flags do not fit each other, or nobody answers.
+    InputError: The flags do not fit each other, or the hosts cannot meet.
   """
-  numbers = num_processes, process_id
-  if not coordinator_address or coordinator_address == "auto":
-    if numbers != (None, None):
-      raise InputError(
-        "--num_processes and --process_id belong to a --coordinator_address"
-      )
-    if not coordinator_address:
-      return
-    arguments: dict[str, Any] = {}
-  else:
+  explicit = coordinator_address not in ("", "auto")
+  if not explicit and (num_processes, process_id) != (None, None):
+    raise InputError(
+      "--num_processes and --process_id belong to a --coordinator_address"
+    )
+  if not coordinator_address:
+    return
+  if explicit:
     if num_processes is None or process_id is None:
       raise InputError(
         f"--coordinator_address={coordinator_address} needs --num_processes "
@@ -65,22 +64,15 @@ def initialize(
       raise InputError(
         f"--process_id={process_id}: expected 0 to {num_processes - 1}"
       )
-    arguments = {
-      "coordinator_address": coordinator_address,
-      "num_processes": num_processes,
-      "process_id": process_id,
-    }
   jax.config.update("jax_enable_preemption_service", preemptible)
-  # JAX aborts the process, without a message for people, when its own time is
-  # up: this one comes before.
-  timer = threading.Timer(
-    INITIALIZATION_SECONDS, _give_up, [coordinator_address]
-  )
-  timer.daemon = True
-  timer.start()
+  # When JAX's own time is up, it aborts the process without a message for
+  # people. This timer ends it first, and JAX waits twice as long.
+  timer = _start_timer(INITIALIZATION_SECONDS, _give_up, coordinator_address)
   try:
     jax.distributed.initialize(
-      **arguments,
+      coordinator_address if explicit else None,
+      num_processes,
+      process_id,
       initialization_timeout=2 * INITIALIZATION_SECONDS,
       heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
@@ -93,8 +85,20 @@ def initialize(
     timer.cancel()
 
 
+def _start_timer(
+  seconds: float, end_process: Callable[..., Any], argument: Any
+) -> threading.Timer:
+  """Ends the process in some seconds unless the timer is cancelled."""
+  # A thread, since the main one hangs in native code, where no exception and no
+  # signal handler of Python's reaches it.
+  timer = threading.Timer(seconds, end_process, [argument])
+  timer.daemon = True
+  timer.start()
+  return timer
+
+
 def _give_up(coordinator_address: str) -> None:
-  """Ends the process while it waits for others that do not come."""
+  """Ends the process because the other hosts have not come."""
   print(
     f"empdg: --coordinator_address={coordinator_address}: the hosts have not "
     f"met within {INITIALIZATION_SECONDS} s; is process 0 running there, are "
@@ -102,15 +106,16 @@ def _give_up(coordinator_address: str) -> None:
     file=sys.stderr,
     flush=True,
   )
+  # `sys.exit` would only end the timer's own thread.
   os._exit(config_lib.BAD_INPUT)
 
 
 @contextlib.contextmanager
 def ending_together() -> Generator[None]:
-  """Ends this process at once if what is done with other hosts fails.
+  """Ends this process at once if the block fails on one of several hosts.
 
-  Nothing that waits for all hosts, such as a checkpoint or the usual end of a
-  process, would ever end.
+  Anything that waits for all hosts, such as a checkpoint or JAX's shutdown at
+  the usual end of a process, would hang.
   """
   try:
     yield
@@ -121,7 +126,7 @@ def ending_together() -> Generator[None]:
 
 
 def _leave(error: BaseException) -> NoReturn:
-  """Says what is wrong, and ends one of several processes."""
+  """Reports an error and ends this process, one of several."""
   status = config_lib.FAILED
   reason = " ".join(str(error).split()) or repr(error)
   if isinstance(error, InputError):
@@ -129,6 +134,8 @@ def _leave(error: BaseException) -> NoReturn:
   elif isinstance(error, KeyboardInterrupt):
     status, reason = config_lib.INTERRUPTED, "interrupted"
   else:
+    # A lost host shows as one of these, in whatever call waited for it: its
+    # traceback would mislead.
     if not isinstance(error, jax.errors.JaxRuntimeError | OSError):
       traceback.print_exception(error)
     reason = (
@@ -139,23 +146,23 @@ def _leave(error: BaseException) -> NoReturn:
   print(f"empdg: {reason}", file=sys.stderr, flush=True)
   sys.stdout.flush()
   if status == config_lib.BAD_INPUT:
-    # If the others refuse it as well, they must not lose this host before they
-    # have said so.
-    timer = threading.Timer(_LEAVE_SECONDS, os._exit, [status])
-    timer.daemon = True
-    timer.start()
+    # The others usually refuse the same input. A host that left before they
+    # have said so would be lost to them, and JAX would abort them. Shutdown
+    # waits for all hosts; the timer, for the case that they never come.
+    _start_timer(_LEAVE_SECONDS, os._exit, status)
     jax.distributed.shutdown()
   os._exit(status)
 
 
 @contextlib.contextmanager
 def refusing_together() -> Generator[None]:
-  """Has all hosts refuse what one of them refuses.
+  """Refuses an input on all hosts if one of them refuses it.
 
-  Inside, no host may wait for another, so that all come to the end.
+  No host may wait for another inside the block: one that has raised is already
+  at its end, and waits there for the others.
 
   Raises:
-    InputError: On all hosts, if one of them raised it inside.
+    InputError: On all hosts, if the block raised it on one of them.
   """
   refusal = None
   try:
@@ -163,6 +170,7 @@ def refusing_together() -> Generator[None]:
   except InputError as error:
     refusal = error
   if jax.process_count() > 1:
+    # Hosts exchange arrays of one shape, not strings.
     said = np.zeros(512, np.uint8)
     words = str(refusal or "").encode()[: said.size]
     said[: len(words)] = np.frombuffer(words, np.uint8)
@@ -178,35 +186,36 @@ def check_shared(folder: pathlib.Path, flag: str) -> None:
   """Raises InputError unless all hosts see the same folder."""
   if jax.process_count() == 1:
     return
+  # A random name, so that no host takes an earlier start's file for this one's.
   name = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
   file = folder / f".seen-by-all-{name:08x}"
   with refusing_together():
     if is_main_process():
-      what = f"--{flag}={folder}: cannot write"
-      with storage.errors(what, InputError):
+      with storage.errors(f"--{flag}={folder}: cannot write", InputError):
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text("")
   try:
-    with refusing_together():
-      what = f"--{flag}={folder}: cannot read"
-      with storage.errors(what, InputError):
-        # Some network disks look for what was not there only after a while.
-        deadline = time.monotonic() + SHARED_SECONDS
-        while not (seen := file.exists()) and time.monotonic() < deadline:
-          time.sleep(1)
-        if not seen:
-          raise InputError(
-            f"--{flag}={folder}: the hosts do not share it: process "
-            f"{jax.process_index()} does not see what process 0 writes there; "
-            "give a bucket (gs://...) or a folder on a shared disk"
-          )
+    with (
+      refusing_together(),
+      storage.errors(f"--{flag}={folder}: cannot read", InputError),
+    ):
+      # Some network disks cache for a while that a file does not exist.
+      deadline = time.monotonic() + SHARED_SECONDS
+      while not (seen := file.exists()) and time.monotonic() < deadline:
+        time.sleep(1)
+      if not seen:
+        raise InputError(
+          f"--{flag}={folder}: the hosts do not share it: process "
+          f"{jax.process_index()} does not see what process 0 writes there; "
+          "give a bucket (gs://...) or a folder on a shared disk"
+        )
   finally:
     if is_main_process():
       file.unlink(missing_ok=True)
 
 
 def is_main_process() -> bool:
-  """Returns whether this process writes what is written once."""
+  """Returns whether this process writes the files and lines of all hosts."""
   return jax.process_index() == 0
 
 
@@ -214,15 +223,15 @@ def check_same(value: Callable[[], str], what: str) -> None:
   """Raises InputError unless all processes have the same value.
 
   Args:
-    value: Returns it; not called if there is one process.
-    what: What it tells of, for the message.
+    value: Returns the value; not called if there is one process.
+    what: The plural name of the values, for the message.
   """
   if jax.process_count() == 1:
     return
   digest = hashlib.sha256(value().encode()).digest()[:8]
   ours = np.frombuffer(digest, np.uint32)
-  all_of_them = multihost_utils.process_allgather(ours)
-  if not np.array_equal(all_of_them, np.broadcast_to(ours, all_of_them.shape)):
+  # Gathered rather than compared with one host's: all must raise together.
+  if (multihost_utils.process_allgather(ours) != ours).any():
     raise InputError(
       f"the hosts have different {what}; start all with the same command on "
       "the same data"
@@ -232,13 +241,13 @@ def check_same(value: Callable[[], str], what: str) -> None:
 def preempted(steps: range) -> bool:
   """Returns whether the hosts should save and stop, all at the same step.
 
-  The hosts agree on the step behind the latest that any of them has asked with,
-  and learn of it only when they ask with that very number: none may be left
-  out, though several are taken at once.
-
   Args:
-    steps: What has been taken since the last call.
+    steps: The numbers of the steps taken since the last call.
   """
+  # At a preemption the hosts agree on the step after the latest that any of
+  # them has asked about, and each learns of it only when it asks about that
+  # very number. So every number is asked about, in a list: `any` would stop a
+  # generator at the first True, and leave out the rest.
   return jax.process_count() > 1 and any(
     [multihost_utils.reached_preemption_sync_point(step) for step in steps]
   )

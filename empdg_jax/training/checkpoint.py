@@ -13,7 +13,7 @@ from empdg_jax.config import InputError, SaveError
 from empdg_jax.training.train_state import TrainState
 
 LATEST, BEST = "latest", "best"
-# Names that items had in checkpoints of earlier versions.
+# The names of items in checkpoints of earlier versions, which stay readable.
 _FORMER_NAMES = {
   "discriminators": "critics",
   "discriminator_optimizer": "critics_optimizer",
@@ -21,11 +21,11 @@ _FORMER_NAMES = {
 
 
 class Selected(NamedTuple):
-  """One of a run's checkpoints.
+  """The name of one of a run's checkpoints.
 
   Attributes:
     kind: `LATEST` or `BEST`.
-    step: The run's updates before it.
+    step: The number of updates before it in the whole run.
   """
 
   kind: str
@@ -33,7 +33,10 @@ class Selected(NamedTuple):
 
 
 class Checkpoints:
-  """The latest and the best checkpoints of a run, written in the background."""
+  """The latest and best checkpoints of a run, written in the background.
+
+  With several hosts, all of them save, wait and restore, in the same order.
+  """
 
   def __init__(
     self, workdir: pathlib.Path, *, create: bool = False, keep: int = 1
@@ -42,8 +45,8 @@ class Checkpoints:
 
     Args:
       workdir: The run folder.
-      create: Whether to make the folder if it is missing.
-      keep: How many of the latest checkpoints stay when one is written.
+      create: Whether to create a missing folder.
+      keep: The number of latest checkpoints kept.
     """
     self._root = storage.absolute(workdir) / "checkpoints"
     self._managers = {
@@ -52,7 +55,9 @@ class Checkpoints:
         options=ocp.CheckpointManagerOptions(
           max_to_keep=keep if kind == LATEST else 1,
           create=create,
-          # Else the hosts would take one manager's barrier for the other's.
+          # The managers write in the background, each with barriers of all
+          # hosts. Without names of their own, a host at one manager's barrier
+          # would meet a host at the other's.
           multiprocessing_options=ocp.options.MultiprocessingOptions(
             barrier_sync_key_prefix=kind
           ),
@@ -74,13 +79,13 @@ class Checkpoints:
 
     Args:
       kind: `LATEST` or `BEST`.
-      step: The run's updates so far.
-      generator: NumPy arrays, as `parallel.unreplicate` gives them.
-      discriminators: The same of the discriminators, if the system has any.
-      progress: A JSON value: where data and training stand.
+      step: The number of updates so far in the whole run.
+      generator: The generator's state as NumPy arrays.
+      discriminators: The discriminators' state, None if there are none.
+      progress: A JSON value, the position of training and data.
 
     Raises:
-      SaveError: This one or the one before could not be written.
+      SaveError: This checkpoint or the one before could not be written.
     """
     trees = {"params": generator.params, "optimizer": _optimizer(generator)}
     if discriminators is not None:
@@ -99,31 +104,32 @@ class Checkpoints:
       )
 
   def wait(self) -> None:
-    """Waits until everything is written."""
+    """Waits until everything is written; see `save`."""
     with self._writing():
       for manager in self._managers.values():
         manager.wait_until_finished()
 
   def _writing(self) -> contextlib.AbstractContextManager[None]:
-    """Makes one clear error of what goes wrong, in the background as well."""
+    """Converts any error into a `SaveError`, those of earlier saves as well."""
+    # Orbax writes in a thread and raises its errors in the next call.
     return storage.errors(
       f"{self._root}: cannot write a checkpoint; the last whole one stays",
       SaveError,
     )
 
   def close(self) -> None:
-    """Waits, then frees what the managers hold; see `save`."""
+    """Waits as `wait` does, then frees the managers' resources."""
     with self._writing():
       for manager in self._managers.values():
         manager.close()
 
   def step(self, kind: str) -> int | None:
-    """Returns the step of a checkpoint, None if there is none."""
+    """Returns the step of the newest checkpoint of a kind, None without one."""
     manager = self._managers.get(kind)
     return None if manager is None else manager.latest_step()
 
   def all(self) -> list[Selected]:
-    """Returns every checkpoint, the latest ones first."""
+    """Returns all checkpoints: the latest ones, newest first, then the best."""
     return [
       Selected(kind, step)
       for kind, manager in self._managers.items()
@@ -131,11 +137,11 @@ class Checkpoints:
     ]
 
   def select(self, which: str | None) -> Selected:
-    """Finds a checkpoint by what a user calls it.
+    """Finds a checkpoint by the user's name for it.
 
     Args:
-      which: `"best"`, `"latest"` or a step; None takes the best, or the latest
-        if there has been no validation yet.
+      which: `"best"`, `"latest"` or a step; None for the best, or the latest
+        before the first validation.
 
     Raises:
       InputError: There is no such checkpoint.
@@ -157,103 +163,105 @@ class Checkpoints:
     )
 
   def folder(self, checkpoint: Selected) -> pathlib.Path:
-    """Returns where a checkpoint is."""
+    """Returns a checkpoint's folder."""
     return self._root / checkpoint.kind / str(checkpoint.step)
 
   def restore_params(
     self, kind: str, like: Any, step: int | None = None
   ) -> Any:
-    """Reads parameters.
+    """Reads the generator's parameters.
 
     Args:
       kind: `LATEST` or `BEST`.
       like: Parameters of the expected shapes.
-      step: Which of that kind; None takes the latest.
+      step: The step of a checkpoint of that kind; None for the newest.
 
     Returns:
-      NumPy arrays.
+      The parameters as NumPy arrays.
 
     Raises:
-      InputError: There is no such checkpoint, or its shapes differ.
+      InputError: There is no such checkpoint, it is damaged, or its shapes
+        differ.
+      SaveError: The disk or the bucket fails.
     """
-    return self._restore(kind, "params", like, step)
+    return self._read(kind, "params", like, step)
 
   def restore_generator(self, kind: str, like: TrainState) -> TrainState:
-    """Reads the generator that `save` was given; see `restore_params`."""
-    params = self.restore_params(kind, like.params)
-    return TrainState(
-      params=params, **self._restore(kind, "optimizer", _optimizer(like))
+    """Reads the generator and its optimiser's state; see `restore_params`."""
+    return self._restore_state(kind, like, "params", "optimizer")
+
+  def restore_discriminators(self, kind: str, like: TrainState) -> TrainState:
+    """Reads the discriminators likewise; see `restore_params`."""
+    return self._restore_state(
+      kind, like, "discriminators", "discriminator_optimizer"
     )
 
-  def restore_discriminators(
-    self, kind: str, like: TrainState | None
-  ) -> TrainState | None:
-    """Reads the discriminators that `save` was given; see `restore_params`."""
-    if like is None:
-      return None
-    params = self._restore(kind, "discriminators", like.params)
+  def _restore_state(
+    self, kind: str, like: TrainState, params: str, optimizer: str
+  ) -> TrainState:
     return TrainState(
-      params=params,
-      **self._restore(kind, "discriminator_optimizer", _optimizer(like)),
+      params=self._read(kind, params, like.params),
+      **self._read(kind, optimizer, _optimizer(like)),
     )
 
   def restore_progress(
     self, kind: str, step: int | None = None
   ) -> dict[str, Any]:
     """Reads the progress that `save` was given; see `restore_params`."""
-    step = self.select(kind).step if step is None else step
-    return self._read(kind, step, "progress", ocp.args.JsonRestore())
-
-  def _restore(
-    self, kind: str, item: str, like: Any, step: int | None = None
-  ) -> Any:
-    step = self.select(kind).step if step is None else step
-    where = f"{self.folder(Selected(kind, step))}"
-    restore = ocp.args.StandardRestore(_arrays(like))
-    tree = self._read(kind, step, item, restore)
-    expected = jax.tree_util.tree_leaves_with_path(like)
-    for (path, leaf), found in zip(
-      expected, jax.tree.leaves(tree), strict=True
-    ):
-      if np.shape(leaf) != np.shape(found):
-        raise InputError(
-          f"{where}: {jax.tree_util.keystr(path)} has shape {np.shape(found)};"
-          f" this configuration needs {np.shape(leaf)}"
-        )
-    return tree
+    return self._read(kind, "progress", None, step)
 
   def _read(
-    self, kind: str, step: int, item: str, restore: ocp.args.CheckpointArgs
+    self, kind: str, item: str, like: Any, step: int | None = None
   ) -> Any:
-    """Reads one item of a checkpoint.
+    """Reads an item of the shapes of `like`, or JSON for None.
 
-    Raises:
-      InputError: It is damaged, or not what is asked for.
-      SaveError: The disk or the bucket fails.
+    See `restore_params`.
     """
+    step = self.select(kind).step if step is None else step
     where = self.folder(Selected(kind, step))
-    former = _FORMER_NAMES.get(item)
-    if former and (where / former).exists():
-      item = former
+    restore = (
+      ocp.args.JsonRestore()
+      if like is None
+      else ocp.args.StandardRestore(_arrays(like))
+    )
     with storage.errors(f"{where}: cannot read", SaveError):
+      former = _FORMER_NAMES.get(item)
+      if former and (where / former).exists():
+        item = former
       try:
-        return self._managers[kind].restore(
+        found = self._managers[kind].restore(
           step, args=ocp.args.Composite(**{item: restore})
         )[item]
+      # Orbax raises these for missing and damaged files and for other trees; a
+      # disk or a bucket that fails raises other errors.
       except (ValueError, KeyError, FileNotFoundError) as error:
         raise InputError(
           f"{where}: damaged, or not of this configuration "
           f"({storage.first_line(error)})"
         ) from error
+    if like is None:
+      return found
+    # Orbax restores the shapes that it finds, whatever it is asked for.
+    for (path, leaf), array in zip(
+      jax.tree_util.tree_leaves_with_path(like),
+      jax.tree.leaves(found),
+      strict=True,
+    ):
+      if np.shape(leaf) != np.shape(array):
+        raise InputError(
+          f"{where}: {jax.tree_util.keystr(path)} has shape {np.shape(array)};"
+          f" this configuration needs {np.shape(leaf)}"
+        )
+    return found
 
 
 def _optimizer(state: TrainState) -> dict[str, Any]:
-  """Returns all of a state but its parameters."""
+  """Returns a state without its parameters."""
   return {"step": state.step, "opt_state": state.opt_state}
 
 
 def _arrays(tree: Any) -> Any:
-  """Returns NumPy arrays; blank ones where only a shape is given."""
+  """Returns NumPy arrays, uninitialised ones where only a shape is given."""
   return jax.tree.map(
     lambda x: (
       np.empty(x.shape, x.dtype)
@@ -262,23 +270,3 @@ def _arrays(tree: Any) -> Any:
     ),
     tree,
   )
-
-
-def restore_generator(workdir: pathlib.Path, like: TrainState) -> TrainState:
-  """Reads the best generator of another run, with its optimiser's state.
-
-  Args:
-    workdir: The other run's folder.
-    like: A state of the expected shapes.
-
-  Returns:
-    NumPy arrays.
-
-  Raises:
-    InputError: It has no best checkpoint, or one of other shapes.
-  """
-  checkpoints = Checkpoints(workdir)
-  try:
-    return checkpoints.restore_generator(BEST, like)
-  finally:
-    checkpoints.close()

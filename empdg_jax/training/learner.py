@@ -1,31 +1,45 @@
 """The generator and its discriminators in training: states and steps."""
 
+import contextlib
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from empdg_jax import parallel
 from empdg_jax.config import Config
 from empdg_jax.data import prepare
 from empdg_jax.data.pipeline import Batch
+from empdg_jax.parallel import devices
 from empdg_jax.training import checkpoint, steps, train_state, validation
 from empdg_jax.training.checkpoint import Checkpoints
+from empdg_jax.training.train_state import TrainState
 from empdg_jax.training.trainable import assemble
 
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 
-# Metric sums of one update, of `GENERATOR` or of `DISCRIMINATOR`.
-Sums = tuple[str, Any]
+
+class Update(NamedTuple):
+  """One update of one player.
+
+  Attributes:
+    player: `GENERATOR` or `DISCRIMINATOR`, for all discriminators together.
+    sums: The metric sums over the batch, on the devices.
+  """
+
+  player: str
+  sums: Any
 
 
 class Learner:
   """A system's generator, and its discriminators if it has any.
 
+  Each step takes this host's rows of a batch, and returns before the devices
+  have computed it. It donates the memory of the state that it replaces: no
+  other reference to that state may be used afterwards.
+
   Attributes:
-    parameters: How many the generator has.
-    generator_steps: Its updates so far.
+    parameters: The generator's number of parameters.
     has_discriminators: Whether the system has discriminators.
     running: An array of the latest update, None before the first.
   """
@@ -36,15 +50,20 @@ class Learner:
     dataset: prepare.Dataset,
     embeddings: np.ndarray | None,
   ) -> None:
-    """Draws the states of a new run; nothing is compiled yet.
+    """Draws the states of a new run; compiles no step yet.
 
     Args:
       config: The run's configuration.
-      dataset: Its data.
-      embeddings: The word embeddings to begin with, `[V, d]`, or None.
+      dataset: The prepared data.
+      embeddings: The initial word embeddings, `[V, d]`, or None to draw them.
     """
     self._seed = config.train.seed
-    self.generator_steps = 0
+    self._schedule = train_state.learning_rate(
+      config.train, config.model.emb_dim
+    )
+    # The generator's updates, counted here as well: to read its state's own
+    # count is to wait for the devices.
+    self._generator_steps = 0
     self.running: Any = None
     trainable = assemble(
       config,
@@ -63,87 +82,82 @@ class Learner:
     self._p_eval_step = steps.compile_eval_step(trainable.generator)
 
   def take_over(self, workdir: pathlib.Path) -> None:
-    """Takes another run's best generator; see `checkpoint.restore_generator`.
-
-    Args:
-      workdir: The other run's folder.
-    """
-    self._generator = checkpoint.restore_generator(workdir, self._generator)
+    """Takes the best generator of another run, given its folder."""
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+      self._generator = checkpoints.restore_generator(
+        checkpoint.BEST, self._generator
+      )
 
   def restore(self, checkpoints: Checkpoints) -> None:
     """Takes the states of the latest checkpoint."""
-    latest = checkpoint.LATEST
-    self._generator = checkpoints.restore_generator(latest, self._generator)
-    self._discriminators = checkpoints.restore_discriminators(
-      latest, self._discriminators
+    self._generator = checkpoints.restore_generator(
+      checkpoint.LATEST, self._generator
     )
+    if self.has_discriminators:
+      self._discriminators = checkpoints.restore_discriminators(
+        checkpoint.LATEST, self._discriminators
+      )
 
   def start(self) -> None:
-    """Puts the states on the devices, after which steps can be taken."""
-    self.generator_steps = int(self._generator.step)
-    self._generator = parallel.replicate(self._generator)
-    self._discriminators = parallel.replicate(self._discriminators)
-    self._key = parallel.replicate(jax.random.key(self._seed))
+    """Puts the states on the devices; steps may be taken from then on."""
+    self._generator_steps = int(self._generator.step)
+    self._generator, self._discriminators, self._key = devices.replicate(
+      (self._generator, self._discriminators, jax.random.key(self._seed))
+    )
 
   def restore_best(self, checkpoints: Checkpoints) -> None:
-    """Goes back to the best generator, on the devices."""
+    """Goes back to the best generator, with its optimiser's state."""
     best = checkpoints.restore_generator(
-      checkpoint.BEST, parallel.unreplicate(self._generator)
+      checkpoint.BEST, devices.unreplicate(self._generator)
     )
-    self.generator_steps = int(best.step)
-    self._generator = parallel.replicate(best)
+    self._generator_steps = int(best.step)
+    self._generator = devices.replicate(best)
 
-  def save(
-    self,
-    checkpoints: Checkpoints,
-    kind: str,
-    step: int,
-    progress: dict[str, Any],
-  ) -> None:
-    """Begins to write a checkpoint; see `Checkpoints.save`."""
-    checkpoints.save(
-      kind,
-      step,
-      parallel.unreplicate(self._generator),
-      parallel.unreplicate(self._discriminators),
-      progress,
-    )
+  def states(self) -> tuple[TrainState, TrainState | None]:
+    """Returns the states of generator and discriminators as NumPy arrays."""
+    # Copies, since the next step reuses the memory on the devices while the
+    # checkpoint is still being written.
+    return devices.unreplicate((self._generator, self._discriminators))
 
-  def mle_step(self, batch: Batch) -> Sums:
-    """Takes one step of maximum likelihood on this host's rows."""
+  def learning_rate(self) -> float:
+    """Returns the learning rate of the generator's latest update."""
+    return np.asarray(self._schedule(self._generator_steps - 1)).item()
+
+  def mle_step(self, batch: Batch) -> Update:
+    """Updates the generator by maximum likelihood."""
     self._generator, sums = self._p_steps.mle(
-      self._generator, parallel.shard(batch), self._key
+      self._generator, devices.shard(batch), self._key
     )
-    self.generator_steps += 1
+    self._generator_steps += 1
     return self._taken(GENERATOR, sums)
 
-  def discriminator_step(self, batch: Batch) -> Sums:
-    """Takes one step of the discriminators."""
+  def discriminator_step(self, batch: Batch) -> Update:
+    """Updates the discriminators; the generator stays as it is."""
     self._discriminators, sums = self._p_steps.discriminator(
       self._discriminators,
       self._generator.params,
-      parallel.shard(batch),
+      devices.shard(batch),
       self._key,
     )
     return self._taken(DISCRIMINATOR, sums)
 
-  def adversarial_generator_step(self, batch: Batch) -> Sums:
-    """Takes one step of the generator that hears its discriminators."""
+  def adversarial_generator_step(self, batch: Batch) -> Update:
+    """Updates the generator by likelihood and the discriminators' signal."""
     self._generator, sums = self._p_steps.adversarial(
       self._generator,
       self._discriminators.params,
-      parallel.shard(batch),
+      devices.shard(batch),
       self._key,
     )
-    self.generator_steps += 1
+    self._generator_steps += 1
     return self._taken(GENERATOR, sums)
 
-  def _taken(self, kind: str, sums: Any) -> Sums:
+  def _taken(self, player: str, sums: Any) -> Update:
     self.running = sums["examples"]
-    return kind, sums
+    return Update(player, sums)
 
   def validate(self, batches: list[Batch]) -> dict[str, float]:
-    """Scores this host's rows of a split; see `validation.validate`."""
+    """Scores a split with teacher forcing; see `validation.validate`."""
     return validation.validate(
       self._p_eval_step, self._generator.params, batches
     )

@@ -1,4 +1,4 @@
-"""Metrics of a run as they come: `metrics.jsonl` and TensorBoard events."""
+"""The metrics of a run in `metrics.jsonl` and TensorBoard events."""
 
 import contextlib
 import json
@@ -13,12 +13,10 @@ from empdg_jax import storage
 
 
 def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-  """Yields the entries of a `metrics.jsonl`, if it is there.
-
-  Without the cut-off line that a killed run may have left.
-  """
+  """Yields the entries of a `metrics.jsonl`, none if there is no such file."""
   if path.exists():
     for line in path.read_text(encoding="utf-8").splitlines():
+      # A killed run may leave a line that is cut off.
       with contextlib.suppress(ValueError):
         yield json.loads(line)
 
@@ -26,19 +24,17 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 class MetricWriter:
   """Writes `metrics.jsonl` and TensorBoard events.
 
-  A bucket's files cannot grow: there both are kept in a temporary folder and
-  copied as a whole with every checkpoint. What comes after it is forgotten by
-  a run that resumes anyway.
+  Files in a bucket cannot grow. For a run there, both grow in a temporary
+  folder and are copied whole with every checkpoint; a run that resumes drops
+  later lines anyway.
   """
 
   def __init__(self, workdir: pathlib.Path, resumed_step: int) -> None:
-    """Opens both, forgetting what was logged after `resumed_step`."""
+    """Opens both, dropping metrics that were logged after `resumed_step`."""
     self._workdir = workdir
-    self._scratch = None
-    folder = workdir
-    if storage.in_bucket(workdir):
-      self._scratch = tempfile.TemporaryDirectory()
-      folder = pathlib.Path(self._scratch.name)
+    in_bucket = storage.in_bucket(workdir)
+    self._scratch = tempfile.TemporaryDirectory() if in_bucket else None
+    folder = pathlib.Path(self._scratch.name) if self._scratch else workdir
     kept = [
       json.dumps(entry) + "\n"
       for entry in read_metrics(workdir / "metrics.jsonl")
@@ -52,23 +48,23 @@ class MetricWriter:
     )
 
   def write(self, step: int, phase: str, values: dict[str, float]) -> None:
-    """Writes values of one step by their names."""
+    """Writes one step's values, given by their names."""
     for name, value in values.items():
       line = {"step": step, "phase": phase, "name": name, "value": value}
       self._file.write(json.dumps(line) + "\n")
       self._board.add_scalar(name, value, step)
+    # A run that is killed keeps every line.
     self._file.flush()
 
   def copy(self) -> None:
     """Copies both to the run folder, if it is in a bucket.
 
     Raises:
-      SaveError: It cannot be written.
+      SaveError: The bucket cannot be written.
     """
-    if self._scratch is None:
-      return
-    self._board.flush()
-    storage.copy_files(pathlib.Path(self._scratch.name), self._workdir)
+    if self._scratch:
+      self._board.flush()
+      storage.copy_files(pathlib.Path(self._scratch.name), self._workdir)
 
   def close(self) -> None:
     """Closes both files, and copies them; see `copy`."""
@@ -77,5 +73,5 @@ class MetricWriter:
     try:
       self.copy()
     finally:
-      if self._scratch is not None:
+      if self._scratch:
         self._scratch.cleanup()

@@ -1,4 +1,4 @@
-"""What a run's time goes to: a trace of some steps, and waits for batches."""
+"""Profiling of a run: a trace of some steps, and the wait for batches."""
 
 import importlib.util
 import pathlib
@@ -19,16 +19,18 @@ class Trace:
   def __init__(
     self, steps: tuple[int, int] | None, logdir: pathlib.Path
   ) -> None:
-    """Begins nothing yet.
+    """Checks that this machine can trace; begins nothing yet.
 
     Args:
-      steps: It begins with the first and ends before the second; None: never.
+      steps: The first step of the trace and the first one after it; None for
+        no trace.
       logdir: TensorBoard's folder; the trace goes into its `plugins/profile`.
 
     Raises:
-      InputError: JAX's profiler would crash: it asks `libtpu`, where that is
-        installed, for a TPU that there is not.
+      InputError: JAX's profiler would crash on this machine.
     """
+    # The profiler asks an installed `libtpu` for a TPU, and ends the process if
+    # there is none.
     if (
       steps
       and importlib.util.find_spec("libtpu")
@@ -45,7 +47,7 @@ class Trace:
     self._folder: tempfile.TemporaryDirectory[str] | None = None
 
   def missed(self, step: float) -> bool:
-    """Returns, once, whether it has not begun and from a step on never will."""
+    """Returns, once, whether a trace not begun by `step` never will be."""
     missed = not self._began and step >= self._end
     self._began |= missed
     return missed
@@ -53,39 +55,42 @@ class Trace:
   def before(
     self, step: int, ahead: int = 1
   ) -> jax.profiler.StepTraceAnnotation:
-    """Begins the trace if it is time.
+    """Begins the trace if it is due.
 
     Args:
-      step: Counts what is done.
-      ahead: How many steps are taken at once.
+      step: The number of steps done.
+      ahead: The number of steps about to be taken together.
 
     Returns:
-      The context in which to take them, by which their time is told.
+      A context for taking them, which marks their time in the trace.
     """
+    # A round may begin before the range and still overlap it.
     due = step < self._end and step + ahead > self._begin
     if due and not self._began:
       self._began = True
+      # The profiler writes to disks only; a run folder may be in a bucket.
       self._folder = tempfile.TemporaryDirectory()
       jax.profiler.start_trace(self._folder.name)
     return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
   def after(self, step: int, result: Any) -> pathlib.Path | None:
-    """Ends the trace if it is time.
+    """Ends the trace if it is due.
 
     Args:
-      step: Counts what is done.
-      result: Of the latest step; the trace waits for it.
+      step: The number of steps done.
+      result: An array of the latest step.
 
     Returns:
-      The trace's folder, if it has ended now.
+      The trace's folder if this call ended it, else None.
     """
     if self._folder is None or step < self._end:
       return None
+    # Steps return before the devices have computed them.
     jax.block_until_ready(result)
     return self.close()
 
   def close(self) -> pathlib.Path | None:
-    """Ends the trace if it still goes on; returns its folder."""
+    """Ends a trace in progress; returns its folder, None if there is none."""
     if self._folder is None:
       return None
     folder, self._folder = self._folder, None
@@ -96,10 +101,10 @@ class Trace:
 
 
 class InputWait:
-  """Measures how long the devices wait for batches, without waiting itself."""
+  """A clock of the devices' wait for batches that does not itself wait."""
 
   def __init__(self) -> None:
-    """Begins at 0 s."""
+    """Starts at 0 s."""
     self._seconds = 0.0
 
   def next(self, batches: Iterator[Any], running: Any) -> Any:
@@ -107,17 +112,18 @@ class InputWait:
 
     Args:
       batches: The input pipeline.
-      running: An array that the latest step gives, None if there is none. If it
-        has been computed when the batch is there, the devices have waited: at
-        most since the batch was asked for.
+      running: An array of the latest step, None before the first.
     """
     start = time.perf_counter()
     batch = next(batches)
+    # If the latest step is done by now, the devices are idle, for at most the
+    # time that this batch took. An upper bound, but blocking for an exact one
+    # would make them idle.
     if running is None or running.is_ready():
       self._seconds += time.perf_counter() - start
     return batch
 
   def take(self) -> float:
-    """Returns the seconds since the last call."""
+    """Returns the seconds waited since the last call."""
     seconds, self._seconds = self._seconds, 0.0
     return seconds

@@ -1,4 +1,4 @@
-"""The run folder: its configuration and vocabulary, and what it may hold."""
+"""The run folder: its files, and checks that they belong to one run."""
 
 import dataclasses
 import pathlib
@@ -10,11 +10,11 @@ from empdg_jax.data import corpora, vocab
 from empdg_jax.data.vocab import Vocabulary
 from empdg_jax.models import registry
 
-# What a resumed run may change.
+# Fields that a resumed run may change, since no update depends on them.
 _NOT_OF_THE_RUN = ("train.profile_steps", "train.keep_checkpoints")
 
-
-# What a generator's parameters mean, besides their shapes.
+# Fields that give a generator's parameters their meaning. Equal shapes do not
+# suffice: the same arrays compute something else with another norm order.
 _GENERATOR_FIELDS = (
   "emb_dim",
   "num_layers",
@@ -27,14 +27,13 @@ _GENERATOR_FIELDS = (
   "tie_embeddings",
 )
 
-
 EMOTIONS_FILE = "emotions.txt"
-# Either of them marks a folder as an export, whole or not.
+# Either marks a folder as an export, even one that was copied in part.
 EXPORT_FILES = "export.json", "SHA256SUMS"
 
 
 def is_export(folder: pathlib.Path) -> bool:
-  """Returns whether a folder is an export, and not a run folder."""
+  """Returns whether a folder is an export rather than a run folder."""
   return any((folder / name).exists() for name in EXPORT_FILES)
 
 
@@ -44,20 +43,19 @@ def write_run(
   vocabulary: Vocabulary,
   emotions: tuple[str, ...],
 ) -> None:
-  """Starts a run folder, or checks that the one there is of the same run.
+  """Starts a run folder, or checks that an existing one is of the same run.
 
   Args:
-    workdir: The folder.
+    workdir: The run folder.
     config: The run's configuration.
-    vocabulary: Its vocabulary.
-    emotions: Its emotion labels.
+    vocabulary: The run's vocabulary.
+    emotions: The run's emotion labels.
 
   Raises:
     InputError: The folder cannot be written, or holds another run.
   """
   check_same_config(workdir, config)
-  what = f"--workdir={workdir}: cannot write"
-  with storage.errors(what, InputError):
+  with storage.errors(f"--workdir={workdir}: cannot write", InputError):
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "vocab.txt").exists():
       with storage.atomic_path(workdir / "vocab.txt") as path:
@@ -68,8 +66,8 @@ def write_run(
         "have changed; use another --workdir"
       )
     if config.data.emotions != corpora.EMPATHETIC_DIALOGUES:
-      # The file of labels may change, but the meaning of a trained number may
-      # not.
+      # Parameters know a label by its index alone. The user's file of labels
+      # may change, so that the run keeps its own copy.
       labels = workdir / EMOTIONS_FILE
       if not labels.exists():
         with storage.atomic_path(labels) as path:
@@ -79,18 +77,18 @@ def write_run(
           f"{labels} differs from config.data.emotions: the labels have "
           "changed; use another --workdir"
         )
-    # Last, since it marks the folder as a run's.
+    # Last, since this file marks the folder as a run folder.
     with storage.atomic_path(workdir / "config.json") as path:
       path.write_text(config_lib.to_json(config), encoding="utf-8")
 
 
 def check_same_config(workdir: pathlib.Path, config: Config) -> None:
-  """Raises InputError if `workdir` holds a run of another configuration."""
+  """Raises InputError if `workdir` holds a run with another configuration."""
   if not (workdir / "config.json").exists():
     if (workdir / "checkpoints").exists():
       raise InputError(
-        f"--workdir={workdir} holds checkpoints but no config.json to tell of "
-        "which run; use another --workdir"
+        f"--workdir={workdir} holds checkpoints but no config.json to say "
+        "which run they belong to; use another --workdir"
       )
     return
   theirs = config_lib.flatten(read_config(workdir))
@@ -114,7 +112,7 @@ def read_config(workdir: pathlib.Path) -> Config:
   """Reads a run folder's configuration.
 
   Raises:
-    InputError: There is none, or it is malformed.
+    InputError: The folder is no run folder, or its configuration is malformed.
   """
   if is_export(workdir):
     raise InputError(
@@ -135,7 +133,7 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What a run folder holds besides its checkpoints."""
+  """The contents of a run folder besides its checkpoints and logs."""
 
   workdir: pathlib.Path
   config: Config
@@ -144,10 +142,10 @@ class Run:
 
 
 def open_run(workdir: pathlib.Path) -> Run:
-  """Reads a run folder's configuration and vocabulary.
+  """Reads a run folder.
 
   Raises:
-    InputError: It is no run folder, or a file in it is malformed.
+    InputError: The folder is no run folder, or a file in it is malformed.
   """
   config = read_config(workdir)
   labels = workdir / EMOTIONS_FILE
@@ -166,17 +164,17 @@ def check_same_generator(
   vocabulary: Vocabulary,
   emotions: tuple[str, ...],
 ) -> None:
-  """Checks whether another run's generator can be this one's.
+  """Checks that this run can take the generator of another run.
 
   Args:
     workdir: The other run's folder.
     config: This run's configuration.
-    vocabulary: Its vocabulary.
-    emotions: Its emotion labels.
+    vocabulary: This run's vocabulary.
+    emotions: This run's emotion labels.
 
   Raises:
-    InputError: There is no such run, or its vocabulary or generator are not
-      this run's.
+    InputError: There is no such run, or its vocabulary, emotion labels or
+      generator differ from this run's.
   """
   where = f"config.train.mle_checkpoint={str(workdir)!r}"
   run = open_run(workdir)

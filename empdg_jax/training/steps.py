@@ -1,6 +1,6 @@
-"""Pure steps: `(state, batch, key) -> (state, metrics)`, and their compilation.
+"""Pure steps `(state, batch, key) -> (state, metrics)`, and their compilation.
 
-Metrics are sums over the global batch with their counts; divide at the end.
+Metrics are sums over the global batch and their counts; divide at the end.
 """
 
 import functools
@@ -19,20 +19,21 @@ from empdg_jax.data.pipeline import Batch
 from empdg_jax.models import adversary as adversary_lib
 from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.encoder_decoder import EncoderDecoder, Inputs
-from empdg_jax.parallel import compile_step, psum
+from empdg_jax.parallel.devices import compile_step, psum
 from empdg_jax.training.train_state import TrainState
 
 Metrics = dict[str, jax.Array]
 
 
 class Prediction(NamedTuple):
-  """What `predict_step` gives for each example.
+  """The responses and emotions of a batch.
 
   Attributes:
-    tokens: The response, EOS included, then PAD, `[B, max_steps]`.
-    copied_from: For each token the source position that an UNK copies, -1
-      where there is none, `[B, max_steps]`.
-    emotion_probs: `[B, 32]`; None if the system perceives no emotion.
+    tokens: The responses, EOS included, then PAD, `[B, max_steps]`.
+    copied_from: The source position that an UNK copies at each token, -1 where
+      the source has none, `[B, max_steps]`.
+    emotion_probs: The probabilities of the emotions, `[B, emotions]`; None if
+      the system predicts no emotion.
   """
 
   tokens: jax.Array
@@ -41,13 +42,15 @@ class Prediction(NamedTuple):
 
 
 def example_keys(key: jax.Array, step: jax.Array, batch: Batch) -> jax.Array:
-  """Returns a key for each example: of (seed, step, global position), `[B]`."""
+  """Returns a key per example from seed, step and global position, `[B]`."""
+  # The position in the global batch, not in this device's share: the numbers
+  # drawn, and so the update, are the same on any number of devices and hosts.
   key = jax.random.fold_in(key, step)
   return jax.vmap(jax.random.fold_in, (None, 0))(key, batch.position)
 
 
 def _fold_in(keys: jax.Array, purpose: bytes) -> jax.Array:
-  """Returns keys for one purpose of their own, `[B]`."""
+  """Returns keys for a single purpose, `[B]`."""
   fold_in = jax.vmap(jax.random.fold_in, (0, None))
   return fold_in(keys, zlib.crc32(purpose))
 
@@ -59,9 +62,9 @@ def _inputs(batch: Batch) -> Inputs:
 def _teacher(
   batch: Batch, keys: jax.Array, step: jax.Array, config: ModelConfig
 ) -> jax.Array:
-  """Returns the listener that an example must hear, -1 for none, `[B]`.
+  """Returns the listener forced on each example, -1 for none, `[B]`.
 
-  The gold emotion's with a probability that falls from 1 to 1e-4, times
+  It is the gold emotion's, with a probability that falls from 1 to 1e-4, times
   `listener_teacher_ratio` (the schedule of Lin et al., 2019).
   """
   falling = jnp.exp(-step / config.listener_teacher_steps)
@@ -78,9 +81,9 @@ def _mle_loss(
   model: EncoderDecoder,
   label_smoothing: float,
 ) -> tuple[jax.Array, Metrics]:
-  """Returns each example's `Lg` (eq. 15), `[B]`, and the metric sums.
+  """Returns the loss `Lg` (eq. 15) and the metrics of each example, `[B]`.
 
-  A system that perceives no emotion has neither its loss nor its metric.
+  A system that predicts no emotion has neither the emotion loss nor accuracy.
   """
   outputs: Any = model.apply({"params": params}, inputs, batch.target, keys)
   emotion_logits = outputs.encoded.emotion_logits
@@ -100,9 +103,10 @@ def _mle_loss(
     "examples": jnp.ones_like(tokens),
   }
   if emotion_logits is not None:
-    example_loss += model.config.emotion_loss_weight * losses.emotion_nll(
+    emotion_loss = optax.losses.softmax_cross_entropy_with_integer_labels(
       emotion_logits, batch.emotion
-    )
+    )  # Eq. 9.
+    example_loss += model.config.emotion_loss_weight * emotion_loss
     predicted = jnp.argmax(emotion_logits, axis=-1)
     metrics["emotion_correct"] = (predicted == batch.emotion).astype(loss.dtype)
   return example_loss, {"loss": example_loss, **metrics}
@@ -120,7 +124,17 @@ def _update(
   optimizer: optax.GradientTransformation,
   terms: jax.Array,
 ) -> TrainState:
-  """Returns the next state; a loss that is not finite has no gradient."""
+  """Returns the next state; if a term is not finite, the gradient counts as 0.
+
+  Args:
+    state: The state.
+    grads: The gradient.
+    optimizer: The optimiser.
+    terms: A scalar that is finite only if everything checked is.
+  """
+  # A single NaN would stay in Adam's moments for good. `where` replaces it; a
+  # product with 0 would not. The step counts all the same, so that the next one
+  # draws other random numbers.
   good = jnp.isfinite(terms)
   grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -134,7 +148,10 @@ def _update(
 def _mle_gradient(
   state: TrainState, batch: Batch, keys: jax.Array, model: EncoderDecoder
 ) -> tuple[Any, Metrics]:
-  """Returns the gradient of the mean `Lg`, and sums, over the global batch."""
+  """Returns the gradient of the mean `Lg` and the metric sums."""
+  # Each device divides by the count of the whole batch, and the gradients are
+  # summed. The mean of the devices' means would give more weight to an example
+  # whose device holds masked rows.
   count = psum(jnp.sum(batch.mask))
   config = model.config
   listener = _teacher(batch, keys, state.step, config)
@@ -161,15 +178,15 @@ def mle_step(
   """Takes one step of maximum likelihood (paper §4.3, eq. 15).
 
   Args:
-    state: The state; its memory is reused when donated.
+    state: The generator's state.
     batch: This device's examples of the global batch.
     key: The run's root key.
     model: The system.
-    optimizer: Its optimiser.
+    optimizer: The generator's optimiser.
 
   Returns:
-    The next state, without the gradient of a loss that is not finite, and sums
-    over the global batch.
+    The next state and the metric sums. A loss that is not finite leaves the
+    gradient out.
   """
   keys = example_keys(key, state.step, batch)
   del key
@@ -178,8 +195,9 @@ def mle_step(
 
 
 def _judged(batch: Batch) -> tuple[jax.Array, jax.Array]:
-  """Returns which examples have feedback, `[B]`, and what to divide sums by."""
+  """Returns 1 for examples with feedback, else 0, `[B]`, and their number."""
   judged = batch.mask * (batch.feedback[:, 0] != vocab.PAD)
+  # A batch without any has a loss of 0, not of 0 / 0.
   return judged, jnp.maximum(psum(jnp.sum(judged)), 1.0)
 
 
@@ -196,55 +214,56 @@ def discriminator_step(
   """Takes one step of the discriminators (eqs. 18-19); the generator is frozen.
 
   Args:
-    state: The discriminators' state; its memory is reused when donated.
+    state: The discriminators' state.
     generator_params: The generator's parameters.
     batch: This device's examples; those without feedback do not count.
     key: The run's root key.
-    model: The system's generator.
-    adversary: Its discriminators.
+    model: The generator.
+    adversary: The discriminators and their options.
     optimizer: The discriminators' optimiser.
 
   Returns:
-    The next state, without the gradient of a loss that is not finite, and sums
-    over the global batch; all but the loss are averages over discriminators.
+    The next state and the metric sums, which are averages over discriminators
+    except for the loss. A loss or gradient that is not finite leaves the
+    gradient out.
   """
-  # Apart from the generator's keys, whose steps are counted from 0 as well.
+  # Both players count their steps from 0; without this they would draw the same
+  # random numbers.
   key = jax.random.fold_in(key, zlib.crc32(b"discriminators"))
   keys = example_keys(key, state.step, batch)
   del key
+  # Outside `loss_fn`, since none of it depends on the discriminators.
   response, encoded = adversary_lib.respond(
     generator_params, _inputs(batch), batch.target, keys, model, adversary
   )
-  readings = adversary_lib.discriminator_inputs(
-    state.params,
-    encoded,
-    (
-      response,
-      adversary_lib.embed_words(generator_params, batch.target, model),
-    ),
-    adversary_lib.embed_words(generator_params, batch.feedback, model),
-    adversary,
+  gold = adversary_lib.embed_words(generator_params, batch.target, model)
+  feedback = adversary_lib.embed_words(generator_params, batch.feedback, model)
+  inputs = adversary_lib.discriminator_inputs(
+    state.params, encoded, (response, gold), feedback, adversary
   )
   judged, count = _judged(batch)
 
   def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
     values: Metrics = {"examples": jnp.ones_like(judged)}
-    for name, reading in readings.items():
+    for name, its_inputs in inputs.items():
       terms = adversary_lib.discriminator_losses(
         adversary.discriminator,
         params[name],
-        reading,
+        its_inputs,
         jax.vmap(jax.random.uniform)(_fold_in(keys, name.encode())),
         adversary.config.gradient_penalty_weight,
       )
+      # The discriminators share an optimiser, so their losses add up; the other
+      # terms are only logged.
       for term, value in terms.items():
-        share = 1.0 if term == "loss" else 1.0 / len(readings)
+        share = 1.0 if term == "loss" else 1.0 / len(inputs)
         values[term] = values.get(term, 0.0) + share * value
     return jnp.sum(values["loss"] * judged) / count, values
 
   grads, values = jax.grad(loss_fn, has_aux=True)(state.params)
   grads = psum(grads)
   sums = _global_sums(values, judged)
+  # The penalty's gradient can overflow where the loss itself is finite.
   terms = sums["loss"] + optax.tree.norm(grads)
   return _update(state, grads, optimizer, terms), sums
 
@@ -261,20 +280,20 @@ def adversarial_generator_step(
 ) -> tuple[TrainState, Metrics]:
   """Takes one step of `Lg - Dsem(dN) - Demo(dN)` (paper §4.2, §4.3).
 
-  The likelihood stays in every step: that is the paper's teacher forcing.
+  Every step keeps the likelihood `Lg`: this is the paper's teacher forcing.
 
   Args:
-    state: The generator's state; its memory is reused when donated.
+    state: The generator's state.
     discriminator_params: The discriminators' parameters.
     batch: This device's examples; discriminators skip those without feedback.
     key: The run's root key.
     model: The generator.
-    adversary: The discriminators.
+    adversary: The discriminators and their options.
     optimizer: The generator's optimiser.
 
   Returns:
-    The next state, without the gradient of a loss that is not finite, and sums
-    over the global batch.
+    The next state and the metric sums. A loss, signal or gradient of the signal
+    that is not finite leaves the gradient out.
   """
   keys = example_keys(key, state.step, batch)
   del key
@@ -285,21 +304,20 @@ def adversarial_generator_step(
     response, encoded = adversary_lib.respond(
       params, _inputs(batch), batch.target, keys, model, adversary
     )
-    readings = adversary_lib.discriminator_inputs(
-      discriminator_params,
-      encoded,
-      (response,),
-      adversary_lib.embed_words(params, batch.feedback, model),
-      adversary,
+    feedback = adversary_lib.embed_words(params, batch.feedback, model)
+    inputs = adversary_lib.discriminator_inputs(
+      discriminator_params, encoded, (response,), feedback, adversary
     )
     scores: Any = sum(
       adversary.discriminator.apply(
-        {"params": discriminator_params[name]}, reading
+        {"params": discriminator_params[name]}, its_inputs
       )[0]
-      for name, reading in readings.items()
+      for name, its_inputs in inputs.items()
     )
     return jnp.sum(scores * judged) / count, scores
 
+  # Two gradients rather than one of the sum, because the norm of the signal's
+  # gradient is a metric.
   signal_grads, scores = jax.grad(signal_fn, has_aux=True)(state.params)
   signal_grads = psum(signal_grads)
   norm = optax.tree.norm(signal_grads)
@@ -308,7 +326,7 @@ def adversarial_generator_step(
   sums |= {
     "signal": psum(jnp.sum(scores, where=judged > 0)),
     "judged": psum(jnp.sum(judged)),
-    # A sum like the others, to be divided by the examples.
+    # Like the other sums, it will be divided by the number of examples.
     "signal_grad_norm": norm * sums["examples"],
   }
   terms = sums["loss"] + sums["signal"] + norm
@@ -326,7 +344,7 @@ def eval_step(
     model: The system.
 
   Returns:
-    Sums over the global batch, and each example's values `[B]`.
+    The metric sums, and the metrics of each example `[B]`.
   """
   _, values = _mle_loss(params, batch, _inputs(batch), None, model, 0.0)
   return _global_sums(values, batch.mask), values
@@ -335,25 +353,21 @@ def eval_step(
 def predict_step(
   params: Any, batch: Batch, *, model: EncoderDecoder, config: EvalConfig
 ) -> Prediction:
-  """Reads contexts and writes responses.
+  """Responds to contexts.
 
   Args:
     params: The model's parameters.
-    batch: This device's examples; their contexts alone are looked at.
+    batch: This device's examples; only their contexts are used.
     model: The system.
     config: Greedy or beam search, and its limits.
-
-  Returns:
-    Responses and emotions.
   """
   variables = {"params": params}
-  rows, steps, beams = (
-    batch.context.shape[0],
-    config.max_decode_steps,
-    config.beam_size,
-  )
+  rows, beams = len(batch.context), config.beam_size
+  steps = config.max_decode_steps
   encoded: Any = model.apply(variables, _inputs(batch), None, method="encode")
+  # As a tree, so that the None of a system without emotions stays None.
   emotion_probs = jax.tree.map(jax.nn.softmax, encoded.emotion_logits)
+  # Contexts are encoded once; the hypotheses of a row share copies.
   encoded = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), encoded)
   cache = model.apply(variables, rows * beams, steps, method="init_cache")
 
@@ -380,7 +394,7 @@ def predict_step(
   return Prediction(tokens, cache.copied_from, emotion_probs)
 
 
-# Steps are compiled for all devices that there are, or for those given.
+# None compiles a step for all devices.
 _Devices = Sequence[jax.Device] | None
 
 
@@ -389,7 +403,10 @@ def compile_mle_step(
   optimizer: optax.GradientTransformation,
   devices: _Devices = None,
 ) -> Any:
-  """Returns the compiled `mle_step`; it donates its state."""
+  """Returns the compiled `mle_step`, which donates its state."""
+  # Donated: the next state overwrites the given one in memory, so that a device
+  # never holds two copies of parameters and moments. Callers must not read the
+  # state that they passed.
   return compile_step(
     functools.partial(mle_step, model=model, optimizer=optimizer),
     in_axes=(None, 0, None),
@@ -421,38 +438,14 @@ def compile_predict_step(
   )
 
 
-def compile_discriminator_step(
-  model: EncoderDecoder,
-  adversary: Adversary,
-  optimizer: optax.GradientTransformation,
-  devices: _Devices = None,
-) -> Any:
-  """Returns the compiled `discriminator_step`; it donates its state."""
-  return _compile_adversarial(
-    discriminator_step, model, adversary, optimizer, devices
-  )
-
-
-def compile_adversarial_generator_step(
-  model: EncoderDecoder,
-  adversary: Adversary,
-  optimizer: optax.GradientTransformation,
-  devices: _Devices = None,
-) -> Any:
-  """Returns the compiled `adversarial_generator_step`; it donates its state."""
-  return _compile_adversarial(
-    adversarial_generator_step, model, adversary, optimizer, devices
-  )
-
-
 def _compile_adversarial(
   step: Callable[..., Any],
   model: EncoderDecoder,
   adversary: Adversary,
   optimizer: optax.GradientTransformation,
-  devices: _Devices,
+  devices: _Devices = None,
 ) -> Any:
-  """Compiles `(state, the other's parameters, batch, key)` of one player."""
+  """Returns a player's compiled step, which donates the player's state."""
   return compile_step(
     functools.partial(
       step, model=model, adversary=adversary, optimizer=optimizer
@@ -462,3 +455,11 @@ def _compile_adversarial(
     donate_state=True,
     devices=devices,
   )
+
+
+compile_discriminator_step = functools.partial(
+  _compile_adversarial, discriminator_step
+)
+compile_adversarial_generator_step = functools.partial(
+  _compile_adversarial, adversarial_generator_step
+)

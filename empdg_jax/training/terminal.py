@@ -1,4 +1,4 @@
-"""What a long run shares with the terminal: signals and a progress bar."""
+"""The terminal during a long run: signals, whole lines and a progress bar."""
 
 import contextlib
 import signal
@@ -10,25 +10,27 @@ import rich.progress
 
 
 class Interrupt:
-  """Whether the user or the system has asked to stop.
+  """A signal handler that records the request to stop.
 
   Attributes:
-    number: The signal that asked, 0 for none.
+    number: The signal received, 0 for none.
   """
 
   number = 0
 
   def __call__(self, number: int, frame: types.FrameType | None) -> None:
-    """Is the signal's handler."""
+    """Handles a signal."""
     del frame
     self.number = number
-    if number == signal.SIGINT:  # The second Ctrl-C ends at once. Schedulers
-      signal.signal(number, signal.SIG_DFL)  # may well send SIGTERM twice.
+    # A second Ctrl-C ends the process at once. A second SIGTERM does not:
+    # schedulers may well send two.
+    if number == signal.SIGINT:
+      signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def catch_interrupts(*numbers: signal.Signals) -> Generator[Interrupt]:
-  """Yields what tells of signals, the first of which is caught."""
+  """Catches these signals; yields an `Interrupt` that records them."""
   interrupt = Interrupt()
   previous = {number: signal.signal(number, interrupt) for number in numbers}
   try:
@@ -38,8 +40,16 @@ def catch_interrupts(*numbers: signal.Signals) -> Generator[Interrupt]:
       signal.signal(number, handler)
 
 
+def say(line: str, console: rich.console.Console | None = None) -> None:
+  """Prints a line in one piece and as it is, whatever the terminal's width."""
+  # Programs look for lines; paths may hold what looks like markup.
+  (console or rich.console.Console()).print(
+    line, soft_wrap=True, highlight=False, markup=False
+  )
+
+
 def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
-  """Returns a bar with a rate and a time to go, for terminals alone."""
+  """Returns a bar with rate and remaining time, shown on terminals only."""
   return rich.progress.Progress(
     rich.progress.TextColumn("{task.description}"),
     rich.progress.BarColumn(),

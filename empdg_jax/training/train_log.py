@@ -1,4 +1,4 @@
-"""What training says of itself: lines, metrics, traces."""
+"""The log of training: lines on the console, metrics and traces."""
 
 import contextlib
 import math
@@ -10,10 +10,10 @@ import jax
 import rich.console
 
 from empdg_jax import config as config_lib
-from empdg_jax import parallel
 from empdg_jax.config import SaveError, TrainConfig
-from empdg_jax.training import validation
-from empdg_jax.training.learner import DISCRIMINATOR, GENERATOR, Sums
+from empdg_jax.parallel import hosts
+from empdg_jax.training import terminal, validation
+from empdg_jax.training.learner import DISCRIMINATOR, GENERATOR, Update
 from empdg_jax.training.metric_writer import MetricWriter
 from empdg_jax.training.profiling import Trace
 
@@ -26,22 +26,22 @@ _SHOWN = {
 
 
 class TrainLog:
-  """A run's lines on the console, its metrics and its trace, on one host.
+  """A run's lines on the console, its metrics and its trace.
 
-  What cannot be copied to the run folder costs a warning: a log is not worth a
-  run.
+  All hosts call it, and the first one writes. A failed copy to the run folder
+  only warns: a lost log must not end a run.
 
   Attributes:
-    console: Where the lines go; quiet on the other hosts.
+    console: The console that lines go to; quiet on the other hosts.
   """
 
   def __init__(self, config: TrainConfig, workdir: pathlib.Path) -> None:
-    """Writes nothing yet.
+    """Checks the range to trace; writes nothing yet.
 
     Raises:
-      InputError: Nothing can be traced here; see `Trace`.
+      InputError: Tracing is impossible on this machine; see `Trace`.
     """
-    main = parallel.is_main_process()
+    main = hosts.is_main_process()
     self.console = rich.console.Console(quiet=not main)
     self._workdir = workdir
     self._profile_steps = config.profile_steps
@@ -52,22 +52,22 @@ class TrainLog:
     self._writer: MetricWriter | None = None
 
   def open(self, step: int) -> None:
-    """Opens the files, forgetting what was logged after a step."""
+    """Opens the files and drops the metrics logged after a step."""
     self._say_missed(step, f"training goes on from step {step:,}")
-    if parallel.is_main_process():
+    if hosts.is_main_process():
       self._writer = MetricWriter(self._workdir, step)
 
   def say(self, line: str) -> None:
-    """Prints a line, not folded, whatever the terminal's width."""
-    self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+    """Prints a line; see `terminal.say`."""
+    terminal.say(line, self.console)
 
   def write(self, step: int, phase: str, values: dict[str, float]) -> None:
-    """Writes metrics of a step."""
+    """Writes a step's metrics."""
     if self._writer is not None:
       self._writer.write(step, phase, values)
 
   def save(self) -> None:
-    """Copies the files to the run folder, if it is in a bucket."""
+    """Copies the metrics to the run folder, if it is in a bucket."""
     with self._warning():
       if self._writer is not None:
         self._writer.copy()
@@ -75,20 +75,21 @@ class TrainLog:
   def before(
     self, step: int, ahead: int
   ) -> contextlib.AbstractContextManager[Any]:
-    """Traces the next steps if it is time; see `Trace.before`."""
+    """Begins the trace if it is due; see `Trace.before`."""
     return self._trace.before(step, ahead)
 
   def after(self, step: int, result: jax.Array | None) -> None:
-    """Ends the trace if it is time; see `Trace.after`."""
+    """Ends the trace if it is due; see `Trace.after`."""
     with self._warning():
       self._say_traced(self._trace.after(step, result))
 
   def finish(self, step: int) -> None:
-    """Is told of the last step, after which nothing is traced."""
+    """Marks the end of training, after which nothing is traced."""
     self._say_missed(math.inf, f"training has ended at step {step:,}")
 
   def close(self) -> None:
-    """Ends the trace, and closes the files."""
+    """Ends the trace and closes the files."""
+    # Apart, so that a trace that cannot be copied still leaves the metrics.
     with self._warning():
       self._say_traced(self._trace.close())
     with self._warning():
@@ -110,7 +111,7 @@ class TrainLog:
       )
 
   def _say_missed(self, step: float, why: str) -> None:
-    """Says that nothing is traced, if that is certain from a step on."""
+    """Warns, once, if a trace not begun by `step` never will be."""
     if self._trace.missed(step):
       self.say(
         f"Warning: config.train.profile_steps={self._profile_steps}: nothing "
@@ -118,67 +119,66 @@ class TrainLog:
       )
 
 
-def average(taken: Sequence[Sums]) -> dict[str, float]:
+def average(taken: Sequence[Update]) -> dict[str, float]:
   """Averages the metric sums of several updates; waits for the devices.
 
   Args:
     taken: The updates.
 
   Returns:
-    Values by their names in `metrics.jsonl`, and under `"examples"` how many
-    examples the updates took.
+    Values by their names in `metrics.jsonl`, and the number of examples that
+    the updates took under `"examples"`.
   """
-  sums = {
-    kind: validation.sum_metrics(s for k, s in taken if k == kind)
-    for kind in {kind for kind, _ in taken}
-  }
+
+  def summed(player: str) -> dict[str, float]:
+    return validation.sum_metrics(u.sums for u in taken if u.player == player)
+
   values = {"examples": 0.0}
-  if GENERATOR in sums:
-    of_generator = sums[GENERATOR]
-    examples = of_generator["examples"]
-    averages = validation.average_metrics(of_generator)
+  if generator := summed(GENERATOR):
+    examples = generator["examples"]
+    averages = validation.average_metrics(generator)
     for name in ("loss", "perplexity", "emotion_accuracy"):
       if name in averages:
         values[f"train/{name}"] = averages[name]
-    if "signal" in of_generator:
-      judged = max(of_generator["judged"], 1.0)
-      values["generator/signal"] = of_generator["signal"] / judged
+    if "signal" in generator:
+      # Only examples with feedback are judged; a batch may have none.
+      judged = max(generator["judged"], 1.0)
+      values["generator/signal"] = generator["signal"] / judged
       values["generator/signal_grad_norm"] = (
-        of_generator["signal_grad_norm"] / examples
+        generator["signal_grad_norm"] / examples
       )
     values["examples"] += examples
-  if DISCRIMINATOR in sums:
-    of_discriminators = sums[DISCRIMINATOR]
-    judged = of_discriminators.pop("examples")
-    for name, total in of_discriminators.items():
+  if discriminators := summed(DISCRIMINATOR):
+    judged = discriminators.pop("examples")
+    for name, total in discriminators.items():
       values[f"discriminator/{name}"] = total / max(judged, 1.0)
     values["examples"] += judged
   return values
 
 
-def not_finite(taken: Sequence[Sums]) -> tuple[int, str] | None:
-  """Finds the first update of which a term is not finite.
+def not_finite(taken: Sequence[Update]) -> tuple[int, str] | None:
+  """Finds the first update with a term that is not finite.
 
   Args:
     taken: The updates.
 
   Returns:
-    Its number in `taken`, and its kind and terms in words; None if all are
+    Its index in `taken`, and its player and terms in words; None if all are
     finite.
   """
-  for number, (kind, sums) in enumerate(taken):
+  for index, (player, sums) in enumerate(taken):
     terms = [
       name
       for name, value in validation.sum_metrics([sums]).items()
       if not math.isfinite(value)
     ]
     if terms:
-      return number, f"{kind} {', '.join(terms)}"
+      return index, f"{player} {', '.join(terms)}"
   return None
 
 
 def speed(values: dict[str, float]) -> str:
-  """Returns what people want to see of the speed."""
+  """Returns the speed and the wait for input in words."""
   return (
     f"{values['train/examples_per_second']:,.0f} examples/s, waiting for input "
     f"{values['train/input_wait']:.0%}"
@@ -186,12 +186,12 @@ def speed(values: dict[str, float]) -> str:
 
 
 def line(step: int, values: dict[str, float], examples_left: int) -> str:
-  """Returns a line for those who read a log rather than a progress bar.
+  """Returns a line of averages for a log file, which has no progress bar.
 
   Args:
-    step: The latest update.
-    values: What was written to `metrics.jsonl`.
-    examples_left: Until the phase's end.
+    step: The number of updates so far.
+    values: The values written to `metrics.jsonl`.
+    examples_left: The number of examples until the phase's end.
   """
   minutes = examples_left / values["train/examples_per_second"] / 60
   shown = [f"{k} {values[n]:.4g}" for k, n in _SHOWN.items() if n in values]

@@ -1,4 +1,4 @@
-"""The state that training changes, and its optimiser."""
+"""The training state, parameters and optimisers."""
 
 import functools
 from collections.abc import Sequence
@@ -21,13 +21,16 @@ from empdg_jax.models.encoder_decoder import Inputs
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """Everything an update reads and writes.
+  """Everything that an update changes.
 
   Attributes:
-    step: Updates done, a scalar.
-    params: The model's parameters.
-    opt_state: Adam's moments and its own count.
+    step: The number of updates, a scalar.
+    params: The parameters.
+    opt_state: Adam's moments and its own number of updates.
   """
+
+  # No optimiser and no functions: the state is what a checkpoint holds and what
+  # a compiled step takes.
 
   step: jax.Array
   params: Any
@@ -40,11 +43,11 @@ def learning_rate(config: TrainConfig, emb_dim: int) -> optax.Schedule:
   `factor * d ** -0.5 * min(n ** -0.5, n * warmup ** -1.5)` for the n-th update.
 
   Args:
-    config: Factor and warm-up steps.
+    config: The factor and the number of warm-up steps.
     emb_dim: d.
 
   Returns:
-    A function of the number of updates done before.
+    A function of the number of earlier updates.
 
   >>> rate = learning_rate(TrainConfig(), emb_dim=300)
   >>> round(float(rate(7_999)), 8)  # The 8,000th update: the highest rate.
@@ -53,6 +56,7 @@ def learning_rate(config: TrainConfig, emb_dim: int) -> optax.Schedule:
   scale = config.learning_rate_factor * emb_dim**-0.5
 
   def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+    # Optax counts from 0, where the formula would be infinite.
     n = jnp.asarray(count, jnp.float32) + 1.0
     return scale * jnp.minimum(n**-0.5, n * config.warmup_steps**-1.5)
 
@@ -80,14 +84,22 @@ def create_discriminator_optimizer(
 
 def init_params(model: nn.Module, key: jax.Array) -> Any:
   """Draws a system's parameters."""
+  # No parameter's shape depends on the batch: any ids will do.
   ids = jnp.zeros((1, 2), jnp.int32)
   return model.init(key, Inputs(ids, ids, ids), ids)["params"]
 
 
 def count_parameters(model: nn.Module) -> int:
-  """Returns how many parameters `init_params` draws."""
+  """Returns the number of parameters, without drawing them."""
   params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _start(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+  """Returns the state before the first update."""
+  return TrainState(
+    step=jnp.int32(0), params=params, opt_state=optimizer.init(params)
+  )
 
 
 def create_discriminator_state(
@@ -96,31 +108,24 @@ def create_discriminator_state(
   optimizer: optax.GradientTransformation,
   seed: int,
 ) -> TrainState:
-  """Draws the discriminators' parameters, by name, and starts their optimiser.
+  """Returns the state of all discriminators before the first update.
 
   Args:
-    discriminator: The module of every discriminator.
-    names: The discriminators.
-    optimizer: Of all of them.
-    seed: Of the parameters.
-
-  Returns:
-    The state before the first update.
+    discriminator: The module of all discriminators.
+    names: The names of the discriminators, the keys of `params`.
+    optimizer: Their common optimiser.
+    seed: The seed of the parameters.
   """
   word = Utterances(
     jnp.zeros((1, 1, discriminator.dim)), jnp.ones((1, 1), bool)
   )
-  reading = DiscriminatorInputs(
-    (word,), word, jnp.zeros((1, discriminator.dim))
-  )
+  inputs = DiscriminatorInputs((word,), word, jnp.zeros((1, discriminator.dim)))
   keys = jax.random.split(jax.random.key(seed), len(names))
   params = {
-    name: jax.jit(discriminator.init)(key, reading)["params"]
+    name: jax.jit(discriminator.init)(key, inputs)["params"]
     for name, key in zip(names, keys, strict=True)
   }
-  return TrainState(
-    step=jnp.int32(0), params=params, opt_state=optimizer.init(params)
-  )
+  return _start(params, optimizer)
 
 
 def create_train_state(
@@ -129,21 +134,15 @@ def create_train_state(
   seed: int,
   embeddings: np.ndarray | None = None,
 ) -> TrainState:
-  """Draws parameters and starts the optimiser.
+  """Returns the generator's state before the first update.
 
   Args:
-    model: The system.
+    model: The generator.
     optimizer: Its optimiser.
-    seed: Of the parameters.
-    embeddings: The word embeddings to begin with, `[V, d]`, or None to draw
-      them.
-
-  Returns:
-    The state before the first update.
+    seed: The seed of the parameters.
+    embeddings: The initial word embeddings, `[V, d]`, or None to draw them.
   """
   params = jax.jit(functools.partial(init_params, model))(jax.random.key(seed))
   if embeddings is not None:
     params["embedding"] = jnp.asarray(embeddings)
-  return TrainState(
-    step=jnp.int32(0), params=params, opt_state=optimizer.init(params)
-  )
+  return _start(params, optimizer)

@@ -32,14 +32,16 @@ class TrainSteps(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-  """A system with everything that its training needs.
+  """The modules and optimisers that training a system needs.
 
   Attributes:
     generator: The module that responds.
-    optimizer: The generator's.
-    discriminators: Their names; none for a system without phases 2 and 3.
-    adversary: The module of the discriminators and how they read responses.
-    discriminator_optimizer: Of all discriminators together.
+    optimizer: The generator's optimiser.
+    discriminators: The names of the discriminators, empty for a system without
+      phases 2 and 3.
+    adversary: The discriminators' module and the way they read responses, None
+      without discriminators.
+    discriminator_optimizer: The one optimiser of all discriminators.
   """
 
   generator: EncoderDecoder
@@ -54,12 +56,12 @@ class Trainable:
     """Draws the states before the first update.
 
     Args:
-      seed: Of the parameters.
-      embeddings: The word embeddings to begin with, `[V, d]`, or None to draw
-        them.
+      seed: The seed of the parameters.
+      embeddings: The initial word embeddings, `[V, d]`, or None to draw them.
 
     Returns:
-      The generator's state and the discriminators', None if there are none.
+      The states of the generator and of the discriminators, None without
+      discriminators.
     """
     generator = train_state.create_train_state(
       self.generator, self.optimizer, seed, embeddings
@@ -76,9 +78,9 @@ class Trainable:
   def compile_steps(
     self, devices: Sequence[jax.Device] | None = None
   ) -> TrainSteps:
-    """Returns the steps for all devices, or for those given.
+    """Returns the steps for the given devices, all devices for None.
 
-    Each is compiled at the first batch of each shape.
+    JAX compiles a step at its first batch of each shape.
     """
     mle = steps.compile_mle_step(self.generator, self.optimizer, devices)
     if self.adversary is None:
@@ -102,8 +104,9 @@ def assemble(
   Args:
     config: The run's configuration.
     vocab_size: V.
-    num_emotions: How many emotions the dataset labels.
-    is_emotional: Which words the emotional discriminator reads, `[V]` booleans.
+    num_emotions: The number of emotion labels.
+    is_emotional: The words that the emotional discriminator reads, `[V]`
+      booleans.
 
   Raises:
     InputError: There is no such system, or it cannot have these sizes.

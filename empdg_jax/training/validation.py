@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from empdg_jax import metrics, parallel
+from empdg_jax import metrics
 from empdg_jax.data.pipeline import Batch
+from empdg_jax.parallel import devices
 
 
 def sum_metrics(values: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -12,7 +13,7 @@ def sum_metrics(values: Iterable[dict[str, Any]]) -> dict[str, float]:
   totals: dict[str, float] = {}
   for step in values:
     for name, value in step.items():
-      totals[name] = totals.get(name, 0.0) + float(parallel.unreplicate(value))
+      totals[name] = totals.get(name, 0.0) + float(devices.unreplicate(value))
   return totals
 
 
@@ -40,5 +41,5 @@ def validate(
   Returns:
     See `average_metrics`.
   """
-  sums = [p_eval_step(params, parallel.shard(batch))[0] for batch in batches]
+  sums = [p_eval_step(params, devices.shard(batch))[0] for batch in batches]
   return average_metrics(sum_metrics(sums))

@@ -1,0 +1,66 @@
+"""The three phases of training as data: their steps, length and early stop."""
+
+import dataclasses
+from collections.abc import Callable
+
+from empdg_jax.config import TrainConfig
+from empdg_jax.data.pipeline import Batch
+from empdg_jax.training.learner import Learner, Update
+
+MLE, DISCRIMINATOR, ADVERSARIAL = "mle", "discriminator", "adversarial"
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """One of the three phases, a sequence of equal rounds.
+
+  Attributes:
+    name: The name in `metrics.jsonl` and in checkpoints.
+    title: The name that people read.
+    total: The largest number of rounds.
+    steps: One round: its steps in order, each on a batch of its own.
+    eval_every: Rounds between validations; 0 for no validation.
+    patience: Validations without a better one after which the phase ends.
+    metric: The validation metric that chooses the best generator.
+  """
+
+  name: str
+  title: str
+  total: int
+  steps: tuple[Callable[[Batch], Update], ...]
+  eval_every: int = 0
+  patience: int = 1
+  metric: str = "perplexity"
+
+
+def phases_of(config: TrainConfig, learner: Learner) -> list[Phase]:
+  """Returns the phases of a system, the first alone without discriminators."""
+  mle = Phase(
+    MLE,
+    "Training",
+    total=config.mle_steps,
+    steps=(learner.mle_step,),
+    eval_every=config.mle_eval_every,
+    patience=config.mle_patience,
+  )
+  if not learner.has_discriminators:
+    return [mle]
+  return [
+    mle,
+    Phase(
+      DISCRIMINATOR,
+      "Training the discriminators",
+      total=config.discriminator_steps,
+      steps=(learner.discriminator_step,),
+    ),
+    Phase(
+      ADVERSARIAL,
+      "Adversarial rounds",
+      total=config.adversarial_rounds,
+      steps=(learner.discriminator_step,) * config.d_steps
+      + (learner.adversarial_generator_step,) * config.g_steps,
+      eval_every=config.adversarial_eval_every,
+      patience=config.adversarial_patience,
+      metric=config.selection_metric,
+    ),
+  ]

@@ -1,0 +1,226 @@
+"""The start of a run: a new one, or one resumed from its latest checkpoint."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from empdg_jax import config as config_lib
+from empdg_jax import storage
+from empdg_jax.config import Config, InputError
+from empdg_jax.data import pipeline, prepare, vectors
+from empdg_jax.data.pipeline import Batch
+from empdg_jax.models import registry
+from empdg_jax.parallel import devices, hosts
+from empdg_jax.training import checkpoint, run_folder
+from empdg_jax.training.learner import Learner
+from empdg_jax.training.phases import DISCRIMINATOR, MLE
+from empdg_jax.training.profiling import InputWait
+from empdg_jax.training.train_log import TrainLog
+
+
+@dataclasses.dataclass
+class Progress:
+  """The position of a run, saved as JSON with every checkpoint.
+
+  Attributes:
+    phase: The current phase's name in `metrics.jsonl`.
+    done: The rounds of this phase that are done.
+    updates: The number of updates of all players in the whole run, which is
+      the step of its logs and checkpoints.
+    best: The best validation so far in this phase.
+    worse: Validations in a row without a better one.
+    data: The state of the iterator over training batches.
+  """
+
+  phase: str = MLE
+  done: int = 0
+  updates: int = 0
+  best: float | None = None
+  worse: int = 0
+  data: Any = None
+
+
+class TrainBatches:
+  """This host's training batches, with a position that can be saved.
+
+  Attributes:
+    wait: The time for which the devices waited for batches.
+  """
+
+  def __init__(self, config: Config, dataset: prepare.Dataset) -> None:
+    """Encodes the split; `open` comes before the first batch."""
+    self._config = config.train
+    self._encoded, self._shapes = dataset.encoded("train"), dataset.shapes
+    self._batches: Any = None
+    self.wait = InputWait()
+
+  def open(self, phase: str, state: Any) -> None:
+    """Opens a phase's batches at a position, or at the first for None."""
+    # Phases 2 and 3 pad to fewer shapes: every shape is one more compilation,
+    # their steps take long to compile, and most of their time does not depend
+    # on the padding.
+    self._batches = pipeline.train_batches(
+      self._encoded,
+      self._shapes if phase == MLE else pipeline.coarse_shapes(self._shapes),
+      batch_size=self._config.batch_size,
+      seed=self._config.seed,
+      host=jax.process_index(),
+      num_hosts=jax.process_count(),
+    )
+    if state is not None:
+      self._batches.set_state(state)
+
+  def next(self, running: jax.Array | None) -> Batch:
+    """Returns the next batch; see `InputWait.next`."""
+    return self.wait.next(self._batches, running)
+
+  def state(self) -> Any:
+    """Returns the position, a JSON value."""
+    return self._batches.get_state()
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+  """Everything that one process needs to train, at the run's position."""
+
+  log: TrainLog
+  learner: Learner
+  checkpoints: checkpoint.Checkpoints
+  progress: Progress
+  batches: TrainBatches
+  valid_batches: list[Batch]
+
+  def save(self, kind: str) -> None:
+    """Begins to write a checkpoint of this position; see `Checkpoints.save`."""
+    # A bucket holds only what was copied to it: without this copy, a run that
+    # resumes here would find no metrics of the updates before.
+    self.log.save()
+    self.progress.data = self.batches.state()
+    self.checkpoints.save(
+      kind,
+      self.progress.updates,
+      *self.learner.states(),
+      dataclasses.asdict(self.progress),
+    )
+
+  def close(self) -> None:
+    """Waits for background writes, then closes logs and checkpoints."""
+    self.log.close()
+    self.checkpoints.close()
+
+
+def open_session(config: Config, workdir: pathlib.Path) -> Session:
+  """Starts a run, or resumes it where its latest checkpoint stands.
+
+  Args:
+    config: The run's configuration.
+    workdir: The run folder.
+
+  Raises:
+    InputError: The configuration, the data or the folder cannot be used;
+      nothing has been written.
+    SaveError: The latest checkpoint could not be read.
+  """
+  # In this order:
+  # 1. whatever a host can refuse without the others: once hosts wait for each
+  # other, one that gives up alone would leave them waiting;
+  with hosts.refusing_together():
+    log = TrainLog(config.train, workdir)
+    dataset = _load_dataset(config, workdir)
+    embeddings = _load_vectors(config, dataset, log)
+    other_run = _other_run(config, dataset)
+  hosts.check_same(lambda: config_lib.to_json(config), "configurations")
+  hosts.check_same(dataset.digest, "data")
+  hosts.check_shared(workdir, "workdir")
+  # 2. the states of a new run, whose shapes a checkpoint must have, and over
+  # them the generator of another run, if one is given;
+  learner = Learner(config, dataset, embeddings)
+  log.say(
+    f"{config.model.name}: {learner.parameters:,} parameters, on "
+    f"{devices.describe_devices()}"
+  )
+  progress = Progress()
+  if other_run:
+    learner.take_over(other_run)
+    progress.phase = DISCRIMINATOR
+  # 3. the run folder, not before the states: an error above leaves no folder;
+  with hosts.refusing_together():
+    if hosts.is_main_process():
+      run_folder.write_run(
+        workdir, config, dataset.vocabulary, dataset.corpus.emotions
+      )
+  # 4. its latest checkpoint, if any, over the states and the position;
+  checkpoints = checkpoint.Checkpoints(
+    workdir, create=True, keep=config.train.keep_checkpoints
+  )
+  if checkpoints.step(checkpoint.LATEST) is not None:
+    learner.restore(checkpoints)
+    progress = Progress(**checkpoints.restore_progress(checkpoint.LATEST))
+    log.say(f"Resuming {workdir} at step {progress.updates:,}")
+  # 5. the batches, which begin at the checkpoint's position;
+  batches = TrainBatches(config, dataset)
+  batches.open(progress.phase, progress.data)
+  # 6. the logs, which drop the lines after the checkpoint: those updates are
+  # computed and logged again;
+  log.open(progress.updates)
+  valid_batches = list(
+    pipeline.eval_batches(
+      dataset.encoded("valid"),
+      pipeline.coarse_shapes(dataset.shapes),
+      batch_size=config.eval.batch_size,
+      host=jax.process_index(),
+      num_hosts=jax.process_count(),
+    )
+  )
+  # 7. the devices, once the states on the host are final.
+  learner.start()
+  return Session(log, learner, checkpoints, progress, batches, valid_batches)
+
+
+def _load_dataset(config: Config, workdir: pathlib.Path) -> prepare.Dataset:
+  """Checks the fields that need no data, and only then loads the data."""
+  devices.check_batches(config, jax.device_count())
+  if (
+    config.train.mle_checkpoint
+    and not registry.find_system(config.model).discriminators
+  ):
+    raise InputError(
+      f"config.train.mle_checkpoint: {config.model.name} has no phase after "
+      "maximum likelihood to begin with; use a system with discriminators, "
+      "or ''"
+    )
+  run_folder.check_same_config(workdir, config)
+  return prepare.load_dataset(config.data)
+
+
+def _load_vectors(
+  config: Config, dataset: prepare.Dataset, log: TrainLog
+) -> np.ndarray | None:
+  """Returns the pretrained word embeddings, `[V, d]`, None to draw them."""
+  # Another run's generator brings its own embeddings.
+  if not config.data.vectors or config.train.mle_checkpoint:
+    return None
+  embeddings, coverage = vectors.load_vectors(
+    config.data.vectors,
+    dataset.vocabulary,
+    config.model.emb_dim,
+    np.random.default_rng(config.train.seed),
+  )
+  log.say(f"Word vectors for {coverage:.1%} of the vocabulary")
+  return embeddings
+
+
+def _other_run(config: Config, dataset: prepare.Dataset) -> pathlib.Path | None:
+  """Returns the checked run whose generator this one takes, if any."""
+  if not config.train.mle_checkpoint:
+    return None
+  path = storage.run_path(
+    config.train.mle_checkpoint, "config.train.mle_checkpoint"
+  )
+  run_folder.check_same_generator(
+    path, config, dataset.vocabulary, dataset.corpus.emotions
+  )
+  return path
