@@ -85,13 +85,16 @@ def _file_page(path: pathlib.Path) -> str:
   """Returns a file of the repository with its links turned into pages'."""
 
   def page(match: re.Match[str]) -> str:
-    linked = (path.parent / match[1]).resolve()
+    text, link, anchor = match.groups()
+    linked = (path.parent / link).resolve()
     if linked.is_dir():
       linked /= "README.md"
     name = FILES.get(linked.relative_to(ROOT).as_posix())
-    return f"]({name}.md{match[2]})" if name else match[0]
+    # Other files of the repository are no part of the pages.
+    return f"[{text}]({name}.md{anchor})" if name else text
 
-  return re.sub(r"\]\((?!\w+:)([^)#]+)(#[^)]*|)\)", page, path.read_text())
+  link = r"\[([^]]*)\]\((?!\w+:)([^)#]+)(#[^)]*|)\)"
+  return re.sub(link, page, path.read_text())
 
 
 def _write_pages(app: Sphinx) -> None:
