@@ -1,17 +1,19 @@
 """The sub-commands, a function for each.
 
 `values` has an attribute for every flag that `main.py` defines. Each function
-returns the exit status or raises InputError. Imports of JAX and TFDS, which
-take seconds, are inside the functions, so that `--help` and mistakes in flags
-show at once.
+raises InputError for a mistake in what was given. Imports of JAX and TFDS,
+which take seconds, are inside the functions, so that `--help` and mistakes in
+flags show at once.
 """
 
 import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import Any
+
+from rich.console import Console
 
 from empdg_jax import config as config_lib
 from empdg_jax import storage
@@ -20,18 +22,22 @@ from empdg_jax.config import Config, InputError
 
 def _config(values: Any) -> Config:
   """Returns the configuration of the flags, validated."""
-  if values.config is None:
-    raise InputError(
-      "--config is missing; give a file such as --config=configs/quickstart.py"
-    )
-  config_lib.validate(values.config)
-  return values.config
+  file = "give a file such as --config=configs/quickstart.py"
+  config = _given(values, "config", file)
+  config_lib.validate(config)
+  return config
 
 
-def _workdir(values: Any) -> pathlib.Path:
-  if not values.workdir:
-    raise InputError("--workdir is missing; give the run folder")
-  return storage.run_path(values.workdir, "workdir")
+def _given(values: Any, flag: str, advice: str) -> Any:
+  """Returns the value of a flag that a command cannot do without."""
+  if not (value := getattr(values, flag)):
+    raise InputError(f"--{flag} is missing; {advice}")
+  return value
+
+
+def _workdir(values: Any, advice: str = "give the run folder") -> pathlib.Path:
+  folder = _given(values, "workdir", advice)
+  return storage.run_path(folder, "workdir")
 
 
 def _start_jax() -> None:
@@ -53,7 +59,7 @@ def _start_jax() -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def prepare(values: Any) -> int:
+def prepare(values: Any) -> None:
   r"""Builds and checks the data; prints counts, coverage, cuts and padding.
 
   Examples:
@@ -62,25 +68,20 @@ def prepare(values: Any) -> int:
       --config.data.source=empatheticdialogues.tar.gz
   """
   config = _config(values)
-  from rich.console import Console
-
   from empdg_jax.analysis import dataset_report
   from empdg_jax.data import prepare
+  from empdg_jax.models import registry
+  from empdg_jax.training import train_state
 
   console = Console()
   dataset = prepare.load_dataset(config.data)
   dataset_report.print_report(dataset, config, console)
-
-  from empdg_jax.models import registry
-  from empdg_jax.training import train_state
-
   model = registry.create_model(
     config.model, len(dataset.vocabulary), len(dataset.corpus.emotions)
   )
   console.print(
     f"{config.model.name}: {train_state.count_parameters(model):,} parameters"
   )
-  return 0
 
 
 @contextlib.contextmanager
@@ -92,7 +93,7 @@ def _joined_hosts(values: Any, *, preemptible: bool = False) -> Generator[None]:
   from empdg_jax.parallel import hosts
 
   hosts.initialize(
-    values.coordinator_address or "",
+    values.coordinator_address,
     values.num_processes,
     values.process_id,
     preemptible=preemptible,
@@ -101,7 +102,7 @@ def _joined_hosts(values: Any, *, preemptible: bool = False) -> Generator[None]:
     yield
 
 
-def train(values: Any) -> int:
+def train(values: Any) -> None:
   r"""Trains a system; the same command resumes.
 
   Examples:
@@ -116,12 +117,23 @@ def train(values: Any) -> int:
     from empdg_jax.training import loop
 
     loop.train(config, workdir)
-  return 0
 
 
 # The fields that may change after training: none of them changes what the
 # parameters mean.
 OF_USERS = ("eval.", "data.source", "data.data_dir")
+
+
+def stored_config(values: Any) -> tuple[pathlib.Path, Config]:
+  """Returns the folder of --workdir or --bundle, and its configuration."""
+  from empdg_jax.inference import export_files
+  from empdg_jax.training import run_folder
+
+  if getattr(values, "bundle", ""):
+    folder = storage.run_path(values.bundle, "bundle")
+    return folder, export_files.read_config(folder)
+  folder = _workdir(values, "give the run folder, or an export as --bundle")
+  return folder, run_folder.read_config(folder)
 
 
 def _system_folder(values: Any) -> pathlib.Path:
@@ -131,21 +143,9 @@ def _system_folder(values: Any) -> pathlib.Path:
     InputError: Neither or both are given, or a flag changes a field that is
       fixed by training.
   """
-  from empdg_jax.inference import export_files
-  from empdg_jax.training import run_folder
-
   if values.bundle and values.workdir:
     raise InputError("--workdir and --bundle exclude each other; give one")
-  if values.bundle:
-    folder = storage.run_path(values.bundle, "bundle")
-    run = export_files.read_config(folder)
-  elif values.workdir:
-    folder = _workdir(values)
-    run = run_folder.read_config(folder)
-  else:
-    raise InputError(
-      "--workdir is missing; give the run folder, or an export as --bundle"
-    )
+  folder, run = stored_config(values)
   ours, theirs = config_lib.flatten(_config(values)), config_lib.flatten(run)
   for name, value in ours.items():
     if value != theirs[name] and not name.startswith(OF_USERS):
@@ -176,23 +176,7 @@ def _load_system(values: Any) -> tuple[Any, pathlib.Path]:
   return system, folder
 
 
-def _check_split(values: Any) -> None:
-  from empdg_jax.data.corpora import SPLITS
-
-  if values.split not in SPLITS:
-    raise InputError(
-      f"--split={values.split}: expected one of " + ", ".join(SPLITS)
-    )
-
-
-def _check_format(values: Any, formats: Sequence[str]) -> None:
-  if values.format not in formats:
-    raise InputError(
-      f"--format={values.format}: expected one of " + ", ".join(formats)
-    )
-
-
-def evaluate(values: Any) -> int:
+def evaluate(values: Any) -> None:
   r"""Scores and answers a split; writes predictions and metrics.
 
   Examples:
@@ -202,13 +186,11 @@ def evaluate(values: Any) -> int:
     empdg evaluate --bundle=quickstart-export \
       --config.data.source=empatheticdialogues.tar.gz
   """
-  _check_split(values)
   with _joined_hosts(values):
     system, folder = _load_system(values)
-    from rich.console import Console
-
     from empdg_jax.inference import evaluate, predictions
     from empdg_jax.parallel import hosts
+    from empdg_jax.training import terminal
 
     folder = folder / "eval" / values.split
     if values.out:
@@ -221,50 +203,39 @@ def evaluate(values: Any) -> int:
         folder / "predictions.jsonl", values.samples, console
       )
       flag = "bundle" if values.bundle else "workdir"
-      console.print(
-        f"Written to {folder}. Next: empdg chat --{flag}="
-        f"{getattr(values, flag)}",
-        soft_wrap=True, highlight=False, markup=False,
-      )  # fmt: skip
-  return 0
+      source = f"--{flag}={getattr(values, flag)}"
+      terminal.say(f"Written to {folder}. Next: empdg chat {source}", console)
 
 
-def metrics(values: Any) -> int:
+def metrics(values: Any) -> None:
   """Recomputes text metrics from a predictions file alone.
 
   Examples:
     empdg metrics --predictions=runs/quickstart/eval/test/predictions.jsonl
   """
-  if not values.predictions:
-    raise InputError("--predictions is missing; give a predictions.jsonl")
+  file = _given(values, "predictions", "give a predictions.jsonl")
   from empdg_jax import metrics
   from empdg_jax.inference import predictions
 
-  path = storage.run_path(values.predictions, "predictions")
+  path = storage.run_path(file, "predictions")
   lines = predictions.read_predictions(path)
   size = values.vocab_size or predictions.vocab_size_of(path, lines)
   if size < 2:
     raise InputError(f"--vocab_size={size}: expected at least 2")
   print(json.dumps(metrics.text_metrics(lines, size), indent=2))
-  return 0
 
 
-def generate(values: Any) -> int:
+def generate(values: Any) -> None:
   """Answers contexts: one JSON object a line in, one out.
 
   Examples:
     echo '{"context": ["I lost my job today."]}' |
       empdg generate --workdir=runs/quickstart
   """
-  source = values.input
-  try:
-    lines = (
-      sys.stdin
-      if source == "-"
-      else pathlib.Path(source).read_text(encoding="utf-8").splitlines()
-    )
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError(f"--input={source}: cannot read ({error})") from error
+  source, lines = values.input, sys.stdin
+  if source != "-":
+    with storage.errors(f"--input={source}: cannot read", InputError):
+      lines = pathlib.Path(source).read_text(encoding="utf-8").splitlines()
   system, _ = _load_system(values)
   from empdg_jax.inference import respond
 
@@ -280,10 +251,9 @@ def generate(values: Any) -> int:
       f"{failed} of {total} lines of {source!r} have no response; the 'error' "
       "field of each says why"
     )
-  return 0
 
 
-def chat(values: Any) -> int:
+def chat(values: Any) -> None:
   """Talks with the user and shows the emotion it perceives.
 
   Examples:
@@ -291,15 +261,12 @@ def chat(values: Any) -> int:
     empdg chat --bundle=quickstart-export
   """
   system, _ = _load_system(values)
-  from rich.console import Console
-
   from empdg_jax.inference import respond
 
   respond.chat(respond.Responder(system), Console(), sys.stdin)
-  return 0
 
 
-def export(values: Any) -> int:
+def export(values: Any) -> None:
   """Writes a checkpoint as one folder that needs neither run nor data.
 
   Examples:
@@ -307,53 +274,41 @@ def export(values: Any) -> int:
     empdg export --workdir=gs://BUCKET/pod --out=pod-export --average=3
   """
   workdir = _workdir(values)
-  if not values.out:
-    raise InputError("--out is missing; give the folder to write")
-  if "://" in values.out:
+  out = _given(values, "out", "give the folder to write")
+  if "://" in out:
     raise InputError(
-      f"--out={values.out}: expected a folder on a disk; copy it to a bucket"
+      f"--out={out}: expected a folder on a disk; copy it to a bucket"
     )
   if values.average and values.checkpoint:
     raise InputError("--checkpoint and --average exclude each other; give one")
   _start_jax()
-  from rich.console import Console
-
   from empdg_jax.inference import export
 
-  if values.dtype not in export.DTYPES:
-    raise InputError(
-      f"--dtype={values.dtype}: expected one of " + ", ".join(export.DTYPES)
-    )
   export.export(
     workdir,
-    pathlib.Path(values.out),
+    pathlib.Path(out),
     values.checkpoint,
     values.average,
     values.dtype,
     Console(markup=False),
   )
-  return 0
 
 
-def checkpoints(values: Any) -> int:
+def checkpoints(values: Any) -> None:
   """Lists a run's checkpoints: phase, size and metrics.
 
   Examples:
     empdg checkpoints --workdir=runs/quickstart
   """
   workdir = _workdir(values)
-  _check_format(values, ("terminal", "json"))
   _start_jax()
-  from rich.console import Console
-
   from empdg_jax.analysis import checkpoint_list
 
   listed = checkpoint_list.list_checkpoints(workdir)
   checkpoint_list.print_checkpoints(listed, values.format, Console())
-  return 0
 
 
-def compare(values: Any) -> int:
+def compare(values: Any) -> None:
   """Prints the paper's Tables 1 and 2 of evaluated run folders, with tests.
 
   Examples:
@@ -364,41 +319,32 @@ def compare(values: Any) -> int:
     raise InputError(
       "no run folder is given; write empdg compare runs/empdg runs/moel"
     )
-  _check_split(values)
-  from rich.console import Console
-
   from empdg_jax.analysis import compare, tables
 
-  _check_format(values, tables.FORMATS)
   folders = [storage.run_path(folder, "dir") for folder in values.dir]
   comparison = compare.compare(folders, values.split, values.cases)
   tables.print_comparison(comparison, values.format, Console())
-  return 0
 
 
-def attention(values: Any) -> int:
+def attention(values: Any) -> None:
   """Draws what each word of a reply attends to, and the perceived emotion.
 
   Examples:
     empdg attention --workdir=runs/quickstart --context="I lost my job."
   """
-  if not values.context:
-    raise InputError(
-      '--context is missing; write what the user says, as in --context="I lost '
-      'my job."'
-    )
+  advice = 'write what the user says, as in --context="I lost my job."'
+  context = _given(values, "context", advice)
   system, folder = _load_system(values)
   from empdg_jax.analysis import attention
   from empdg_jax.inference import respond
 
-  drawn = attention.attend(respond.Responder(system), values.context)
+  drawn = attention.attend(respond.Responder(system), context)
   stem = pathlib.Path(values.image or folder / "attention")
   for path in attention.draw(drawn, stem):
     print(f"Drawn in {path}")
-  return 0
 
 
-def compile_check(values: Any) -> int:
+def compile_check(values: Any) -> None:
   r"""Compiles every step for a TPU slice, without one; memory and traffic.
 
   Examples:
@@ -407,19 +353,15 @@ def compile_check(values: Any) -> int:
       --find_batch
   """
   config = _config(values)
-  if not values.topology:
-    raise InputError("--topology is missing; give a slice such as v5e:4x4")
+  topology = _given(values, "topology", "give a slice such as v5e:4x4")
   import jax
 
   # The compiler needs no device, and looking for a TPU takes JAX a while.
   jax.config.update("jax_platforms", "cpu")
-  from rich.console import Console
-
   from empdg_jax.data import prepare
   from empdg_jax.hardware import compile_check, compile_report
 
-  _check_format(values, compile_report.FORMATS)
-  slice_ = compile_check.describe_topology(values.topology)
+  slice_ = compile_check.describe_topology(topology)
   # Off, since JAX warns that its cache cannot hold programs without a device.
   jax.config.update("jax_enable_compilation_cache", False)
   size = values.vocab_size
@@ -430,7 +372,7 @@ def compile_check(values: Any) -> int:
   if values.find_batch:
     fit = compile_check.find_batch(*arguments)
     compile_report.print_fit(fit, slice_, values.format, console)
-    return 0
+    return
   reports, too_large = compile_check.check(*arguments)
   compile_report.print_reports(
     reports, too_large, slice_.name, values.format, console
@@ -440,10 +382,9 @@ def compile_check(values: Any) -> int:
       f"--topology={slice_.name}: {', '.join(too_large)}: more than the "
       "memory of a chip; --find_batch finds the largest batch that fits"
     )
-  return 0
 
 
-def benchmark(values: Any) -> int:
+def benchmark(values: Any) -> None:
   """Times training steps and decoding on this machine; writes JSON.
 
   Examples:
@@ -451,8 +392,6 @@ def benchmark(values: Any) -> int:
   """
   config = _config(values)
   _start_jax()
-  from rich.console import Console
-
   from empdg_jax.data import prepare
   from empdg_jax.hardware import benchmark
 
@@ -463,4 +402,3 @@ def benchmark(values: Any) -> int:
   path = pathlib.Path(values.output or "benchmark.json")
   benchmark.write_benchmark(results, path)
   console.print(f"Written to {path}", markup=False)
-  return 0

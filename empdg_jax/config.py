@@ -304,47 +304,40 @@ def validate(config: Config) -> None:
   Raises:
     InputError: Naming the first field that is wrong and what it accepts.
   """
-  hints = field_types()
-  for name, value in flatten(config).items():
-    if wanted := expected(value, hints[name]):
-      raise InputError(f"config.{name}={value!r}: expected {wanted}")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and not math.isfinite(value):
-      raise InputError(f"config.{name}={value!r}: expected a finite number")
-    if is_number and (value < 0 or (value == 0 and name not in _MAY_BE_ZERO)):
-      raise InputError(f"config.{name}={value!r}: expected more than 0")
-  model = config.model
-  for name in ("dropout_rate", "label_smoothing"):
-    if getattr(model, name) >= 1:
-      raise InputError(f"config.model.{name}: expected less than 1")
-  if model.listener_teacher_ratio > 1:
-    raise InputError("config.model.listener_teacher_ratio: expected at most 1")
-  if model.emb_dim % 2:
-    raise InputError(f"config.model.emb_dim={model.emb_dim}: expected even")
-  if model.key_value_depth % model.num_heads:
-    raise InputError(
-      f"config.model.key_value_depth={model.key_value_depth}: expected a "
-      f"multiple of config.model.num_heads={model.num_heads}"
-    )
-  widths = model.kernel_widths
-  if not widths or not all(type(w) is int and w > 0 for w in widths):
-    raise InputError(
-      f"config.model.kernel_widths={widths!r}: expected widths of at least 1"
-    )
-  shapes = config.data.shapes
-  if not shapes or not all(
-    type(s) is tuple
-    and len(s) == 3
-    and all(type(length) is int and length >= 2 for length in s)
-    for s in shapes
-  ):
-    raise InputError(
-      "config.data.shapes: expected triples (context, emotion, target) of "
-      "lengths of at least 2"
-    )
-  if shapes[-1] != tuple(max(axis) for axis in zip(*shapes, strict=True)):
-    raise InputError("config.data.shapes: the last must be the longest")
+  hints, values = field_types(), flatten(config)
 
+  def check(fits: bool, name: str, wanted: str) -> None:
+    if not fits:
+      raise InputError(f"config.{name}={values[name]!r}: expected {wanted}")
+
+  def are_lengths(given: Any, least: int) -> bool:
+    return given and all(type(n) is int and n >= least for n in given)
+
+  for name, value in values.items():
+    wanted = expected(value, hints[name])
+    check(not wanted, name, wanted)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+      check(math.isfinite(value), name, "a finite number")
+      fits = value > 0 or (value == 0 and name in _MAY_BE_ZERO)
+      check(fits, name, "more than 0")
+  model, shapes = config.model, config.data.shapes
+  for name in ("model.dropout_rate", "model.label_smoothing"):
+    check(values[name] < 1, name, "less than 1")
+  fits = model.listener_teacher_ratio <= 1
+  check(fits, "model.listener_teacher_ratio", "at most 1")
+  check(model.emb_dim % 2 == 0, "model.emb_dim", "an even number")
+  fits = model.key_value_depth % model.num_heads == 0
+  wanted = f"a multiple of config.model.num_heads={model.num_heads}"
+  check(fits, "model.key_value_depth", wanted)
+  fits = are_lengths(model.kernel_widths, 1)
+  check(fits, "model.kernel_widths", "widths of at least 1")
+  fits = len(shapes) > 0 and all(
+    type(s) is tuple and len(s) == 3 and are_lengths(s, 2) for s in shapes
+  )
+  wanted = "triples (context, emotion, target) of lengths of at least 2"
+  check(fits, "data.shapes", wanted)
+  longest = tuple(map(max, zip(*shapes, strict=True)))
+  check(shapes[-1] == longest, "data.shapes", "the longest lengths last")
   profile_range(config.train)
 
 
@@ -434,11 +427,9 @@ def from_json(text: str, where: str) -> Config:
   """
   try:
     values = _with_tuples(json.loads(text))
+    sections = typing.get_type_hints(Config).items()
     config = Config(
-      DataConfig(**values.pop("data")),
-      ModelConfig(**values.pop("model")),
-      TrainConfig(**values.pop("train")),
-      EvalConfig(**values.pop("eval")),
+      **{name: kind(**values.pop(name)) for name, kind in sections}
     )
     if values:
       raise ValueError(f"unknown section {', '.join(values)}")

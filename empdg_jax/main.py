@@ -30,8 +30,10 @@ class _RunConfig:
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
 
-# The type, default and help of each flag, the same in all commands. "fields"
-# and "run_fields" are the flags behind --config.
+_TableFormat = Literal["terminal", "markdown", "csv", "json", "latex"]
+# The type, default and help of each flag, the same in all commands except where
+# COMMAND.FLAG says otherwise. "fields" and "run_fields" are the flags behind
+# --config.
 _FLAGS: dict[str, tuple[Any, Any, str]] = {
   "config": (str, "", "File of configs/; FILE:X calls its get_config('X')."),
   "fields": (Config, Config(), ""),
@@ -39,17 +41,15 @@ _FLAGS: dict[str, tuple[Any, Any, str]] = {
   "workdir": (str, "", "Run folder, on a disk or in a bucket (gs://...)."),
   "bundle": (str, "", "Export to use instead of a run folder."),
   "checkpoint": (str | None, None, "best (the default), latest or a step."),
-  "split": (str, "test", "train, valid or test."),
+  "split": (Literal["train", "valid", "test"], "test", "Split of the data."),
   "input": (str, "-", "Contexts, one JSON object a line; - is standard input."),
   "predictions": (str, "", "A predictions.jsonl."),
   "out": (str, "", "Folder to write; that of an export must not exist."),
   "output": (str, "benchmark.json", "File to write the figures to."),
   "image": (str, "", "File to draw, without its ending."),
-  "dtype": (str, "float32", "Type of the parameters: float32 or bfloat16."),
-  "format": (
-    str, "terminal", "terminal or json; compare also has markdown, csv and "
-    "latex.",
-  ),
+  "dtype": (Literal["float32", "bfloat16"], "float32", "Type of parameters."),
+  "format": (Literal["terminal", "json"], "terminal", "Format to print."),
+  "compare.format": (_TableFormat, "terminal", "Format to print."),
   "topology": (str, "", "TPU slice, such as v5e:4x4."),
   "dir": (list[str], [], "Run folder or export; --dir= may be left out."),
   "context": (list[str], [], "A turn; repeat for each turn, the user's last."),
@@ -113,7 +113,15 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-def _function(name: str) -> Callable[[Any], int]:
+def _flags(name: str) -> dict[str, tuple[Any, Any, str]]:
+  """Returns the type, default and help of each flag of a command."""
+  return {
+    flag: _FLAGS.get(f"{name}.{flag}") or _FLAGS[flag]
+    for flag in _COMMANDS[name]
+  }
+
+
+def _function(name: str) -> Callable[[Any], None]:
   """Returns the function that runs a command."""
   return getattr(commands, name.replace("-", "_"))
 
@@ -121,8 +129,7 @@ def _function(name: str) -> Callable[[Any], int]:
 def _options(name: str) -> Callable[..., Any]:
   """Returns a dataclass whose fields are the flags of a command."""
   fields = []
-  for flag in _COMMANDS[name]:
-    kind, default, text = _FLAGS[flag]
+  for flag, (kind, default, text) in _flags(name).items():
     settings = tyro.conf.arg(
       name="config" if dataclasses.is_dataclass(kind) else None,
       help=text or None,
@@ -140,8 +147,8 @@ def _spelled_out(name: str, argv: Sequence[str]) -> list[str]:
   Raises:
     InputError: A flag is unknown or has no value, or a value has no flag.
   """
-  flags = _COMMANDS[name]
-  kinds = {flag: _FLAGS[flag][0] for flag in flags if "fields" not in flag}
+  flags = _flags(name)
+  kinds = {f: kind for f, (kind, *_) in flags.items() if "fields" not in f}
   if "fields" in flags or "run_fields" in flags:
     fields = config_lib.field_types()
     kinds |= {"config": str, **{f"config.{f}": k for f, k in fields.items()}}
@@ -185,18 +192,14 @@ def _base_config(values: Any) -> Config | None:
   """Returns the configuration of the given file, run or export, if any."""
   if file := getattr(values, "config", ""):
     return config_lib.from_file(file)
-  if folder := getattr(values, "bundle", ""):
-    from empdg_jax.inference import export_files
-
-    return export_files.read_config(storage.run_path(folder, "bundle"))
-  if not (folder := getattr(values, "workdir", "")):
+  workdir = getattr(values, "workdir", "")
+  if not workdir and not getattr(values, "bundle", ""):
     return None  # The command says what is missing.
-  workdir = storage.run_path(folder, "workdir")
-  if hasattr(values, "config") and not (workdir / "config.json").exists():
-    return None  # A new run needs a file.
-  from empdg_jax.training import run_folder
-
-  return run_folder.read_config(workdir)
+  if hasattr(values, "config"):
+    folder = storage.run_path(workdir, "workdir")
+    if not (folder / "config.json").exists():
+      return None  # A new run needs a file.
+  return commands.stored_config(values)[1]
 
 
 def _parse(name: str, argv: Sequence[str]) -> Any:
@@ -205,7 +208,7 @@ def _parse(name: str, argv: Sequence[str]) -> Any:
   Raises:
     InputError: A flag or the configuration's file is wrong.
   """
-  flags, options = _COMMANDS[name], _options(name)
+  flags, options = _flags(name), _options(name)
   if {"-h", "--help"} & set(argv):
     about = options.__doc__ or ""
     if "run_fields" in flags:
@@ -224,9 +227,9 @@ def _parse(name: str, argv: Sequence[str]) -> Any:
   fields = [arg for arg in given if arg.startswith("--config.")]
   own = [arg for arg in given if arg not in fields]
   values: Any = tyro.cli(options, args=own, **_SETTINGS)
-  for flag in flags:
+  for flag, (kind, *_) in flags.items():
     value = getattr(values, flag)
-    wanted = config_lib.expected(value, _FLAGS[flag][0])
+    wanted = config_lib.expected(value, kind)
     if not wanted and isinstance(value, int) and value < 0:
       wanted = "at least 0"
     if wanted:
@@ -287,8 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
   try:
     if name in _COMMANDS:
-      return _function(name)(_parse(name, rest))
-    if name == "--version":
+      _function(name)(_parse(name, rest))
+    elif name == "--version":
       print(f"empdg-jax {__version__}")
     elif name in ("-h", "--help", "help"):
       _print_overview("--help")
@@ -303,12 +306,11 @@ def main(argv: Sequence[str] | None = None) -> int:
       hint += "" if near else ", ".join(_COMMANDS)
       raise InputError(f"unknown command {name!r}; {hint}")
     return 0
-  except InputError as error:
+  except (InputError, OSError) as error:
     print(f"empdg: {error}", file=sys.stderr)
-    return config_lib.BAD_INPUT
-  except OSError as error:  # A full disk, most likely.
-    print(f"empdg: {error}", file=sys.stderr)
-    return config_lib.FAILED
+    # An OSError is a full disk, most likely.
+    mistake = isinstance(error, InputError)
+    return config_lib.BAD_INPUT if mistake else config_lib.FAILED
   except KeyboardInterrupt:
     return config_lib.INTERRUPTED
 

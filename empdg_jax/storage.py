@@ -34,18 +34,15 @@ def run_path(name: str, flag: str) -> pathlib.Path:
   from etils import epath
 
   path: Any = epath.Path(name)
-  try:
-    path.exists()
-  except ImportError as error:
-    raise InputError(
-      f"--{flag}={name}: needs a package for buckets; pip install "
-      f"'empdg-jax[gcs]' ({error})"
-    ) from error
-  except Exception as error:  # Buckets' clients have no common class.
-    raise InputError(
-      f"--{flag}={name}: cannot read the bucket; do you have its permission? "
-      f"({error})"
-    ) from error
+  advice = "cannot read the bucket; do you have its permission?"
+  with errors(f"--{flag}={name}: {advice}", InputError):
+    try:
+      path.exists()
+    except ImportError as error:
+      raise InputError(
+        f"--{flag}={name}: needs a package for buckets; pip install "
+        f"'empdg-jax[gcs]' ({error})"
+      ) from error
   return path
 
 
@@ -73,6 +70,13 @@ def atomic_path(path: pathlib.Path) -> Generator[pathlib.Path]:
     temporary.replace(path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file atomically and in UTF-8, in a folder that it may create."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with atomic_path(path) as temporary:
+    temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ from empdg_jax import storage
 from empdg_jax.config import InputError
 from empdg_jax.data import vocab
 from empdg_jax.inference.respond import Responder
-from empdg_jax.models import registry
 from empdg_jax.models.encoder_decoder import Inputs
 from empdg_jax.parallel import devices
 
@@ -63,20 +62,15 @@ def attend(responder: Responder, context: Sequence[str]) -> Attended:
   # A response of the full length was cut off before its EOS.
   if len(reply) < system.config.eval.max_decode_steps:
     reply.append("EOS")
-  model = registry.create_model(
-    system.config.model, len(system.vocabulary), len(system.emotions)
-  )
   # Decoding keeps no attention, hence a second pass. It must read the same
   # tokens: a copied word outside the vocabulary was fed back as UNK.
-  ids = [system.vocabulary.ids.get(token, vocab.UNK) for token in reply]
-  outputs: Any = model.apply(
+  known = system.vocabulary.ids
+  reply_ids = [known.get(token, vocab.UNK) for token in reply]
+  read = encoded.context, encoded.state, encoded.emotion_context
+  outputs: Any = system.model.apply(
     {"params": devices.unreplicate(system.params)},
-    Inputs(
-      jnp.array([encoded.context]),
-      jnp.array([encoded.state]),
-      jnp.array([encoded.emotion_context]),
-    ),
-    jnp.array([ids]),
+    Inputs(*(jnp.array([ids]) for ids in read)),
+    jnp.array([reply_ids]),
   )
   weights = np.asarray(outputs.attention[0])
   semantic = ("CLS", *encoded.words)
@@ -84,11 +78,9 @@ def attend(responder: Responder, context: Sequence[str]) -> Attended:
   # Without a column for them, the decoder attends to no emotional words.
   if weights.shape[1] == len(semantic):
     emotional = ()
-  emotions = None
-  if response.emotions is not None:
-    emotions = dict(
-      zip(system.emotions, response.emotions.tolist(), strict=True)
-    )
+  emotions = response.emotions
+  if emotions is not None:
+    emotions = dict(zip(system.emotions, emotions.tolist(), strict=True))
   return Attended(semantic, emotional, tuple(reply), weights, emotions)
 
 
@@ -143,10 +135,7 @@ def _figure(attended: Attended) -> Figure:
   panels[0].set_yticks(range(len(reply)), reply)
   panels[0].set_ylabel("reply")
   figure.colorbar(
-    panels[0].images[0],
-    ax=list(panels[: len(maps)]),
-    label="attention",
-    pad=0.01,
+    panels[0].images[0], ax=panels[: len(maps)], label="attention", pad=0.01
   )
   if emotions is not None:
     _draw_emotions(panels[-1], emotions)

@@ -1,16 +1,14 @@
 """The list of a run's checkpoints that `empdg checkpoints` prints."""
 
 import dataclasses
-import json
 import pathlib
 from collections import defaultdict
 
 from etils import epath
 from rich.console import Console
-from rich.table import Table
 
 from empdg_jax.metrics import shown
-from empdg_jax.training import checkpoint, run_folder
+from empdg_jax.training import checkpoint, run_folder, terminal
 from empdg_jax.training.metric_writer import read_metrics
 
 
@@ -91,17 +89,11 @@ def print_checkpoints(
     console: The console to print on.
   """
   if form == "json":
-    values = [dataclasses.asdict(one) for one in listed]
-    # The console itself would wrap long lines.
-    console.file.write(json.dumps(values, indent=2) + "\n")
+    console.print_json(data=[dataclasses.asdict(one) for one in listed])
     return
-  table = Table(
-    "step", "kind", "phase", "MiB", "perplexity", "emotion accuracy"
-  )
-  for column in (table.columns[0], *table.columns[3:]):
-    column.justify = "right"
-  for one in listed:
-    table.add_row(
+  header = "step", "kind", "phase", "MiB", "perplexity", "emotion accuracy"
+  rows = [
+    (
       f"{one.step:,}",
       one.kind,
       one.phase,
@@ -111,4 +103,6 @@ def print_checkpoints(
         for name in ("perplexity", "emotion_accuracy")
       ),
     )
-  console.print(table)
+    for one in listed
+  ]
+  console.print(terminal.table(header, rows, left=["kind", "phase"]))

@@ -15,6 +15,7 @@ from empdg_jax.analysis import significance
 from empdg_jax.config import InputError
 from empdg_jax.data import text
 from empdg_jax.inference import export_files, predictions
+from empdg_jax.inference.system import create_model
 from empdg_jax.models import registry
 from empdg_jax.training import run_folder, train_state
 from empdg_jax.training.run_folder import Run
@@ -256,6 +257,7 @@ def _row(
 ) -> tuple[Row, dict[str, np.ndarray]]:
   """Returns a system's figures, and its metrics on every replicate."""
   run = group[0].run
+  published = registry.find_system(run.config.model).paper
   vocab_size = len(run.vocabulary)
   values = [metrics.text_metrics(e.lines, vocab_size) for e in group]
   of_runs = [
@@ -269,24 +271,19 @@ def _row(
       continue
     replicates[metric] = np.mean([r[metric] for r in of_runs], axis=0)
     of_metric = [v[metric] for v in values]
-    figure = Figure(
-      float(np.mean(of_metric)),
-      paper=registry.find_system(run.config.model).paper.get(metric),
-    )
+    value, paper = float(np.mean(of_metric)), published.get(metric)
     if len(group) == 1:
-      low, high = significance.interval(figure.value, replicates[metric])
-      figure = dataclasses.replace(figure, low=low, high=high)
+      low, high = significance.interval(value, replicates[metric])
+      figures[metric] = Figure(value, low, high, paper=paper)
     else:
       # A few seeds say more than dialogues do, so they replace the interval.
       deviation = float(np.std(of_metric, ddof=1))
-      figure = dataclasses.replace(figure, deviation=deviation)
-    figures[metric] = figure
-  model = registry.create_model(run.config.model, vocab_size, len(run.emotions))
+      figures[metric] = Figure(value, deviation=deviation, paper=paper)
   row = Row(
     run.config.model.name,
     title,
     tuple(str(e.run.workdir) for e in group),
-    train_state.count_parameters(model),
+    train_state.count_parameters(create_model(run)),
     figures,
   )
   return row, replicates

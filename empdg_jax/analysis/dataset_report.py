@@ -1,8 +1,6 @@
 """The report on a dataset that `empdg prepare` prints."""
 
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 from rich.console import Console
@@ -13,6 +11,7 @@ from empdg_jax.data import vectors
 from empdg_jax.data.pipeline import BatchPlan, EncodedExample, Shape
 from empdg_jax.data.prepare import Dataset
 from empdg_jax.data.vocab import SPECIAL_TOKENS, UNK
+from empdg_jax.training import terminal
 
 
 def padding_waste(
@@ -58,54 +57,47 @@ def padding_waste(
 def _split_table(
   dataset: Dataset, encoded: dict[str, list[EncodedExample]]
 ) -> Table:
-  splits = dataset.corpus.splits
-  table = Table("", *splits, title="Dataset")
-  for column in table.columns[1:]:
-    column.justify = "right"
+  columns = [_split_column(dataset, s, e) for s, e in encoded.items()]
+  rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
+  return terminal.table(("", *encoded), rows, title="Dataset", left=[""])
 
-  def row(name: str, cell: Callable[[str], str]) -> None:
-    table.add_row(name, *map(cell, splits))
 
-  def mean(part: str, split: str) -> str:
-    # Every part has one special token: CLS, LAB or EOS.
-    lengths = [len(getattr(e, part)) - 1 for e in encoded[split]]
-    return f"{np.mean(lengths):.1f}"
-
-  def unknown(split: str) -> str:
-    ids = [i for e in encoded[split] for i in (*e.context[1:], *e.target[:-1])]
-    return f"{ids.count(UNK) / len(ids):.2%}"
-
-  def cut(part: int, split: str) -> str:
-    return f"{sum(e.cut[part] for e in encoded[split]):,}"
-
-  row("conversations", lambda split: f"{dataset.conversations[split]:,}")
-  row("utterances", lambda split: f"{dataset.utterances[split]:,}")
-  row("examples", lambda split: f"{len(dataset.examples[split]):,}")
-  row("context tokens, mean", partial(mean, "context"))
-  row("emotional words, mean", partial(mean, "emotion_context"))
-  row("target tokens, mean", partial(mean, "target"))
-  row("unknown tokens (UNK)", unknown)
-  for part, name in enumerate(("context", "emotional", "target", "feedback")):
-    row(f"{name} tokens cut", partial(cut, part))
-  return table
+def _split_column(
+  dataset: Dataset, split: str, encoded: list[EncodedExample]
+) -> dict[str, str]:
+  """Returns the figures of a split by their names."""
+  lengths = [(e.context, e.emotion_context, e.target) for e in encoded]
+  # Every part has one special token: CLS, LAB or EOS.
+  means = np.mean([[len(part) - 1 for part in parts] for parts in lengths], 0)
+  ids = [i for e in encoded for i in (*e.context[1:], *e.target[:-1])]
+  cut = np.sum([e.cut for e in encoded], 0)
+  return {
+    "conversations": f"{dataset.conversations[split]:,}",
+    "utterances": f"{dataset.utterances[split]:,}",
+    "examples": f"{len(dataset.examples[split]):,}",
+    "context tokens, mean": f"{means[0]:.1f}",
+    "emotional words, mean": f"{means[1]:.1f}",
+    "target tokens, mean": f"{means[2]:.1f}",
+    "unknown tokens (UNK)": f"{ids.count(UNK) / len(ids):.2%}",
+    "context tokens cut": f"{cut[0]:,}",
+    "emotional tokens cut": f"{cut[1]:,}",
+    "target tokens cut": f"{cut[2]:,}",
+    "feedback tokens cut": f"{cut[3]:,}",
+  }
 
 
 def _padding_table(
   waste: dict[Shape, tuple[int, float, float]], batch_size: int
 ) -> Table:
-  table = Table(
-    "context", "emotional", "target", "batches", "context padding",
-    "target padding",
-    title=f"Padded lengths, an epoch in batches of {batch_size}",
-  )  # fmt: skip
-  for column in table.columns:
-    column.justify = "right"
-  *rows, (_, (all_batches, all_context, all_target)) = waste.items()
-  for (*lengths, _), (batches, context, target) in rows:
+  *shapes, (_, (all_batches, all_context, all_target)) = waste.items()
+  rows = [
     # Without the feedback's length, which is the same for all shapes.
-    table.add_row(
-      *map(str, lengths), f"{batches:,}", f"{context:.0%}", f"{target:.0%}"
-    )
+    (*map(str, lengths), f"{batches:,}", f"{context:.0%}", f"{target:.0%}")
+    for (*lengths, _), (batches, context, target) in shapes
+  ]
+  header = "context,emotional,target,batches,context padding,target padding"
+  title = f"Padded lengths, an epoch in batches of {batch_size}"
+  table = terminal.table(header.split(","), rows, title=title)
   table.add_section()
   table.add_row(
     "", "", "all", f"{all_batches:,}", f"{all_context:.1%}", f"{all_target:.1%}"

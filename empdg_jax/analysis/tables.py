@@ -3,19 +3,17 @@
 import csv
 import dataclasses
 import io
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from tabulate import tabulate
 
 from empdg_jax.analysis.compare import Comparison, Figure, Row, Test
 from empdg_jax.metrics import METRICS
 from empdg_jax.models import registry
+from empdg_jax.training import terminal
 
-FORMATS = ("terminal", "markdown", "csv", "json", "latex")
 _TERMINAL_COLUMNS = 4  # Columns of figures in a table.
 _TESTS = "Paired tests: difference (p after Holm's correction)"
 
@@ -24,10 +22,7 @@ def _cell(figure: Figure | None, decimals: int) -> str:
   """Returns `value [low, high] (paper)` or `value ± deviation (paper)`."""
   if figure is None:
     return "-"
-
-  def number(value: float) -> str:
-    return f"{value:.{decimals}f}"
-
+  number = f"{{:.{decimals}f}}".format
   cell = number(figure.value)
   if figure.deviation is not None:
     cell += f" ± {number(figure.deviation)}"
@@ -47,17 +42,13 @@ def _members(rows: Sequence[Row]) -> dict[str, list[Row]]:
     )
   }
   members: dict[str, list[Row]] = {}
-  for title, own in present.items():
-    # Of two tables with the same systems the first is kept; otherwise the
-    # larger one, wherever it stands.
-    covered = any(
-      all(row in other for row in own)
-      for t, other in present.items()
-      if t in members or (t != title and len(other) > len(own))
-    )
-    if not covered:
+  # Larger tables first, since only they can cover others; of two tables with
+  # the same systems the first is kept, as the sort is stable.
+  for title in sorted(present, key=lambda t: -len(present[t])):
+    own = present[title]
+    if not any(all(row in other for row in own) for other in members.values()):
       members[title] = own
-  return members
+  return {title: members[title] for title in present if title in members}
 
 
 def _tables(comparison: Comparison) -> dict[str, list[list[str]]]:
@@ -164,20 +155,21 @@ def _print(comparison: Comparison, console: Console) -> None:
       header, *body = [
         [row[0], *row[first : first + _TERMINAL_COLUMNS]] for row in cells
       ]
-      table = Table(title=title)
-      for name in header:
-        table.add_column(name, justify="right" if name else "left")
-      for row in body:
-        # The interval and the paper's figure go below, to keep columns narrow.
-        table.add_row(
-          *(c.replace(" [", "\n[").replace(" (", "\n(") for c in row)
-        )
-      console.print(table)
+      # The interval and the paper's figure go below, to keep columns narrow.
+      rows = [
+        [cell.replace(" [", "\n[").replace(" (", "\n(") for cell in row]
+        for row in body
+      ]
+      console.print(terminal.table(header, rows, title=title, left=[""]))
   console.print(_caption(comparison), highlight=False)
   for case in comparison.cases:
     console.print()
     for name, said in _said(case):
-      console.print(f"{name}: {said}", markup=False, highlight=False)
+      terminal.say(f"{name}: {said}", console)
+
+
+_WRITERS = {"markdown": _as_markdown, "csv": _as_csv, "latex": _as_latex}
+FORMATS = ("terminal", "json", *_WRITERS)
 
 
 def print_comparison(
@@ -192,12 +184,8 @@ def print_comparison(
   """
   if form == "terminal":
     _print(comparison, console)
-    return
-  written = {
-    "markdown": _as_markdown,
-    "csv": _as_csv,
-    "latex": _as_latex,
-    "json": lambda c: json.dumps(dataclasses.asdict(c), indent=2) + "\n",
-  }[form](comparison)
-  # The console itself would wrap and colour it.
-  console.file.write(written)
+  elif form == "json":
+    console.print_json(data=dataclasses.asdict(comparison))
+  else:
+    # The console itself would wrap and colour it.
+    console.file.write(_WRITERS[form](comparison))

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Column, Table
 
 from empdg_jax import storage
 from empdg_jax.config import Config, InputError
@@ -26,6 +25,7 @@ from empdg_jax.data.pipeline import Batch, EncodedExample, Shape
 from empdg_jax.data.prepare import Dataset
 from empdg_jax.inference.system import System
 from empdg_jax.parallel.devices import replicate, shard, step_flops, unreplicate
+from empdg_jax.training import terminal
 from empdg_jax.training.run_folder import Run
 from empdg_jax.training.train_state import count_parameters
 from empdg_jax.training.trainable import Trainable, assemble
@@ -112,16 +112,13 @@ def _batches_by_shape(
 
   The most frequent shape comes first.
   """
-  plan = pipeline.BatchPlan(encoded, shapes, config.train.batch_size)
+  size = config.train.batch_size
+  plan = pipeline.BatchPlan(encoded, shapes, size)
   epoch = plan.shuffled_epoch(config.train.seed, 0)
   counts = Counter(shape for shape, _ in epoch)
   first = {shape: index for shape, index in reversed(epoch)}
   return [
-    (
-      count,
-      shape,
-      pipeline.collate(encoded, first[shape], shape, config.train.batch_size),
-    )
+    (count, shape, pipeline.collate(encoded, first[shape], shape, size))
     for shape, count in counts.most_common()
   ]
 
@@ -162,12 +159,10 @@ def _adversarial_steps(
     trainable = _assemble(dataset, dataclasses.replace(config, train=train))
     generator, discriminators = trainable.create_states(config.train.seed)
     # Every step donates its state, so that each signal needs its own.
-    states = replicate(
-      {
-        "generator": generator.replace(params=params),
-        "discriminator": discriminators,
-      }
-    )
+    states = {
+      "generator": replicate(generator.replace(params=params)),
+      "discriminator": replicate(discriminators),
+    }
     compiled = trainable.compile_steps()
     for player, other, step in (
       ("discriminator", "generator", compiled.discriminator),
@@ -183,10 +178,9 @@ def _time_decoding(
   dataset: Dataset, config: Config, params: Any, console: Console
 ) -> dict[str, Any]:
   """Times greedy decoding of the valid split."""
-  system = System(
-    Run(pathlib.Path(), config, dataset.vocabulary, dataset.corpus.emotions),
-    params,
-  )
+  labels = dataset.corpus.emotions
+  run = Run(pathlib.Path(), config, dataset.vocabulary, labels)
+  system = System(run, params)
   valid = dataset.encoded("valid")
   console.print("Compiling the decoding step", style="dim")
   # The first pass compiles every shape and is not counted.
@@ -256,11 +250,10 @@ def benchmark(
     }
   devices = jax.local_device_count()
   shapes = []
-  for (count, shape, _), batch, s in zip(
-    by_shape, batches, seconds, strict=True
-  ):
-    compiled = p_mle_step.lower(states["generator"], batch, key).compile()
-    flops = step_flops(compiled)
+  timed = zip(by_shape, batches, seconds, strict=True)
+  for (count, shape, _), batch, s in timed:
+    lowered = p_mle_step.lower(states["generator"], batch, key)
+    flops = step_flops(lowered.compile())
     floor = mle_step_floor(flops, parameters, peak, bandwidth)
     shapes.append(
       {
@@ -307,13 +300,9 @@ def print_benchmark(values: dict[str, Any], console: Console) -> None:
     f"{values['stream_bytes_per_second'] / 1e9:.1f} GB/s",
     highlight=False,
   )
-  names = "context,target,batches,ms,examples/s,GFLOP/s,floor ms,x floor"
-  table = Table(
-    *(Column(name, justify="right") for name in names.split(",")),
-    title=f"MLE step, batches of {values['batch_size']}",
-  )
-  for shape in values["mle_step"]:
-    table.add_row(
+  header = "context,target,batches,ms,examples/s,GFLOP/s,floor ms,x floor"
+  rows = [
+    (
       str(shape["context"]),
       str(shape["target"]),
       f"{shape['batches_per_epoch']:,}",
@@ -323,21 +312,18 @@ def print_benchmark(values: dict[str, Any], console: Console) -> None:
       f"{1e3 * shape['floor_seconds']:.0f}",
       f"{shape['times_floor']:.2f}",
     )
-  console.print(table)
-  if values["adversarial_steps"]:
-    table = Table(
-      "step",
-      Column("ms", justify="right"),
-      Column("x MLE step", justify="right"),
-      title="Adversarial steps on the most frequent shape",
-    )
-    for name, step in values["adversarial_steps"].items():
-      table.add_row(
-        name,
-        f"{1e3 * step['step_seconds']:.0f}",
-        f"{step['times_mle_step']:.2f}",
-      )
-    console.print(table)
+    for shape in values["mle_step"]
+  ]
+  title = f"MLE step, batches of {values['batch_size']}"
+  console.print(terminal.table(header.split(","), rows, title=title))
+  if adversarial := values["adversarial_steps"]:
+    header = "step", "ms", "x MLE step"
+    rows = [
+      (name, f"{1e3 * s['step_seconds']:.0f}", f"{s['times_mle_step']:.2f}")
+      for name, s in adversarial.items()
+    ]
+    title = "Adversarial steps on the most frequent shape"
+    console.print(terminal.table(header, rows, title=title, left=["step"]))
   greedy = values["greedy_decoding"]
   console.print(
     f"An epoch: {values['epoch_seconds'] / 60:.1f} min. Greedy decoding: "
@@ -356,6 +342,4 @@ def write_benchmark(values: dict[str, Any], path: pathlib.Path) -> None:
     InputError: The file cannot be written.
   """
   with storage.errors(f"--output={path}: cannot write", InputError):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with storage.atomic_path(path) as temporary:
-      temporary.write_text(json.dumps(values, indent=2) + "\n")
+    storage.write_text(path, json.dumps(values, indent=2) + "\n")

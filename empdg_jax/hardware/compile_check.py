@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from rich.console import Console
@@ -17,9 +16,9 @@ from rich.progress import track
 
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import corpora, pipeline
-from empdg_jax.data.pipeline import Batch, Shape
+from empdg_jax.data.pipeline import Batch, EncodedExample, Shape
 from empdg_jax.hardware import chips
-from empdg_jax.hardware.compile_report import Fit, Report, Slice, read_report
+from empdg_jax.hardware.compile_report import Fit, Slice, read_report
 from empdg_jax.parallel.devices import check_batches
 from empdg_jax.training import steps
 from empdg_jax.training.trainable import assemble
@@ -72,20 +71,12 @@ def describe_topology(name: str) -> Slice:
 
 def _batch(shape: Shape, devices: int, per_device: int) -> Batch:
   """Returns the shapes of a sharded batch, `[devices, per_device, ...]`."""
-
-  def ids(*lengths: int) -> Any:
-    return jax.ShapeDtypeStruct((devices, per_device, *lengths), jnp.int32)
-
-  return Batch(
-    context=ids(shape.context),
-    state=ids(shape.context),
-    emotion_context=ids(shape.emotion),
-    target=ids(shape.target),
-    feedback=ids(shape.feedback),
-    emotion=ids(),
-    mask=jax.ShapeDtypeStruct((devices, per_device), jnp.float32),
-    position=ids(),
-    index=ids(),
+  blank = EncodedExample([], [], [], [], [], 0, (), (), (0, 0, 0, 0))
+  one = pipeline.collate([blank], np.zeros(1, int), shape, 1)
+  # Shapes and types are those of a real batch, whatever a batch holds.
+  sharded = devices, per_device
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(sharded + x.shape[1:], x.dtype), one
   )
 
 
@@ -122,32 +113,22 @@ def _abstract_steps(
   batch = _batch(longest, len(devices), train_rows)
   eval_arguments = state.params, _batch(longest, len(devices), eval_rows)
   compiled = trainable.compile_steps(devices)
-  found = [_AbstractStep("mle", compiled.mle, (state, batch, key))]
-  if discriminators is not None:
-    found += [
-      _AbstractStep(
-        "discriminator",
-        compiled.discriminator,
-        (discriminators, state.params, batch, key),
-      ),
-      _AbstractStep(
-        "adversarial generator",
-        compiled.adversarial,
-        (state, discriminators.params, batch, key),
-      ),
-    ]
   p_eval_step = steps.compile_eval_step(model, devices)
   p_predict_step = steps.compile_predict_step(model, config.eval, devices)
-  return [
-    *found,
-    _AbstractStep("eval", p_eval_step, eval_arguments),
-    _AbstractStep("predict", p_predict_step, eval_arguments),
-  ]
+  found: dict[str, Any] = {"mle": (compiled.mle, (state, batch, key))}
+  if discriminators is not None:
+    arguments = discriminators, state.params, batch, key
+    found["discriminator"] = compiled.discriminator, arguments
+    arguments = state, discriminators.params, batch, key
+    found["adversarial generator"] = compiled.adversarial, arguments
+  found["eval"] = p_eval_step, eval_arguments
+  found["predict"] = p_predict_step, eval_arguments
+  return [_AbstractStep(name, *step) for name, step in found.items()]
 
 
 def check(
   config: Config, vocab_size: int, slice_: Slice, console: Console
-) -> tuple[list[Report], list[str]]:
+) -> tuple[list[dict[str, Any]], list[str]]:
   """Compiles every step of a system for a slice, on its longest lengths.
 
   Args:
@@ -172,13 +153,11 @@ def check(
     console=console,
     transient=True,
   )
-  reports, too_large = [], []
-  for step, report in zip(checked, found, strict=True):
-    if report is not None:
-      reports.append(report)
-    if report is None or report.memory_share > 1.0:
-      too_large.append(step.name)
-  return reports, too_large
+  reports = {s.name: r for s, r in zip(checked, found, strict=True)}
+  too_large = [
+    name for name, r in reports.items() if not r or r["memory_share"] > 1.0
+  ]
+  return [report for report in reports.values() if report], too_large
 
 
 def find_batch(
@@ -200,17 +179,12 @@ def find_batch(
   """
 
   def share(rows: int) -> float:
-    tried = [
-      step
-      for step in _abstract_steps(
-        config, vocab_size, slice_.devices, rows, rows
-      )
-      if step.name not in _WITHOUT_UPDATE
-    ]
+    every = _abstract_steps(config, vocab_size, slice_.devices, rows, rows)
+    tried = [step for step in every if step.name not in _WITHOUT_UPDATE]
     start = time.perf_counter()
     with console.status(f"Compiling for {rows:,} examples a device"):
       reports = list(_compile_all(tried, slice_))
-    most = max(math.inf if r is None else r.memory_share for r in reports)
+    most = max(r["memory_share"] if r else math.inf for r in reports)
     needs = f"{most:.0%} of the memory" if most < math.inf else "too many"
     console.print(
       f"{rows:,} examples a device: {needs} ({time.perf_counter() - start:.0f} "
@@ -272,7 +246,7 @@ def largest_that_fits(share: Callable[[int], float], start: int) -> Fit:
 
 def _compile_all(
   abstract_steps: Sequence[_AbstractStep], slice_: Slice
-) -> Iterator[Report | None]:
+) -> Iterator[dict[str, Any] | None]:
   """Yields each step's report, None if the compiler says that it does not fit.
 
   Steps compile side by side: the compiler releases Python's lock.
@@ -281,7 +255,7 @@ def _compile_all(
     yield from pool.map(lambda step: _report(step, slice_), abstract_steps)
 
 
-def _report(step: _AbstractStep, slice_: Slice) -> Report | None:
+def _report(step: _AbstractStep, slice_: Slice) -> dict[str, Any] | None:
   start = time.perf_counter()
   # The compiler keeps a little of the chip's memory for itself, so it refuses
   # what hardly fits as well.

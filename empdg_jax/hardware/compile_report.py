@@ -1,7 +1,5 @@
 """The TPU compiler's reports on compiled steps."""
 
-import dataclasses
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -9,11 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from empdg_jax.hardware.chips import Chip
-
-FORMATS = ("terminal", "json")
+from empdg_jax.training import terminal
 
 
 class Slice(NamedTuple):
@@ -28,47 +25,6 @@ class Slice(NamedTuple):
   name: str
   chip: Chip
   devices: tuple[jax.Device, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """The compiler's report on one step; all figures are for one chip.
-
-  Attributes:
-    step: The step's name.
-    arguments: Memory for parameters, state and batch, bytes.
-    outputs: Memory for results that are not updated in place, bytes.
-    temporaries: Memory for intermediate values, bytes.
-    code: Memory for the program, bytes.
-    memory: The sum of these.
-    memory_share: The sum's share of the chip's memory.
-    flops: Floating-point operations; a loop's body counts once.
-    bytes_accessed: Memory traffic, bytes.
-    all_reduces: The number of all-reduce operations.
-    bytes_reduced: The bytes that they sum over the chips.
-    all_gathers: The number of all-gather operations.
-    compute_seconds: Time for the operations at the published peak rate.
-    memory_seconds: Time for the traffic at the published bandwidth.
-    all_reduce_seconds: Time for the sums; see `all_reduce_seconds`.
-    compile_seconds: Time to compile, on this machine.
-  """
-
-  step: str
-  arguments: int
-  outputs: int
-  temporaries: int
-  code: int
-  memory: int
-  memory_share: float
-  flops: float
-  bytes_accessed: float
-  all_reduces: int
-  bytes_reduced: int
-  all_gathers: int
-  compute_seconds: float
-  memory_seconds: float
-  all_reduce_seconds: float
-  compile_seconds: float
 
 
 # An array's type in a program: `f32[2,3]`, or `pred[8]`, a byte an element.
@@ -116,7 +72,7 @@ def all_reduce_seconds(size: float, chips: int, interconnect: float) -> float:
 
 def read_report(
   step: str, compiled: Any, slice_: Slice, seconds: float
-) -> Report:
+) -> dict[str, Any]:
   """Reads the compiler's analyses of a step.
 
   Args:
@@ -124,39 +80,56 @@ def read_report(
     compiled: The compiled step.
     slice_: The slice that it is compiled for.
     seconds: The time that compiling took.
+
+  Returns:
+    A JSON value, whose figures are for one chip:
+
+    step: The step's name.
+    arguments: Memory for parameters, state and batch, bytes.
+    outputs: Memory for results that are not updated in place, bytes.
+    temporaries: Memory for intermediate values, bytes.
+    code: Memory for the program, bytes.
+    memory: The sum of these.
+    memory_share: The sum's share of the chip's memory.
+    flops: Floating-point operations; a loop's body counts once.
+    bytes_accessed: Memory traffic, bytes.
+    all_reduces: The number of all-reduce operations.
+    bytes_reduced: The bytes that they sum over the chips.
+    all_gathers: The number of all-gather operations.
+    compute_seconds: Time for the operations at the published peak rate.
+    memory_seconds: Time for the traffic at the published bandwidth.
+    all_reduce_seconds: Time for the sums; see `all_reduce_seconds`.
+    compile_seconds: Time to compile, on this machine.
   """
-  chip = slice_.chip
+  chip, text = slice_.chip, compiled.as_text()
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-  text = compiled.as_text()
-  # Donated arguments hold the results that replace them.
-  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  total = (
-    memory.argument_size_in_bytes
-    + outputs
-    + memory.temp_size_in_bytes
-    + memory.generated_code_size_in_bytes
-  )
+  parts = {
+    "arguments": memory.argument_size_in_bytes,
+    # Donated arguments hold the results that replace them.
+    "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    "temporaries": memory.temp_size_in_bytes,
+    "code": memory.generated_code_size_in_bytes,
+  }
+  total = sum(parts.values())
+  flops, traffic = float(cost["flops"]), float(cost["bytes accessed"])
   reduced = collective_bytes(text, "all-reduce")
-  return Report(
-    step=step,
-    arguments=memory.argument_size_in_bytes,
-    outputs=outputs,
-    temporaries=memory.temp_size_in_bytes,
-    code=memory.generated_code_size_in_bytes,
-    memory=total,
-    memory_share=total / chip.memory,
-    flops=float(cost["flops"]),
-    bytes_accessed=float(cost["bytes accessed"]),
-    all_reduces=len(reduced),
-    bytes_reduced=sum(reduced),
-    all_gathers=len(collective_bytes(text, "all-gather")),
-    compute_seconds=float(cost["flops"]) / chip.flops,
-    memory_seconds=float(cost["bytes accessed"]) / chip.bandwidth,
-    all_reduce_seconds=all_reduce_seconds(
+  return {
+    "step": step,
+    **parts,
+    "memory": total,
+    "memory_share": total / chip.memory,
+    "flops": flops,
+    "bytes_accessed": traffic,
+    "all_reduces": len(reduced),
+    "bytes_reduced": sum(reduced),
+    "all_gathers": len(collective_bytes(text, "all-gather")),
+    "compute_seconds": flops / chip.flops,
+    "memory_seconds": traffic / chip.bandwidth,
+    "all_reduce_seconds": all_reduce_seconds(
       sum(reduced), len(slice_.devices), chip.interconnect
     ),
-    compile_seconds=seconds,
-  )
+    "compile_seconds": seconds,
+  }
 
 
 class Fit(NamedTuple):
@@ -176,17 +149,17 @@ def print_fit(fit: Fit, slice_: Slice, form: str, console: Console) -> None:
   batch_size = fit.rows * len(slice_.devices)
   if form == "json":
     values = {**fit._asdict(), "batch_size": batch_size}
-    _print_json({"topology": slice_.name, **values}, console)
+    console.print_json(data={"topology": slice_.name, **values})
     return
-  console.print(
+  terminal.say(
     f"The largest batch that fits: {fit.rows:,} examples a device "
     f"({fit.too_many:,} do not), --config.train.batch_size={batch_size}",
-    soft_wrap=True, highlight=False,
-  )  # fmt: skip
+    console,
+  )
 
 
 def print_reports(
-  reports: Sequence[Report],
+  reports: Sequence[dict[str, Any]],
   too_large: Sequence[str],
   topology: str,
   form: str,
@@ -195,56 +168,57 @@ def print_reports(
   """Prints the compiler's reports.
 
   Args:
-    reports: A report for each step that compiled.
+    reports: The result of `read_report` for each step that compiled.
     too_large: Names of the steps that do not fit.
     topology: The slice's name.
-    form: The format, one of `FORMATS`.
+    form: The format, `"terminal"` or `"json"`.
     console: The terminal.
   """
   if form == "json":
-    values = {
-      "topology": topology,
-      "steps": [dataclasses.asdict(report) for report in reports],
-      "too_large": list(too_large),
-    }
-    _print_json(values, console)
-    return
-  names = "arguments", "outputs", "temporary", "code", "share", "compiled s"
-  memory = Table(
-    "step",
-    *(Column(name, justify="right") for name in names),
-    title=f"{topology}: memory of a chip, MiB",
-  )
-  names = "GFLOP", "ms", "memory GB", "ms", "all-reduced MB", "ms"
-  work = Table(
-    "step",
-    *(Column(name, justify="right") for name in names),
+    console.print_json(
+      data={"topology": topology, "steps": reports, "too_large": too_large}
+    )
+  elif reports:
+    console.print(_memory_table(reports, topology))
+    console.print(_work_table(reports, topology))
+
+
+def _memory_table(reports: Sequence[dict[str, Any]], topology: str) -> Table:
+  header = "arguments", "outputs", "temporary", "code", "share", "compiled s"
+  rows = [
+    (
+      report["step"],
+      f"{report['arguments'] / 2**20:,.0f}",
+      f"{report['outputs'] / 2**20:,.1f}",
+      f"{report['temporaries'] / 2**20:,.0f}",
+      f"{report['code'] / 2**20:,.0f}",
+      f"{report['memory_share']:.1%}",
+      f"{report['compile_seconds']:.0f}",
+    )
+    for report in reports
+  ]
+  title = f"{topology}: memory of a chip, MiB"
+  return terminal.table(("step", *header), rows, title=title, left=["step"])
+
+
+def _work_table(reports: Sequence[dict[str, Any]], topology: str) -> Table:
+  header = "GFLOP", "ms", "memory GB", "ms", "all-reduced MB", "ms"
+  rows = [
+    (
+      report["step"],
+      f"{report['flops'] / 1e9:,.1f}",
+      f"{1e3 * report['compute_seconds']:,.2f}",
+      f"{report['bytes_accessed'] / 1e9:,.2f}",
+      f"{1e3 * report['memory_seconds']:,.1f}",
+      f"{report['bytes_reduced'] / 1e6:,.1f} in {report['all_reduces']}",
+      f"{1e3 * report['all_reduce_seconds']:,.2f}",
+    )
+    for report in reports
+  ]
+  return terminal.table(
+    ("step", *header),
+    rows,
     title=f"{topology}: work of a chip, and its least time at published rates",
     caption="The body of a loop, as in sampling and decoding, is counted once.",
+    left=["step"],
   )
-  for r in reports:
-    memory.add_row(
-      r.step,
-      f"{r.arguments / 2**20:,.0f}",
-      f"{r.outputs / 2**20:,.1f}",
-      f"{r.temporaries / 2**20:,.0f}",
-      f"{r.code / 2**20:,.0f}",
-      f"{r.memory_share:.1%}",
-      f"{r.compile_seconds:.0f}",
-    )
-    work.add_row(
-      r.step,
-      f"{r.flops / 1e9:,.1f}",
-      f"{1e3 * r.compute_seconds:,.2f}",
-      f"{r.bytes_accessed / 1e9:,.2f}",
-      f"{1e3 * r.memory_seconds:,.1f}",
-      f"{r.bytes_reduced / 1e6:,.1f} in {r.all_reduces}",
-      f"{1e3 * r.all_reduce_seconds:,.2f}",
-    )
-  if reports:
-    console.print(memory, work)
-
-
-def _print_json(values: dict[str, Any], console: Console) -> None:
-  # Past the console, which would wrap lines at the terminal's width.
-  console.file.write(json.dumps(values, indent=2) + "\n")

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, TextColumn
 
 from empdg_jax import metrics
 from empdg_jax.config import Config
@@ -14,6 +13,7 @@ from empdg_jax.data.pipeline import EncodedExample
 from empdg_jax.inference import predictions
 from empdg_jax.inference.system import Response, System
 from empdg_jax.parallel import hosts
+from empdg_jax.training import terminal
 
 
 def evaluate_split(
@@ -38,31 +38,25 @@ def evaluate_split(
     if hosts.is_main_process():
       predictions.check_writable(folder)
     dataset = prepare.load_dataset(
-      system.config.data,
-      system.vocabulary,
-      system.lexicon,
-      system.emotions,
+      system.config.data, system.vocabulary, system.lexicon, system.emotions
     )
   hosts.check_same(dataset.digest, "data")
   encoded = dataset.encoded(split)
   scores, responses = _run_steps(system, encoded, console)
   # In the split's order: batches come by shape.
-  lines = []
-  for index, example in enumerate(dataset.examples[split]):
-    nll, tokens = scores[index]
-    lines.append(
-      {
-        "id": example.id,
-        "emotion": system.emotions[example.emotion],
-        "predicted_emotion": responses[index].emotion,
-        "context": [" ".join(turn.tokens) for turn in example.context],
-        "emotion_words": list(encoded[index].emotion_words),
-        "reference": " ".join(example.target.tokens),
-        "response": " ".join(responses[index].tokens),
-        "nll": nll,
-        "tokens": tokens,
-      }
-    )
+  lines = [
+    {
+      "id": example.id,
+      "emotion": system.emotions[example.emotion],
+      "predicted_emotion": responses[index].emotion,
+      "context": [" ".join(turn.tokens) for turn in example.context],
+      "emotion_words": list(encoded[index].emotion_words),
+      "reference": " ".join(example.target.tokens),
+      "response": " ".join(responses[index].tokens),
+      **scores[index],
+    }
+    for index, example in enumerate(dataset.examples[split])
+  ]
   values = {
     "model": system.config.model.name,
     "split": split,
@@ -77,24 +71,18 @@ def evaluate_split(
 
 def _run_steps(
   system: System, encoded: Sequence[EncodedExample], console: Console
-) -> tuple[dict[int, tuple[float, int]], dict[int, Response]]:
+) -> tuple[dict[int, dict[str, float]], dict[int, Response]]:
   """Scores examples and generates responses, with a progress bar.
 
   Returns:
-    By the examples' indices: the summed token loss and the token count; the
-    response.
+    By the examples' indices: the summed token loss `nll` and the number of
+    `tokens`; the response.
   """
   scores, responses = {}, {}
-  with Progress(
-    *Progress.get_default_columns(),
-    TextColumn("{task.fields[rate]}"),
-    console=console,
-    transient=True,
-    disable=not console.is_terminal,
-  ) as bar:
+  with terminal.progress_bar(console, transient=True) as bar:
     task = bar.add_task("Scoring", total=len(encoded), rate="")
     for index, nll, tokens in system.score(encoded):
-      scores[index] = nll, tokens
+      scores[index] = {"nll": nll, "tokens": tokens}
       bar.advance(task)
     task = bar.add_task("Responding", total=len(encoded), rate="")
     batch_size = system.config.eval.batch_size

@@ -27,11 +27,10 @@ from empdg_jax.inference import evaluate, export_files, model_card
 from empdg_jax.inference.respond import Responder
 from empdg_jax.inference.system import create_model, load_system, params_like
 from empdg_jax.models.encoder_decoder import EncoderDecoder
-from empdg_jax.training import checkpoint, run_folder, steps
+from empdg_jax.training import checkpoint, run_folder, steps, terminal
 from empdg_jax.training.checkpoint import Checkpoints
 from empdg_jax.training.run_folder import Run
 
-DTYPES = ("float32", "bfloat16")
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -111,10 +110,7 @@ def lower_respond_step(run: Run, params: dict[str, np.ndarray]) -> bytes:
     # Always greedy: beam search stays with the package.
     config=dataclasses.replace(run.config.eval, beam_size=1),
   )
-  shapes = {
-    name: jax.ShapeDtypeStruct(array.shape, array.dtype)
-    for name, array in params.items()
-  }
+  shapes = jax.eval_shape(lambda arrays: arrays, params)
   exported = jax_export.export(jax.jit(step), platforms=_PLATFORMS)(
     shapes, context, context, emotional
   )
@@ -136,7 +132,7 @@ def export(
     out: The folder to write; it must not exist.
     which: The checkpoint; see `Checkpoints.select`.
     average: If not 0, the number of latest checkpoints to average.
-    dtype: The type of the parameters, one of `DTYPES`.
+    dtype: The type of the parameters, `float32` or `bfloat16`.
     console: The terminal.
 
   Raises:
@@ -161,18 +157,17 @@ def export(
   files = _gather_files(run, about, params, metrics)
   _write(out, files)
   if not metrics:
-    console.print(
+    terminal.say(
       "No evaluation of these parameters goes with it; to make one of the "
       f"export: empdg evaluate --bundle={out}",
-      soft_wrap=True,
-      highlight=False,
+      console,
     )
   size = sum(map(len, files.values())) / 2**20
-  console.print(
+  terminal.say(
     f"Exported {model_card.checkpoint_text(about)} to {out}: {len(files)} "
     f"files, {size:.1f} MiB. Next: empdg chat --bundle={out}",
-    soft_wrap=True, highlight=False,
-  )  # fmt: skip
+    console,
+  )
 
 
 def _about(
@@ -210,24 +205,20 @@ def _gather_files(
     metrics: The metrics of these parameters by split; empty if there are none.
   """
   lexicon = lexicon_lib.load_lexicon(run.config.data.lexicon)
+  emotional = prepare.emotional_table(run.vocabulary, lexicon)
+  hashes = lexicon_lib.hashes_of(lexicon)
+  version = {"format_version": str(export_files.FORMAT_VERSION)}
+  card = model_card.write_card(run, lexicon, about, params, metrics)
   files = {
     export_files.ABOUT: _json_bytes(about),
     export_files.CONFIG: config_lib.to_json(run.config).encode(),
     export_files.VOCABULARY: run.vocabulary.to_text().encode(),
     export_files.EMOTION_NAMES: corpora.to_text(run.emotions).encode(),
-    export_files.EMOTIONAL: export_files.bytes_of(
-      prepare.emotional_table(run.vocabulary, lexicon)
-    ),
-    export_files.LEXICON_HASHES: export_files.bytes_of(
-      lexicon_lib.hashes_of(lexicon)
-    ),
-    export_files.PARAMS: safetensors.numpy.save(
-      params, metadata={"format_version": str(export_files.FORMAT_VERSION)}
-    ),
+    export_files.EMOTIONAL: export_files.bytes_of(emotional),
+    export_files.LEXICON_HASHES: export_files.bytes_of(hashes),
+    export_files.PARAMS: safetensors.numpy.save(params, metadata=version),
     export_files.RESPOND: lower_respond_step(run, params),
-    export_files.CARD: model_card.write_card(
-      run, lexicon, about, params, metrics
-    ).encode(),
+    export_files.CARD: card.encode(),
   }
   if metrics:
     files[export_files.METRICS] = _json_bytes(metrics)

@@ -3,13 +3,12 @@
 An export is one folder from which a system is evaluated and chatted with.
 """
 
-import dataclasses
 import hashlib
 import io
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,20 +46,19 @@ REQUIRED = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Export:
+class Export(NamedTuple):
   """The content of an export.
 
   Attributes:
     run: The run that it comes from.
-    lexicon: The run's lexicon.
     params: The generator's parameters as NumPy float32, nested as the model's.
+    lexicon: The run's lexicon.
     step: The number of updates before the checkpoint; None for an average.
   """
 
   run: Run
-  lexicon: HashedWords
   params: Any
+  lexicon: HashedWords
   step: int | None
 
 
@@ -113,18 +111,19 @@ class _Checked:
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
       digest, two_spaces, name = line.partition("  ")
       if not two_spaces or len(digest) != 64 or not name.isprintable():
-        raise InputError(
-          f"--bundle={folder}: {SUMS} is damaged in line {number}; export again"
-        )
+        raise self._error(f"{SUMS} is damaged in line {number}; export again")
       self.digests[name] = digest
     # Before anything else, since a newer format may have other files and other
     # fields, and what it needs is an update, not a new export.
     version = json.loads(self.read(ABOUT))["format_version"]
     if version > FORMAT_VERSION:
-      raise InputError(
-        f"--bundle={folder}: {ABOUT} has format version {version}; this "
-        f"package reads up to {FORMAT_VERSION}: update empdg-jax"
+      raise self._error(
+        f"{ABOUT} has format version {version}; this package reads up to "
+        f"{FORMAT_VERSION}: update empdg-jax"
       )
+
+  def _error(self, message: str) -> InputError:
+    return InputError(f"--bundle={self._folder}: {message}")
 
   def read(self, name: str) -> bytes:
     """Returns a file's bytes.
@@ -133,29 +132,25 @@ class _Checked:
       InputError: It is not listed, cannot be read or is damaged.
     """
     if name not in self.digests:
-      raise InputError(
-        f"--bundle={self._folder}: {SUMS} does not list {name}; export again"
-      )
+      raise self._error(f"{SUMS} does not list {name}; export again")
     data = read_file(self._folder, name)
     if hashlib.sha256(data).hexdigest() != self.digests[name]:
-      raise InputError(
-        f"--bundle={self._folder}: {name} is not what was exported (its "
-        f"SHA-256 differs from {SUMS}); copy or export it again"
+      raise self._error(
+        f"{name} is not what was exported (its SHA-256 differs from {SUMS}); "
+        "copy or export it again"
       )
     return data
 
   def read_all(self) -> dict[str, bytes]:
     """Returns every file of the export; see `read`."""
     if unknown := set(self.digests) - {*REQUIRED, METRICS}:
-      raise InputError(
-        f"--bundle={self._folder}: {SUMS} lists {min(unknown)!r}, which is no "
-        "file of an export; export again"
+      raise self._error(
+        f"{SUMS} lists {min(unknown)!r}, which is no file of an export; export "
+        "again"
       )
     # Required files first and by name, so that a missing one is the one named.
-    return {
-      name: self.read(name)
-      for name in dict.fromkeys((*REQUIRED, *self.digests))
-    }
+    names = dict.fromkeys((*REQUIRED, *self.digests))
+    return {name: self.read(name) for name in names}
 
   def config(self) -> Config:
     """Returns the configuration of the export's run."""
@@ -171,9 +166,9 @@ class _Checked:
     # training machine, or one whose labels have changed since.
     emotions = tuple(self.read(EMOTION_NAMES).decode().split())
     if emotions != corpora.find_corpus(config.data, emotions).emotions:
-      raise InputError(
-        f"--bundle={self._folder}: {EMOTION_NAMES} names other emotions than "
-        f"the 32 of {corpora.EMPATHETIC_DIALOGUES}"
+      raise self._error(
+        f"{EMOTION_NAMES} names other emotions than the 32 of "
+        f"{corpora.EMPATHETIC_DIALOGUES}"
       )
     return Run(self._folder, config, vocabulary, emotions)
 
@@ -197,19 +192,14 @@ def read_export(folder: pathlib.Path) -> Export:
   """
   checked = _Checked(folder)
   files = checked.read_all()
-  return Export(
-    checked.run(),
-    HashedWords(array_of(files[LEXICON_HASHES])),
-    nested(
-      {
-        name: np.frombuffer(entry["data"], _TYPES[entry["dtype"]])
-        .reshape(entry["shape"])
-        .astype(np.float32)
-        for name, entry in safetensors.deserialize(files[PARAMS])
-      }
-    ),
-    json.loads(files[ABOUT])["step"],
-  )
+  # Pickles, which can run any code, are refused by default.
+  hashes = np.load(io.BytesIO(files[LEXICON_HASHES]))
+  params = {}
+  for name, entry in safetensors.deserialize(files[PARAMS]):
+    flat = np.frombuffer(entry["data"], _TYPES[entry["dtype"]])
+    params[name] = flat.reshape(entry["shape"]).astype(np.float32)
+  step = json.loads(files[ABOUT])["step"]
+  return Export(checked.run(), nested(params), HashedWords(hashes), step)
 
 
 def bytes_of(array: np.ndarray) -> bytes:
@@ -217,11 +207,6 @@ def bytes_of(array: np.ndarray) -> bytes:
   buffer = io.BytesIO()
   np.save(buffer, array, allow_pickle=False)
   return buffer.getvalue()
-
-
-def array_of(data: bytes) -> np.ndarray:
-  """Returns the array of a `.npy` file; refuses pickles."""
-  return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 def named(params: Any) -> dict[str, Any]:

@@ -6,22 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from empdg_jax import metrics, storage
 from empdg_jax.config import InputError, SaveError
 from empdg_jax.data import text, vocab
+from empdg_jax.training import terminal
 
 
 def print_metrics(values: dict[str, Any], console: Console) -> None:
   """Prints the content of a `metrics.json` as a table."""
-  table = Table(title=f"{values['model']} on {values['split']}")
-  table.add_column("metric")
-  table.add_column("value", justify="right")
-  for name, value in values.items():
-    if name not in ("model", "split", "source"):
-      table.add_row(name, metrics.shown(name, value))
-  console.print(table)
+  rows = [
+    (name, metrics.shown(name, value))
+    for name, value in values.items()
+    if name not in ("model", "split", "source")
+  ]
+  title = f"{values['model']} on {values['split']}"
+  header = "metric", "value"
+  console.print(terminal.table(header, rows, title=title, left=["metric"]))
 
 
 def of_other_emotions(lines: Sequence[dict[str, Any]], count: int) -> list[int]:
@@ -45,9 +46,8 @@ def print_samples(path: pathlib.Path, count: int, console: Console) -> None:
       f"[bold]{line['emotion']}[/bold]"
       + (f" (perceived {perceived})" if perceived else "")
     )
-    # Words in brackets are no markup.
-    console.print(f"  user:  {user}", markup=False, highlight=False)
-    console.print(f"  reply: {reply}", markup=False, highlight=False)
+    terminal.say(f"  user:  {user}", console)
+    terminal.say(f"  reply: {reply}", console)
 
 
 def vocab_size_of(path: pathlib.Path, lines: Sequence[dict[str, Any]]) -> int:
@@ -97,13 +97,13 @@ def write_evaluation(
     SaveError: A file could not be written.
   """
   with storage.errors(f"{folder}: cannot write", SaveError):
-    with storage.atomic_path(folder / "predictions.jsonl") as path:
-      path.write_text(
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
-        encoding="utf-8",
-      )
-    with storage.atomic_path(folder / "metrics.json") as path:
-      path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    storage.write_text(
+      folder / "predictions.jsonl",
+      "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+    )
+    storage.write_text(
+      folder / "metrics.json", json.dumps(values, indent=2) + "\n"
+    )
 
 
 _PREDICTION_TYPES = {

@@ -14,6 +14,7 @@ from empdg_jax.data import pipeline, text
 from empdg_jax.data.examples import Utterance, annotate
 from empdg_jax.data.pipeline import EncodedExample
 from empdg_jax.inference.system import Response, System
+from empdg_jax.training import terminal
 
 # A longer context is taken for a mistake, such as a whole file in one line.
 # Shorter ones keep the latest tokens that fit the longest shape.
@@ -143,27 +144,29 @@ def generate(
   numbered = ((n, s) for n, s in enumerate(lines, start=1) if s.strip())
   # Batch by batch, so that a pipe gets responses while its input still comes.
   while group := list(itertools.islice(numbered, batch_size)):
-    parsed: list[tuple[list[str], EncodedExample] | InputError] = []
+    found: list[dict[str, Any]] = []
+    encoded: list[EncodedExample] = []
     for number, line in group:
       try:
         context = _parse_line(line)
-        parsed.append((context, responder.encode(context)))
+        encoded.append(responder.encode(context))
+        found.append({"context": context})
       except InputError as error:
-        parsed.append(InputError(f"line {number}: {error}"))
-    good = [item[1] for item in parsed if not isinstance(item, InputError)]
-    responses = iter(responder.respond_encoded(good))
-    for item in parsed:
-      if isinstance(item, InputError):
-        yield {"error": str(item)}
-        continue
-      response = next(responses)
-      values: dict[str, Any] = {"context": item[0], "response": response.text}
-      if response.emotions is not None:
-        values["emotion"] = response.emotion
-        values["emotion_probability"] = round(float(response.emotions.max()), 4)
-      if response.cut:
-        values["context_tokens_cut"] = response.cut
-      yield values
+        found.append({"error": f"line {number}: {error}"})
+    responses = iter(responder.respond_encoded(encoded))
+    for values in found:
+      yield values if "error" in values else values | _fields(next(responses))
+
+
+def _fields(response: Response) -> dict[str, Any]:
+  """Returns the fields of a response in the output of `generate`."""
+  values: dict[str, Any] = {"response": response.text}
+  if response.emotions is not None:
+    values["emotion"] = response.emotion
+    values["emotion_probability"] = round(float(response.emotions.max()), 4)
+  if response.cut:
+    values["context_tokens_cut"] = response.cut
+  return values
 
 
 def chat(responder: Responder, console: Console, lines: TextIO) -> None:
@@ -190,7 +193,7 @@ def chat(responder: Responder, console: Console, lines: TextIO) -> None:
     try:
       response = responder.respond([*turns, said])
     except InputError as error:
-      console.print(f"({error})", markup=False, highlight=False)
+      terminal.say(f"({error})", console)
       continue
     turns += [said, response.text]
     if response.emotions is not None:
@@ -200,4 +203,4 @@ def chat(responder: Responder, console: Console, lines: TextIO) -> None:
         f"{labels[e]} {response.emotions[e]:.0%}" for e in likeliest
       )
       console.print(f"[dim]perceived: {felt}[/dim]", highlight=False)
-    console.print(f"empdg> {response.text}", markup=False, highlight=False)
+    terminal.say(f"empdg> {response.text}", console)

@@ -128,10 +128,10 @@ class System:
     self.shapes = pipeline.padded_shapes(config.data)
     self.eval_shapes = pipeline.coarse_shapes(self.shapes)
     self.params = devices.replicate(params)
-    model = create_model(run)
-    self.parameters = count_parameters(model)
-    self.p_eval_step = steps.compile_eval_step(model)
-    self.p_predict_step = steps.compile_predict_step(model, config.eval)
+    self.model = create_model(run)
+    self.parameters = count_parameters(self.model)
+    self.p_eval_step = steps.compile_eval_step(self.model)
+    self.p_predict_step = steps.compile_predict_step(self.model, config.eval)
 
   def respond(
     self, encoded: Sequence[EncodedExample], batch_size: int
@@ -225,9 +225,7 @@ def load_system(
   if run_folder.is_export(folder):
     with hosts.refusing_together():
       exported = export_files.read_export(folder)
-    return System(
-      exported.run, exported.params, exported.lexicon, exported.step, config
-    )
+    return System(*exported, config)
   with hosts.refusing_together():
     run = run_folder.open_run(folder)
     checkpoints = checkpoint.Checkpoints(folder)

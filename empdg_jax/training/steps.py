@@ -362,7 +362,7 @@ def predict_step(
     config: Greedy or beam search, and its limits.
   """
   variables = {"params": params}
-  rows, beams = len(batch.context), config.beam_size
+  rows, beams = batch.context.shape[0], config.beam_size
   steps = config.max_decode_steps
   encoded: Any = model.apply(variables, _inputs(batch), None, method="encode")
   # As a tree, so that the None of a system without emotions stays None.

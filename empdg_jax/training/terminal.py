@@ -1,12 +1,13 @@
-"""The terminal during a long run: signals, whole lines and a progress bar."""
+"""The terminal: signals, whole lines, tables and a progress bar."""
 
 import contextlib
 import signal
 import types
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Sequence
 
 import rich.console
 import rich.progress
+import rich.table
 
 
 class Interrupt:
@@ -42,13 +43,40 @@ def catch_interrupts(*numbers: signal.Signals) -> Generator[Interrupt]:
 
 def say(line: str, console: rich.console.Console | None = None) -> None:
   """Prints a line in one piece and as it is, whatever the terminal's width."""
-  # Programs look for lines; paths may hold what looks like markup.
+  # Programs look for lines; paths may hold what looks like markup or an emoji.
   (console or rich.console.Console()).print(
-    line, soft_wrap=True, highlight=False, markup=False
+    line, soft_wrap=True, highlight=False, markup=False, emoji=False
   )
 
 
-def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
+def table(
+  header: Sequence[str],
+  rows: Iterable[Iterable[str]],
+  *,
+  title: str | None = None,
+  caption: str | None = None,
+  left: Sequence[str] = (),
+) -> rich.table.Table:
+  """Returns a table of figures, which are aligned on the right.
+
+  Args:
+    header: The names of the columns.
+    rows: The cells, row by row.
+    title: The text above the table.
+    caption: The text below the table.
+    left: The names of the columns of text, which are aligned on the left.
+  """
+  made = rich.table.Table(title=title, caption=caption)
+  for name in header:
+    made.add_column(name, justify="left" if name in left else "right")
+  for row in rows:
+    made.add_row(*row)
+  return made
+
+
+def progress_bar(
+  console: rich.console.Console, *, transient: bool = False
+) -> rich.progress.Progress:
   """Returns a bar with rate and remaining time, shown on terminals only."""
   return rich.progress.Progress(
     rich.progress.TextColumn("{task.description}"),
@@ -59,5 +87,6 @@ def progress_bar(console: rich.console.Console) -> rich.progress.Progress:
     rich.progress.TextColumn("ETA"),
     rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
     console=console,
+    transient=transient,
     disable=not console.is_terminal,
   )
