@@ -114,13 +114,14 @@ def _document(
   app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
   """Adapts docstrings that autodoc and napoleon would misread."""
-  if dataclasses.is_dataclass(obj) and obj.__module__ == config.__name__:
+  module = getattr(obj, "__module__", "")  # A constant has none.
+  if dataclasses.is_dataclass(obj) and module == config.__name__:
     lines += ["", "Attributes:", *_fields(obj)]
   # An example of a command is shell, not text.
-  if what == "function" and obj.__module__ == commands.__name__:
-    at = lines.index("Examples:")
-    lines[at : at + 1] = [lines[at], "  .. code-block:: sh", ""]
-    lines[at + 3 :] = [f"  {line}" for line in lines[at + 3 :]]
+  if module == commands.__name__ and "Examples:" in lines:
+    at = lines.index("Examples:") + 1
+    shell = [f"  {line}" for line in lines[at:]]
+    lines[at:] = ["  .. code-block:: sh", "", *shell]
   # The docstring of a tuple's constructor is added by Python.
   lines[:] = [li for li in lines if not li.startswith("Create new instance")]
 
