@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.resources
 import json
 import math
 import pathlib
@@ -369,11 +370,22 @@ def _with_tuples(value: Any) -> Any:
   return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
+def _find_file(name: str) -> pathlib.Path | None:
+  """Returns a configuration's file: a path, or the name of one we ship."""
+  path = pathlib.Path(name)
+  if path.is_file():
+    return path
+  shipped = importlib.resources.files("empdg_jax.configs") / f"{name}.py"
+  found = name.isidentifier() and shipped.is_file()
+  return pathlib.Path(str(shipped)) if found else None
+
+
 def from_file(given: str) -> Config:
-  """Runs a file of `configs/`.
+  """Runs a configuration file.
 
   Args:
-    given: FILE, or FILE:ARGUMENT with what its `get_config` gets.
+    given: FILE, or FILE:ARGUMENT with an argument for its `get_config`. FILE is
+      a path, or a name such as `empdg` for one of the files that we ship.
 
   Returns:
     The configuration, not yet validated.
@@ -381,11 +393,17 @@ def from_file(given: str) -> Config:
   Raises:
     InputError: There is no such file, or it does not return a configuration.
   """
-  file, colon, argument = given.partition(":")
-  if not pathlib.Path(file).is_file():
-    raise InputError(f"--config={given}: no such file; see configs/")
+  name, colon, argument = given.partition(":")
+  file = _find_file(name)
+  if file is None:
+    shipped = importlib.resources.files("empdg_jax.configs").iterdir()
+    names = sorted(f.name.removesuffix(".py") for f in shipped)
+    raise InputError(
+      f"--config={given}: no such file; give a path, or one of "
+      + ", ".join(n for n in names if not n.startswith("_"))
+    )
   try:
-    get_config = runpy.run_path(file)["get_config"]
+    get_config = runpy.run_path(str(file))["get_config"]
     config = get_config(argument) if colon else get_config()
   except Exception as error:  # Whatever the file's code raises.
     raise InputError(f"--config={given}: {error!r}") from error

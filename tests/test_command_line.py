@@ -50,6 +50,9 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *argv: str) -> Any:
     ([f"--config={CONFIGS}/pod.py"], "train.batch_size", 256),
     ([f"--config={CONFIGS}/pod.py:16"], "train.batch_size", 512),
     (["--config", f"{CONFIGS}/pod.py:16"], "train.batch_size", 512),
+    (["--config=quickstart"], "data.source", "sample"),
+    (["--config=pod:16"], "train.batch_size", 512),
+    (["--config", "pod"], "train.batch_size", 256),
     ([FILE, "--config.train.seed=1"], "train.seed", 1),
     ([FILE, "--config.train.seed", "1"], "train.seed", 1),
     (["--config.train.seed=1", FILE], "train.seed", 1),
@@ -160,6 +163,15 @@ def test_flags(
   assert {name: getattr(values, name) for name in expected} == expected
 
 
+def test_a_file_comes_before_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+  pathlib.Path("quickstart").write_text(
+    "from empdg_jax.config import Config\n"
+    "def get_config():\n  c = Config()\n  c.train.seed = 3\n  return c"
+  )
+  config = parsed(monkeypatch, "train", "--config=quickstart").config
+  assert (config.train.seed, config.data.source) == (3, "official")
+
+
 def test_a_run_has_its_own_configuration(
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -229,6 +241,9 @@ def test_a_run_has_its_own_configuration(
     ("prepare --config=none.py", "get_config() must return a Config"),
     ("prepare --config=empty.py", "--config=empty.py: KeyError('get_config')"),
     ("prepare --config=typed.py", "config.train.seed=None: expected a whole"),
+    ("prepare --config=x", "--config=x: no such file; give a path, or one of "
+     "default, emoprepend, empdg"),
+    ("prepare --config=quickstart:1", "--config=quickstart:1: TypeError("),
     ("prepare FILE:1", "quickstart.py:1: TypeError("),
     ("chat --config=x.py --workdir=run", "--config=x.py: a run has its own"),
     ("chat --config x.py", "--config=x.py: a run has its own"),

@@ -82,7 +82,9 @@ def test_the_registry_alone_names_systems() -> None:
 
 def test_the_package_has_few_entries() -> None:
   entries = [
-    path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"
+    path.name
+    for path in PACKAGE.iterdir()
+    if not path.name.startswith("_") and path.name != "py.typed"
   ]
   assert len(entries) <= 16, sorted(entries)
 
