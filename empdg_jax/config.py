@@ -65,24 +65,11 @@ class DataConfig(SourceConfig):
   # contexts lose their oldest tokens and targets their end. The default suits
   # the real data.
   shapes: tuple[tuple[int, int, int], ...] = (
-    (16, 10, 8),
-    (24, 14, 8),
-    (16, 10, 12),
-    (20, 12, 14),
-    (32, 16, 12),
-    (24, 14, 16),
-    (20, 12, 22),
-    (40, 20, 16),
-    (32, 16, 24),
-    (64, 28, 14),
-    (24, 14, 32),
-    (48, 22, 24),
-    (56, 24, 36),
-    (80, 32, 28),
-    (96, 36, 48),
-    (160, 48, 48),
-    (160, 48, 100),
-  )
+    (16, 10, 8), (24, 14, 8), (16, 10, 12), (20, 12, 14), (32, 16, 12),
+    (24, 14, 16), (20, 12, 22), (40, 20, 16), (32, 16, 24), (64, 28, 14),
+    (24, 14, 32), (48, 22, 24), (56, 24, 36), (80, 32, 28), (96, 36, 48),
+    (160, 48, 48), (160, 48, 100),
+  )  # fmt: skip
   # Padded length of the user's feedback in tokens; longer feedback loses its
   # end.
   feedback_length: int = 32
@@ -209,18 +196,11 @@ class Config:
 
 
 _MAY_BE_ZERO = {
-  "train.seed",
-  "train.discriminator_steps",
-  "train.adversarial_rounds",
-  "train.gradient_penalty_weight",
-  "train.generator_signal_weight",
-  "model.dropout_rate",
-  "model.emotion_loss_weight",
-  "model.label_smoothing",
-  "model.listener_top_k",
-  "model.listener_teacher_ratio",
-  "eval.length_penalty",
-}
+  "train.seed", "train.discriminator_steps", "train.adversarial_rounds",
+  "train.gradient_penalty_weight", "train.generator_signal_weight",
+  "model.dropout_rate", "model.emotion_loss_weight", "model.label_smoothing",
+  "model.listener_top_k", "model.listener_teacher_ratio", "eval.length_penalty",
+}  # fmt: skip
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -158,6 +158,26 @@ def print_fit(fit: Fit, slice_: Slice, form: str, console: Console) -> None:
   )
 
 
+# Columns: the title, the report's key, its unit and the format.
+_MEMORY = (
+  ("arguments MiB", "arguments", 2**20, ",.0f"),
+  ("outputs MiB", "outputs", 2**20, ",.1f"),
+  ("temporary MiB", "temporaries", 2**20, ",.0f"),
+  ("code MiB", "code", 2**20, ",.0f"),
+  ("share", "memory_share", 1, ".1%"),
+  ("compiled s", "compile_seconds", 1, ".0f"),
+)
+_WORK = (
+  ("GFLOP", "flops", 1e9, ",.1f"),
+  ("ms", "compute_seconds", 1e-3, ",.2f"),
+  ("memory GB", "bytes_accessed", 1e9, ",.2f"),
+  ("ms", "memory_seconds", 1e-3, ",.1f"),
+  ("all-reduces", "all_reduces", 1, ".0f"),
+  ("MB", "bytes_reduced", 1e6, ",.1f"),
+  ("ms", "all_reduce_seconds", 1e-3, ",.2f"),
+)
+
+
 def print_reports(
   reports: Sequence[dict[str, Any]],
   too_large: Sequence[str],
@@ -179,46 +199,33 @@ def print_reports(
       data={"topology": topology, "steps": reports, "too_large": too_large}
     )
   elif reports:
-    console.print(_memory_table(reports, topology))
-    console.print(_work_table(reports, topology))
+    console.print(
+      _report_table(reports, _MEMORY, title=f"{topology}: memory of a chip")
+    )
+    console.print(
+      _report_table(
+        reports,
+        _WORK,
+        title=f"{topology}: work of a chip, and its least time at published "
+        "rates",
+        caption="The body of a loop, as in sampling and decoding, is counted "
+        "once.",
+      )
+    )
 
 
-def _memory_table(reports: Sequence[dict[str, Any]], topology: str) -> Table:
-  header = "arguments", "outputs", "temporary", "code", "share", "compiled s"
+def _report_table(
+  reports: Sequence[dict[str, Any]],
+  columns: Sequence[tuple[str, str, float, str]],
+  **texts: str,
+) -> Table:
+  """Returns a row for each step, with `columns` as of `_MEMORY`."""
   rows = [
     (
       report["step"],
-      f"{report['arguments'] / 2**20:,.0f}",
-      f"{report['outputs'] / 2**20:,.1f}",
-      f"{report['temporaries'] / 2**20:,.0f}",
-      f"{report['code'] / 2**20:,.0f}",
-      f"{report['memory_share']:.1%}",
-      f"{report['compile_seconds']:.0f}",
+      *(f"{report[key] / unit:{form}}" for _, key, unit, form in columns),
     )
     for report in reports
   ]
-  title = f"{topology}: memory of a chip, MiB"
-  return terminal.table(("step", *header), rows, title=title, left=["step"])
-
-
-def _work_table(reports: Sequence[dict[str, Any]], topology: str) -> Table:
-  header = "GFLOP", "ms", "memory GB", "ms", "all-reduced MB", "ms"
-  rows = [
-    (
-      report["step"],
-      f"{report['flops'] / 1e9:,.1f}",
-      f"{1e3 * report['compute_seconds']:,.2f}",
-      f"{report['bytes_accessed'] / 1e9:,.2f}",
-      f"{1e3 * report['memory_seconds']:,.1f}",
-      f"{report['bytes_reduced'] / 1e6:,.1f} in {report['all_reduces']}",
-      f"{1e3 * report['all_reduce_seconds']:,.2f}",
-    )
-    for report in reports
-  ]
-  return terminal.table(
-    ("step", *header),
-    rows,
-    title=f"{topology}: work of a chip, and its least time at published rates",
-    caption="The body of a loop, as in sampling and decoding, is counted once.",
-    left=["step"],
-  )
+  header = ("step", *(title for title, *_ in columns))
+  return terminal.table(header, rows, left=["step"], **texts)
