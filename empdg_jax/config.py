@@ -367,7 +367,7 @@ def profile_range(config: TrainConfig) -> tuple[int, int] | None:
     if first < last:
       return first, last
   raise InputError(
-    f"config.train.profile_steps={config.profile_steps!r}: expected two "
+    f"config.train.profile_steps={config.profile_steps!r:.200}: expected two "
     "numbers of updates such as 100:110, or ''"
   )
 
