@@ -6,12 +6,15 @@ import importlib.resources
 import json
 import math
 import pathlib
+import re
 import runpy
 import typing
 from typing import Any, Literal
 
 # Exit statuses. After FAILED the same command may be given again.
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+# Devices count and draw random numbers in int32.
+MAX_INT = 2**31 - 1
 
 
 class InputError(ValueError):
@@ -227,6 +230,7 @@ _NAMES = {
   bool: "true or false",
   str: "text",
   tuple: "a tuple",
+  list: "a list",
 }
 
 
@@ -288,15 +292,23 @@ def validate(config: Config) -> None:
 
   def check(fits: bool, name: str, wanted: str) -> None:
     if not fits:
-      raise InputError(f"config.{name}={values[name]!r}: expected {wanted}")
+      value = f"{values[name]!r:.200}"  # It may be a whole file.
+      raise InputError(f"config.{name}={value}: expected {wanted}")
 
   def are_lengths(given: Any, least: int) -> bool:
-    return given and all(type(n) is int and n >= least for n in given)
+    return given and all(
+      type(n) is int and least <= n <= MAX_INT for n in given
+    )
 
   for name, value in values.items():
     wanted = expected(value, hints[name])
     check(not wanted, name, wanted)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, str):
+      check("\0" not in value, name, "text without NUL")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+      # First, since a larger whole number may not even convert to float.
+      if isinstance(value, int):
+        check(value <= MAX_INT, name, f"at most {MAX_INT:,}")
       check(math.isfinite(value), name, "a finite number")
       fits = value > 0 or (value == 0 and name in _MAY_BE_ZERO)
       check(fits, name, "more than 0")
@@ -329,11 +341,13 @@ def profile_range(config: TrainConfig) -> tuple[int, int] | None:
   """
   if not config.profile_steps:
     return None
-  first, _, last = config.profile_steps.partition(":")
-  if first.isdecimal() and last.isdecimal() and int(first) < int(last):
-    return int(first), int(last)
+  # No longer: int() refuses thousands of digits.
+  if re.fullmatch(r"\d{1,10}:\d{1,10}", config.profile_steps):
+    first, last = map(int, config.profile_steps.split(":"))
+    if first < last:
+      return first, last
   raise InputError(
-    f"config.train.profile_steps={config.profile_steps!r}: expected two "
+    f"config.train.profile_steps={config.profile_steps!r:.200}: expected two "
     "numbers of updates such as 100:110, or ''"
   )
 
@@ -343,11 +357,16 @@ def to_json(config: Config) -> str:
   return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def _with_tuples(value: Any) -> Any:
-  """Returns a JSON value with tuples for lists."""
+def _with_tuples(value: Any, depth: int = 4) -> Any:
+  """Returns a JSON value with tuples for lists; raises ValueError if deep."""
+  if not isinstance(value, dict | list):
+    return value
+  # What comes after may recurse more often than Python allows.
+  if not depth:
+    raise ValueError("nested too deep")
   if isinstance(value, dict):
-    return {name: _with_tuples(v) for name, v in value.items()}
-  return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+    return {name: _with_tuples(v, depth - 1) for name, v in value.items()}
+  return tuple(_with_tuples(v, depth - 1) for v in value)
 
 
 def _find_file(name: str) -> pathlib.Path | None:
@@ -392,6 +411,28 @@ def from_file(given: str) -> Config:
   return config
 
 
+def parse_json(text: str) -> Any:
+  """Parses JSON strictly.
+
+  Raises:
+    ValueError: It is no JSON, nested too deep, repeats a key, or holds NaN.
+  """
+
+  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+      raise ValueError("a key occurs twice")
+    return values
+
+  def refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+  try:
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+  except RecursionError as error:
+    raise ValueError("nested too deep") from error
+
+
 def from_json(text: str, where: str) -> Config:
   """Reads what `to_json` wrote.
 
@@ -406,13 +447,16 @@ def from_json(text: str, where: str) -> Config:
     InputError: It is no JSON, or a field is unknown or wrong.
   """
   try:
-    values = _with_tuples(json.loads(text))
+    values = _with_tuples(parse_json(text))
+    given = {f"{s}.{name}" for s, fields in values.items() for name in fields}
+    if unknown := given - field_types().keys():
+      raise ValueError(f"unknown field {min(unknown)!r:.60}")
     sections = typing.get_type_hints(Config).items()
     config = Config(
       **{name: kind(**values.pop(name)) for name, kind in sections}
     )
     if values:
-      raise ValueError(f"unknown section {', '.join(values)}")
+      raise ValueError(f"unknown section {min(values)!r:.60}")
   except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise InputError(f"{where}: not a run's configuration ({error})") from error
   try:

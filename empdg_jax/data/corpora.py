@@ -131,11 +131,23 @@ def read_labels(path: str) -> tuple[str, ...]:
   ):
     # A run folder keeps its labels beside it, so they may lie in a bucket.
     file = storage.run_path(path, "config.data.emotions")
-    labels = file.read_text(encoding="utf-8").splitlines()
+    text = file.read_text(encoding="utf-8")
+  return parse_labels(text, where)
+
+
+def parse_labels(text: str, where: str) -> tuple[str, ...]:
+  """Reads the content of a file of emotion labels; see `read_labels`.
+
+  Args:
+    text: The content.
+    where: The file's name in messages.
+  """
+  labels = text.splitlines()
   for number, label in enumerate(labels, start=1):
     # CSV rows split at commas, and exports list labels between white space.
-    if label.split() != [label] or "," in label:
-      raise InputError(f"{where}: line {number}: {label!r} is no label")
+    plain = label.isprintable() and "," not in label
+    if label.split() != [label] or not plain:
+      raise InputError(f"{where}: line {number}: {label!r:.60} is no label")
   if len(set(labels)) < len(labels):
     raise InputError(f"{where}: a label occurs twice")
   if len(labels) < 2:

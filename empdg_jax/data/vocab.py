@@ -51,14 +51,14 @@ def load_vocabulary(path: pathlib.Path) -> Vocabulary:
   """Reads a vocabulary's file, the content that `Vocabulary.to_text` returns.
 
   Raises:
-    InputError: The file is missing or does not begin with the special tokens.
+    InputError: The file is missing or malformed; see `parse_vocabulary`.
   """
   with storage.errors(f"{path}: cannot read the vocabulary", InputError):
     data = path.read_bytes()
   return parse_vocabulary(data, str(path))
 
 
-def parse_vocabulary(data: bytes, where: str) -> Vocabulary:
+def parse_vocabulary(data: bytes | bytearray, where: str) -> Vocabulary:
   """Reads the content of a vocabulary's file.
 
   Args:
@@ -69,7 +69,8 @@ def parse_vocabulary(data: bytes, where: str) -> Vocabulary:
     The vocabulary.
 
   Raises:
-    InputError: It is no text or does not begin with the special tokens.
+    InputError: It is no text, does not begin with the special tokens, or a
+      token is empty or repeated.
   """
   with storage.errors(f"{where}: not a vocabulary", InputError):
     # Not `splitlines`, which would also split at separators inside tokens.
@@ -79,4 +80,6 @@ def parse_vocabulary(data: bytes, where: str) -> Vocabulary:
       f"{where}: not a vocabulary: its first lines must be "
       + " ".join(SPECIAL_TOKENS)
     )
+  if "" in tokens or len(set(tokens)) < len(tokens):
+    raise InputError(f"{where}: not a vocabulary: a token is empty or repeated")
   return Vocabulary(tokens)

@@ -1,12 +1,16 @@
 """The writing of an export, and its use in Python."""
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
+import glob
 import importlib.metadata
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -174,16 +178,12 @@ def _about(
   config: Config, taken: list[int], average: int, dtype: str
 ) -> dict[str, Any]:
   """Returns the content of `export.json`."""
-  longest = pipeline.padded_shapes(config.data)[-1]
   return {
     "format_version": export_files.FORMAT_VERSION,
-    "system": config.model.name,
+    **export_files.repeated(config),
     "step": None if average else taken[0],
     "averaged_steps": taken if average else [],
     "dtype": dtype,
-    "context_length": longest.context,
-    "emotional_length": longest.emotion,
-    "max_decode_steps": config.eval.max_decode_steps,
     "platforms": list(_PLATFORMS),
     "empdg_jax": importlib.metadata.version("empdg-jax"),
     "jax": jax.__version__,
@@ -298,15 +298,37 @@ def _metrics_of(
 
 def _write(out: pathlib.Path, files: dict[str, bytes]) -> None:
   """Writes a folder under a temporary name, then renames it."""
+  for left in out.parent.glob(f".{glob.escape(out.name)}.*"):
+    if left.suffix[1:].isdecimal() and left.is_dir():
+      with contextlib.suppress(OSError), _try_lock(left) as locked:
+        if locked:
+          shutil.rmtree(left)
   temporary = out.with_name(f".{out.name}.{os.getpid()}")
-  # A killed process with the same number may have left one.
-  shutil.rmtree(temporary, ignore_errors=True)
+  with storage.errors(f"--out={out}: cannot write", InputError):
+    temporary.mkdir()
+    try:
+      with _try_lock(temporary):
+        for name, data in files.items():
+          path = temporary / name
+          path.parent.mkdir(exist_ok=True)
+          path.write_bytes(data)
+        temporary.rename(out)
+    finally:
+      shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _try_lock(folder: pathlib.Path) -> Generator[bool]:
+  """Locks a folder if nobody has; yields whether it did."""
+  # The process number in the name would not do: it may be of another container
+  # or host, or of a new process by now. A killed process's lock is gone.
+  descriptor = os.open(folder, os.O_RDONLY)
   try:
-    with storage.errors(f"--out={out}: cannot write", InputError):
-      for name, data in files.items():
-        path = temporary / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-      temporary.rename(out)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    locked = True
+  except OSError:  # It is in use, or the disk knows no such locks.
+    locked = False
+  try:
+    yield locked
   finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+    os.close(descriptor)

@@ -106,7 +106,7 @@ def find_system(config: ModelConfig) -> SystemSpec:
   """
   if config.name not in SYSTEMS:
     raise InputError(
-      f"config.model.name={config.name!r}: expected one of "
+      f"config.model.name={config.name!r:.200}: expected one of "
       + ", ".join(sorted(SYSTEMS))
     )
   return SYSTEMS[config.name]
