@@ -154,11 +154,13 @@ def open_session(config: Config, workdir: pathlib.Path) -> Session:
       run_folder.write_run(run)
   # 4. its latest checkpoint, if any, over the states and the position;
   checkpoints = checkpoint.Checkpoints(
-    workdir, create=True, keep=config.train.keep_checkpoints
+    workdir,
+    create=True,
+    keep=config.train.keep_checkpoints,
+    warn=log.say,
   )
   if checkpoints.step(checkpoint.LATEST) is not None:
-    learner.restore(checkpoints)
-    progress = Progress(**checkpoints.restore_progress(checkpoint.LATEST))
+    progress = Progress(**learner.restore(checkpoints))
     log.say(f"Resuming {workdir} at step {progress.updates:,}")
   # 5. the batches, which begin at the checkpoint's position;
   batches = TrainBatches(config, dataset)
