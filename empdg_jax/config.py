@@ -172,6 +172,9 @@ class TrainConfig:
   log_every: int = 50  # Updates between lines in metrics.jsonl.
   checkpoint_every: int = 500  # Updates between checkpoints to resume from.
   keep_checkpoints: int = 3  # Number of latest checkpoints to keep.
+  # Longest wait, in seconds, for another training in the run folder to end, as
+  # after a crash; refused if it then still goes on.
+  lease_seconds: int = 180
   # "A:B" traces what JAX does between updates A and B, for TensorBoard; "" for
   # no trace.
   profile_steps: str = ""

@@ -52,10 +52,14 @@ def test_a_run_without_labels_has_the_32() -> None:
 
 
 @pytest.mark.parametrize("flag", ["--workdir=run", "--bundle=export"])
-def test_evaluates_as_before(flag: str, tmp_path: pathlib.Path) -> None:
+def test_evaluates_as_before(
+  flag: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
   before = json.loads(pathlib.Path("run/eval/valid/metrics.json").read_text())
   argv = ["evaluate", flag, "--split=valid", f"--out={tmp_path}"]
   assert main.main(argv) == 0
+  noted = capsys.readouterr().err
+  assert ("has no checksums" in noted) == (flag == "--workdir=run")
   values = json.loads((tmp_path / "metrics.json").read_text())
   assert list(values) == list(before)
   exact = ("model", "split", "step", "parameters", "examples", "vocab_size")
@@ -77,7 +81,9 @@ def test_resumes_with_the_former_names_of_checkpoint_items(
   checkpoints.close()
   assert (progress["phase"], progress["updates"]) == ("adversarial", 12)
   assert main.main(["train", f"--workdir={workdir}"]) == 0
-  assert "Resuming" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "Resuming" in said
+  assert "latest/12 has no checksums" in said
 
 
 def test_an_export_responds() -> None:

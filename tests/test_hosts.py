@@ -13,9 +13,11 @@ import sys
 import time
 from typing import Any
 
+import fake_bucket
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from helpers import SMALL
 
 from empdg_jax import main
@@ -259,6 +261,52 @@ def test_a_lost_host_ends_the_others(
   assert "another host is lost" in errors
   finish(start(*argv))
   assert_same_run(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_killed_hosts_start_again_at_once(
+  train_argv: tuple[str, ...],
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+  place: str,
+) -> None:
+  """They resume, in a bucket once the lease is stale.
+
+  The newest checkpoint on the disk is damaged: both take the one before it.
+  """
+  with fake_bucket.serve("pod") as server:
+    for name, value in server.environment.items():
+      monkeypatch.setenv(name, value)
+    workdir: Any = epath.Path(
+      tmp_path / "run" if place == "disk" else "gs://pod/run"
+    )
+    argv = (
+      *train_argv,
+      f"--workdir={workdir}",
+      "--config.train.lease_seconds=12",
+    )
+    hosts = start(*argv)
+    wait_for_step(workdir, 25)
+    for host in hosts:
+      host.kill()
+      host.communicate()
+    damaged = 0
+    if place == "disk":
+      latest = workdir / "checkpoints" / "latest"
+      damaged = max(int(p.name) for p in latest.iterdir() if p.name.isdecimal())
+      files = [p for p in (latest / f"{damaged}/params").rglob("*")]
+      path = max(files, key=lambda p: p.stat().length)
+      data = bytearray(path.read_bytes())
+      data[len(data) // 2] ^= 1
+      path.write_bytes(data)
+    said, _ = finish(start(*argv))
+  assert "Next: empdg evaluate" in said
+  assert "Resuming" in said
+  assert ("waiting up to 12 s" in said) == (place == "bucket")
+  if damaged:
+    assert f"latest/{damaged}: damaged" in said
+    assert (workdir / "checkpoints" / "damaged" / str(damaged)).is_dir()
 
 
 @pytest.mark.slow

@@ -7,8 +7,10 @@ from collections import defaultdict
 from etils import epath
 from rich.console import Console
 
+from empdg_jax.config import InputError
 from empdg_jax.metrics import shown
-from empdg_jax.training import checkpoint, run_folder, terminal
+from empdg_jax.training import run_folder, terminal
+from empdg_jax.training.checkpoint import Checkpoints, Selected
 from empdg_jax.training.metric_writer import read_metrics
 
 
@@ -19,7 +21,7 @@ class Listed:
   Attributes:
     step: The number of updates before it.
     kind: `latest`, or `best` for the best of its phase.
-    phase: The training phase.
+    phase: The training phase, or `damaged`.
     bytes: The size on the disk or in the bucket.
     metrics: The metrics of the validation at that step, empty without one.
   """
@@ -48,6 +50,14 @@ def _validations(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
   return found
 
 
+def _phase(checkpoints: Checkpoints, one: Selected) -> str:
+  """Returns a checkpoint's phase, or `damaged`, so that the rest is listed."""
+  try:
+    return checkpoints.restore_progress(one.kind, one.step)["phase"]
+  except InputError:
+    return "damaged"
+
+
 def list_checkpoints(workdir: pathlib.Path) -> list[Listed]:
   """Returns a run's checkpoints in the order of their steps.
 
@@ -62,13 +72,13 @@ def list_checkpoints(workdir: pathlib.Path) -> list[Listed]:
   """
   # Only for its error; Orbax finds no checkpoint in any other folder.
   run_folder.read_config(workdir)
-  checkpoints = checkpoint.Checkpoints(workdir)
+  checkpoints = Checkpoints(workdir)
   validations = _validations(workdir)
   listed = [
     Listed(
       one.step,
       one.kind,
-      checkpoints.restore_progress(one.kind, one.step)["phase"],
+      _phase(checkpoints, one),
       _size(epath.Path(checkpoints.folder(one))),
       validations.get(one.step, {}),
     )

@@ -189,6 +189,7 @@ def _groups(evaluations: Sequence[_Evaluation]) -> list[list[_Evaluation]]:
       mle_checkpoint="",
       profile_steps="",
       keep_checkpoints=1,
+      lease_seconds=1,
     )
     key = repr(dataclasses.replace(config, train=train))
     # A second run with the same seed, say another checkpoint of it, is no

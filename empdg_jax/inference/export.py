@@ -237,15 +237,19 @@ def _read_params(
   """Returns the parameters by name, and the steps of their checkpoints."""
   checkpoints = Checkpoints(run.workdir)
   if average:
-    taken = _latest_of_one_phase(checkpoints, average)
+    wanted = [[one] for one in _latest_of_one_phase(checkpoints, average)]
   else:
-    taken = [checkpoints.select(which)]
+    wanted = [checkpoints.select(which)]
   like = params_like(run)
   params: Any = None
+  taken = []
   # One checkpoint at a time in memory. Summed in float64, whose rounding
   # vanishes in float32; for a single checkpoint both conversions are exact.
-  for one in taken:
-    read = checkpoints.restore_params(one.kind, like, one.step)
+  for chosen in wanted:
+    one, read = checkpoints.first_whole(
+      chosen, lambda one: checkpoints.restore_params(one.kind, like, one.step)
+    )
+    taken.append(one)
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), read)
     params = wide if params is None else jax.tree.map(np.add, params, wide)
   checkpoints.close()

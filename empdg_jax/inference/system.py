@@ -227,9 +227,9 @@ def load_system(
     run = run_folder.open_run(folder)
     checkpoints = checkpoint.Checkpoints(folder)
     selected = checkpoints.select(which)
-  # Outside: hosts wait for each other in Orbax, and no host may wait inside.
-  params = checkpoints.restore_params(
-    selected.kind, params_like(run), selected.step
+  like = params_like(run)
+  one, params = checkpoints.first_whole(
+    selected, lambda one: checkpoints.restore_params(one.kind, like, one.step)
   )
   checkpoints.close()
-  return System(run, params, step=selected.step, config=config)
+  return System(run, params, step=one.step, config=config)

@@ -214,6 +214,13 @@ def check_shared(folder: pathlib.Path, flag: str) -> None:
       file.unlink(missing_ok=True)
 
 
+def decided_by_main(value: bool) -> bool:
+  """Returns the first host's value on all hosts."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
+
+
 def is_main_process() -> bool:
   """Returns whether this process writes the files and lines of all hosts."""
   return jax.process_index() == 0

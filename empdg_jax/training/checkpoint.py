@@ -1,17 +1,27 @@
 """Checkpoints of a run (Orbax), written in the background."""
 
 import contextlib
+import json
 import pathlib
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import re
+import sys
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import rich.console
+from etils import epath
 
 from empdg_jax import storage
 from empdg_jax.config import InputError, SaveError
+from empdg_jax.parallel import hosts
+from empdg_jax.training import terminal
 from empdg_jax.training.train_state import DISCRIMINATOR, GENERATOR, TrainState
+
+_Value = TypeVar("_Value")
 
 LATEST, BEST = "latest", "best"
 # The items that hold a player's parameters and its optimiser's state.
@@ -24,6 +34,28 @@ _FORMER_NAMES = {
   "discriminators": "critics",
   "discriminator_optimizer": "critics_optimizer",
 }
+# The item with the checksums of the others, which earlier versions lack.
+_CHECKSUMS = "checksums"
+_BLOCK = 4096  # Words of 8 bytes that a checksum adds up at a time.
+# What Orbax raises for missing and damaged files and for other trees. A disk or
+# a bucket that fails raises other errors, or names a status of these in one.
+_DAMAGE = (
+  ValueError,
+  LookupError,
+  TypeError,
+  AttributeError,
+  AssertionError,
+  ArithmeticError,
+  NotImplementedError,
+  RecursionError,
+  MemoryError,
+  FileNotFoundError,
+  NotADirectoryError,
+)
+_FAILED_STORAGE = re.compile(
+  "(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED"
+  "|RESOURCE_EXHAUSTED|ABORTED|CANCELLED): "
+)
 
 
 class Selected(NamedTuple):
@@ -38,14 +70,40 @@ class Selected(NamedTuple):
   step: int
 
 
+def _warn(line: str) -> None:
+  """Prints a line for people beside the output of a command."""
+  terminal.say(
+    line, rich.console.Console(stderr=True, quiet=not hosts.is_main_process())
+  )
+
+
+def _ignore_late_reads() -> None:
+  """Keeps Python from printing tracebacks of reads that no one waits for."""
+  # Orbax closes its event loop at the first array that cannot be read; the
+  # others then find it closed.
+  previous = sys.unraisablehook
+
+  def hook(failure: Any) -> None:
+    if "Event loop is closed" not in str(failure.exc_value):
+      previous(failure)
+
+  sys.unraisablehook = hook
+
+
 class Checkpoints:
   """The latest and best checkpoints of a run, written in the background.
 
   With several hosts, all of them save, wait and restore, in the same order.
+  Each restored array and JSON value is compared with its checksum.
   """
 
   def __init__(
-    self, workdir: pathlib.Path, *, create: bool = False, keep: int = 1
+    self,
+    workdir: pathlib.Path,
+    *,
+    create: bool = False,
+    keep: int = 1,
+    warn: Callable[[str], None] = _warn,
   ) -> None:
     """Opens `workdir/checkpoints`.
 
@@ -53,8 +111,10 @@ class Checkpoints:
       workdir: The run folder.
       create: Whether to create a missing folder.
       keep: The number of latest checkpoints kept.
+      warn: Prints a line that names damaged or unchecked checkpoints.
     """
     self._root = storage.absolute(workdir) / "checkpoints"
+    self._warn = warn
     self._managers = {
       kind: ocp.CheckpointManager(
         self._root / kind,
@@ -91,11 +151,17 @@ class Checkpoints:
     Raises:
       SaveError: This checkpoint or the one before could not be written.
     """
-    items: dict[str, Any] = {"progress": ocp.args.JsonSave(progress)}
+    trees: dict[str, Any] = {}
     for player, state in states.items():
       params, optimizer = _ITEMS[player]
-      items[params] = ocp.args.StandardSave(_arrays(state.params))
-      items[optimizer] = ocp.args.StandardSave(_arrays(_optimizer(state)))
+      trees[params] = _arrays(state.params)
+      trees[optimizer] = _arrays(_optimizer(state))
+    sums = {item: _checksums(tree) for item, tree in trees.items()}
+    sums["progress"] = _checksums(_text(progress))
+    items: dict[str, Any] = {
+      "progress": ocp.args.JsonSave(progress),
+      _CHECKSUMS: ocp.args.JsonSave(sums),
+    } | {item: ocp.args.StandardSave(tree) for item, tree in trees.items()}
     with self._writing():
       self._managers[kind].save(step, args=ocp.args.Composite(**items))
 
@@ -132,25 +198,31 @@ class Checkpoints:
       for step in sorted(manager.all_steps(), reverse=True)
     ]
 
-  def select(self, which: str | None) -> Selected:
-    """Finds a checkpoint by the user's name for it.
+  def select(self, which: str | None) -> list[Selected]:
+    """Finds checkpoints by the user's name for one.
 
     Args:
       which: `"best"`, `"latest"` or a step; None for the best, or the latest
         before the first validation.
+
+    Returns:
+      The checkpoint, and those that serve instead if it is damaged.
 
     Raises:
       InputError: There is no such checkpoint.
     """
     found = self.all()
     if which is None:
-      which = BEST if any(c.kind == BEST for c in found) else LATEST
-    for checkpoint in found:
-      if which in (checkpoint.kind, str(checkpoint.step)):
-        return checkpoint
-    if which in (LATEST, BEST):
+      # Best sorts before latest, and the latest remain from newest to oldest.
+      chosen = sorted(found, key=lambda c: c.kind)
+    else:
+      chosen = [c for c in found if which in (c.kind, str(c.step))]
+    if chosen:
+      return chosen
+    if which in (LATEST, BEST, None):
       raise InputError(
-        f"{self._root} holds no {which} checkpoint; 'empdg train' writes one"
+        f"{self._root} holds no {which or LATEST} checkpoint; 'empdg train' "
+        "writes one"
       )
     steps = sorted({str(c.step) for c in found}, key=int)
     raise InputError(
@@ -161,6 +233,91 @@ class Checkpoints:
   def folder(self, checkpoint: Selected) -> pathlib.Path:
     """Returns a checkpoint's folder."""
     return self._root / checkpoint.kind / str(checkpoint.step)
+
+  def first_whole(
+    self, chosen: Sequence[Selected], read: Callable[[Selected], _Value]
+  ) -> tuple[Selected, _Value]:
+    """Reads the first whole one of several checkpoints.
+
+    Warns of the damaged ones before it, and if it has no checksums. All hosts
+    read the same one.
+
+    Args:
+      chosen: The checkpoints, at least one.
+      read: Reads a checkpoint; raises InputError if it is damaged.
+
+    Returns:
+      The checkpoint, and what `read` returns.
+
+    Raises:
+      InputError: None is whole; the error is the first one's.
+    """
+    damaged: list[InputError] = []
+    for one in chosen:
+      try:
+        with hosts.refusing_together():
+          value = read(one)
+      except InputError as error:
+        damaged.append(error)
+        _ignore_late_reads()
+        continue
+      for error in damaged:
+        self._warn(f"Warning: {error}; using {self.folder(one)} instead")
+      if not (self.folder(one) / _CHECKSUMS).exists():
+        self._warn(
+          f"Note: {self.folder(one)} has no checksums, as an earlier version "
+          "wrote it: damage to it may go unnoticed"
+        )
+      return one, value
+    raise damaged[0]
+
+  def resume(
+    self, like: Mapping[str, TrainState]
+  ) -> tuple[dict[str, TrainState], dict[str, Any]]:
+    """Reads the newest whole one of the latest checkpoints, to train on.
+
+    Moves damaged newer ones to `checkpoints/damaged`.
+
+    Args:
+      like: States of the expected shapes by player.
+
+    Returns:
+      The states, and the progress that `save` was given.
+
+    Raises:
+      InputError: None is whole; see `restore_params`.
+    """
+    chosen = self.select(LATEST)
+    found, value = self.first_whole(
+      chosen,
+      lambda one: (
+        {
+          player: self.restore_state(LATEST, player, state, one.step)
+          for player, state in like.items()
+        },
+        self.restore_progress(LATEST, one.step),
+      ),
+    )
+    damaged = chosen[: chosen.index(found)]
+    if damaged:
+      # Orbax writes no step below the newest one. Moved, not deleted, should
+      # the fault be in the reading.
+      with hosts.refusing_together():
+        if hosts.is_main_process():
+          for one in damaged:
+            self._set_aside(one)
+      self._managers[LATEST].reload()
+    return value
+
+  def _set_aside(self, checkpoint: Selected) -> None:
+    """Moves a checkpoint to where no manager finds it."""
+    folder = epath.Path(self.folder(checkpoint))
+    to = epath.Path(self._root / "damaged" / str(checkpoint.step))
+    with storage.errors(f"{folder}: cannot move to {to}", InputError):
+      if to.exists():
+        to.rmtree()
+      to.parent.mkdir(parents=True, exist_ok=True)
+      folder.rename(to)
 
   def restore_params(
     self, kind: str, like: Any, step: int | None = None
@@ -183,20 +340,26 @@ class Checkpoints:
     return self._read(kind, "params", like, step)
 
   def restore_state(
-    self, kind: str, player: str, like: TrainState
+    self, kind: str, player: str, like: TrainState, step: int | None = None
   ) -> TrainState:
     """Reads a player's state; see `restore_params`."""
     params, optimizer = _ITEMS[player]
     return TrainState(
-      params=self._read(kind, params, like.params),
-      **self._read(kind, optimizer, _optimizer(like)),
+      params=self._read(kind, params, like.params, step),
+      **self._read(kind, optimizer, _optimizer(like), step),
     )
 
   def restore_progress(
     self, kind: str, step: int | None = None
   ) -> dict[str, Any]:
     """Reads the progress that `save` was given; see `restore_params`."""
-    return self._read(kind, "progress", None, step)
+    progress = self._read(kind, "progress", None, step)
+    # Without checksums, it may be any JSON value.
+    if not isinstance(progress, dict) or "phase" not in progress:
+      raise InputError(
+        f"{self._root / kind}: damaged: a checkpoint's progress has no phase"
+      )
+    return progress
 
   def _read(
     self, kind: str, item: str, like: Any, step: int | None = None
@@ -205,7 +368,7 @@ class Checkpoints:
 
     See `restore_params`.
     """
-    step = self.select(kind).step if step is None else step
+    step = self.select(kind)[0].step if step is None else step
     where = self.folder(Selected(kind, step))
     restore = (
       ocp.args.JsonRestore()
@@ -216,31 +379,87 @@ class Checkpoints:
       former = _FORMER_NAMES.get(item)
       if former and (where / former).exists():
         item = former
+      items: dict[str, Any] = {item: restore}
+      if (where / _CHECKSUMS).exists():
+        items[_CHECKSUMS] = ocp.args.JsonRestore()
       try:
         found = self._managers[kind].restore(
-          step, args=ocp.args.Composite(**{item: restore})
-        )[item]
-      # Orbax raises these for missing and damaged files and for other trees; a
-      # disk or a bucket that fails raises other errors.
-      except (ValueError, KeyError, FileNotFoundError) as error:
+          step, args=ocp.args.Composite(**items)
+        )
+        _check(found[item], like, item, found.get(_CHECKSUMS), where)
+      except InputError:
+        raise
+      except _DAMAGE as error:
+        if _FAILED_STORAGE.search(str(error)):
+          raise
         raise InputError(
           f"{where}: damaged, or not of this configuration "
           f"({storage.first_line(error)})"
         ) from error
-    if like is None:
-      return found
-    # Orbax restores the shapes that it finds, whatever it is asked for.
-    for (path, leaf), array in zip(
-      jax.tree_util.tree_leaves_with_path(like),
-      jax.tree.leaves(found),
-      strict=True,
-    ):
-      if np.shape(leaf) != np.shape(array):
-        raise InputError(
-          f"{where}: {jax.tree_util.keystr(path)} has shape {np.shape(array)};"
-          f" this configuration needs {np.shape(leaf)}"
-        )
-    return found
+    return found[item]
+
+
+def _check(
+  found: Any, like: Any, item: str, sums: Any, where: pathlib.Path
+) -> None:
+  """Checks an item's shapes and checksums.
+
+  Args:
+    found: The restored arrays, or a JSON value.
+    like: Arrays of the expected shapes, or None for a JSON value.
+    item: The item's name.
+    sums: The checkpoint's checksums by item, None if it has none.
+    where: The checkpoint's folder, for messages.
+
+  Raises:
+    InputError: Shapes or checksums differ.
+  """
+  # Orbax restores the shapes that it finds, whatever it is asked for.
+  for (path, leaf), array in zip(
+    jax.tree_util.tree_leaves_with_path(like),
+    jax.tree.leaves(found) if like is not None else (),
+    strict=True,
+  ):
+    if np.shape(leaf) != np.shape(array):
+      raise InputError(
+        f"{where}: {jax.tree_util.keystr(path)} has shape {np.shape(array)};"
+        f" this configuration needs {np.shape(leaf)}"
+      )
+  if sums is None:
+    return
+  actual = _checksums(_text(found) if like is None else found)
+  if actual != sums[item]:
+    wrong = [n for n in actual if actual[n] != sums[item].get(n)]
+    name = " ".join([item, *wrong[:1]]).strip()
+    raise InputError(f"{where}: damaged: {name} is not what was saved")
+
+
+def _text(value: Any) -> np.ndarray:
+  """Returns a JSON value as bytes that do not depend on how it is written."""
+  # Twice, since keys that are numbers come back as text, in another order.
+  plain = json.loads(json.dumps(value))
+  return np.frombuffer(json.dumps(plain, sort_keys=True).encode(), np.uint8)
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+  """Returns the checksum of each array by its path."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): _checksum(array)
+    for path, array in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _checksum(array: np.ndarray) -> int:
+  """Returns the CRC-32 of an array's type, shape and blocks' sums."""
+  # A CRC of all bytes would take a tenth of the time to restore them. A sum is
+  # as fast as the memory, and no damage within a word escapes it.
+  data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+  whole = data.size // (8 * _BLOCK) * 8 * _BLOCK
+  crc = zlib.crc32(f"{array.dtype.str}{array.shape}".encode())
+  if whole:
+    sums = data[:whole].view("<u8").reshape(-1, _BLOCK).sum(axis=1)
+    crc = zlib.crc32(sums, crc)
+  return zlib.crc32(data[whole:].data, crc)
 
 
 def _optimizer(state: TrainState) -> dict[str, Any]:

@@ -81,16 +81,12 @@ class Learner:
   def take_over(self, workdir: pathlib.Path) -> None:
     """Takes the best generator of another run, given its folder."""
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-      self._states[GENERATOR] = checkpoints.restore_state(
-        checkpoint.BEST, GENERATOR, self._states[GENERATOR]
-      )
+      self._states[GENERATOR] = _read_best(checkpoints, self._states[GENERATOR])
 
-  def restore(self, checkpoints: Checkpoints) -> None:
-    """Takes the states of the latest checkpoint."""
-    self._states = {
-      player: checkpoints.restore_state(checkpoint.LATEST, player, state)
-      for player, state in self._states.items()
-    }
+  def restore(self, checkpoints: Checkpoints) -> dict[str, Any]:
+    """Takes the latest states; see `Checkpoints.resume`."""
+    self._states, progress = checkpoints.resume(self._states)
+    return progress
 
   def start(self) -> None:
     """Puts the states on the devices; steps may be taken from then on."""
@@ -101,11 +97,7 @@ class Learner:
 
   def restore_best(self, checkpoints: Checkpoints) -> None:
     """Goes back to the best generator, with its optimiser's state."""
-    best = checkpoints.restore_state(
-      checkpoint.BEST,
-      GENERATOR,
-      devices.unreplicate(self._states[GENERATOR]),
-    )
+    best = _read_best(checkpoints, devices.unreplicate(self._states[GENERATOR]))
     self._generator_steps = int(best.step)
     self._states[GENERATOR] = devices.replicate(best)
 
@@ -150,3 +142,12 @@ class Learner:
     return validation.validate(
       self._p_eval_step, self._states[GENERATOR].params, batches
     )
+
+
+def _read_best(checkpoints: Checkpoints, like: TrainState) -> TrainState:
+  """Reads the best generator."""
+  _, state = checkpoints.first_whole(
+    checkpoints.select(checkpoint.BEST),
+    lambda one: checkpoints.restore_state(one.kind, GENERATOR, like, one.step),
+  )
+  return state

@@ -1,5 +1,6 @@
 """The training loop over phases, with validation, early stop and preemption."""
 
+import contextlib
 import math
 import pathlib
 import signal
@@ -9,7 +10,13 @@ import jax
 
 from empdg_jax.config import Config, InputError
 from empdg_jax.parallel import hosts
-from empdg_jax.training import checkpoint, session, terminal, train_log
+from empdg_jax.training import (
+  checkpoint,
+  run_lock,
+  session,
+  terminal,
+  train_log,
+)
 from empdg_jax.training.learner import Update
 from empdg_jax.training.phases import MLE, Phase, phases_of
 
@@ -31,16 +38,19 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
       been saved.
     SaveError: A checkpoint could not be written or read.
   """
-  trainer = _Trainer(config, workdir, session.open_session(config, workdir))
-  try:
-    finished = trainer.run()
-  except BaseException:
-    # With several hosts, closing waits for all of them, and the others may
-    # never come: they go on training, or are lost.
-    if jax.process_count() == 1:
-      trainer.session.close()
-    raise
-  trainer.session.close()
+  lock = run_lock.RunLock(workdir, config.train.lease_seconds)
+  with contextlib.closing(lock):
+    opened = session.open_session(config, workdir, lock)
+    trainer = _Trainer(config, workdir, opened)
+    try:
+      finished = trainer.run()
+    except BaseException:
+      # With several hosts, closing waits for all of them, and the others may
+      # never come: they go on training, or are lost.
+      if jax.process_count() == 1:
+        opened.close()
+      raise
+    opened.close()
   return finished
 
 

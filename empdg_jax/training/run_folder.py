@@ -11,7 +11,11 @@ from empdg_jax.data.vocab import Vocabulary
 from empdg_jax.models import registry
 
 # Fields that a resumed run may change, since no update depends on them.
-_NOT_OF_THE_RUN = ("train.profile_steps", "train.keep_checkpoints")
+_NOT_OF_THE_RUN = (
+  "train.profile_steps",
+  "train.keep_checkpoints",
+  "train.lease_seconds",
+)
 
 # Fields that give a generator's parameters their meaning. Equal shapes do not
 # suffice: the same arrays compute something else with another norm order.

@@ -18,6 +18,7 @@ from empdg_jax.training import checkpoint, run_folder
 from empdg_jax.training.learner import Learner
 from empdg_jax.training.phases import DISCRIMINATOR, MLE
 from empdg_jax.training.profiling import InputWait
+from empdg_jax.training.run_lock import RunLock
 from empdg_jax.training.train_log import TrainLog
 
 
@@ -85,6 +86,7 @@ class TrainBatches:
 class Session:
   """Everything that one process needs to train, at the run's position."""
 
+  lock: RunLock
   log: TrainLog
   learner: Learner
   checkpoints: checkpoint.Checkpoints
@@ -94,6 +96,7 @@ class Session:
 
   def save(self, kind: str) -> None:
     """Begins to write a checkpoint of this position; see `Checkpoints.save`."""
+    self.lock.check()
     # A bucket holds only what was copied to it: without this copy, a run that
     # resumes here would find no metrics of the updates before.
     self.log.save()
@@ -111,16 +114,19 @@ class Session:
     self.checkpoints.close()
 
 
-def open_session(config: Config, workdir: pathlib.Path) -> Session:
+def open_session(
+  config: Config, workdir: pathlib.Path, lock: RunLock
+) -> Session:
   """Starts a run, or resumes it where its latest checkpoint stands.
 
   Args:
     config: The run's configuration.
     workdir: The run folder.
+    lock: The folder's lock, which is taken here and held while training.
 
   Raises:
-    InputError: The configuration, the data or the folder cannot be used;
-      nothing has been written.
+    InputError: The configuration, the data or the folder cannot be used, or
+      another training uses it; nothing has been written.
     SaveError: The latest checkpoint could not be read.
   """
   # In this order:
@@ -149,16 +155,20 @@ def open_session(config: Config, workdir: pathlib.Path) -> Session:
     learner.take_over(other_run)
     progress.phase = DISCRIMINATOR
   # 3. the run folder, not before the states: an error above leaves no folder;
+  # locked, so that no other training reads and writes the same checkpoints;
+  lock.acquire(log.say)
   with hosts.refusing_together():
     if hosts.is_main_process():
       run_folder.write_run(run)
   # 4. its latest checkpoint, if any, over the states and the position;
   checkpoints = checkpoint.Checkpoints(
-    workdir, create=True, keep=config.train.keep_checkpoints
+    workdir,
+    create=True,
+    keep=config.train.keep_checkpoints,
+    warn=log.say,
   )
   if checkpoints.step(checkpoint.LATEST) is not None:
-    learner.restore(checkpoints)
-    progress = Progress(**checkpoints.restore_progress(checkpoint.LATEST))
+    progress = Progress(**learner.restore(checkpoints))
     log.say(f"Resuming {workdir} at step {progress.updates:,}")
   # 5. the batches, which begin at the checkpoint's position;
   batches = TrainBatches(config, dataset)
@@ -176,7 +186,9 @@ def open_session(config: Config, workdir: pathlib.Path) -> Session:
   )
   # 7. the devices, once the states on the host are final.
   learner.start()
-  return Session(log, learner, checkpoints, progress, batches, valid_batches)
+  return Session(
+    lock, log, learner, checkpoints, progress, batches, valid_batches
+  )
 
 
 def _load_dataset(config: Config, workdir: pathlib.Path) -> prepare.Dataset:
