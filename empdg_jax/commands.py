@@ -10,7 +10,7 @@ import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +25,18 @@ def _config(values: Any) -> Config:
   file = "give a file such as --config=configs/quickstart.py"
   config = _given(values, "config", file)
   config_lib.validate(config)
+  # Before the data are read, which may take minutes.
+  from empdg_jax.models import registry
+
+  registry.check_size(config.model, 0)
+  tokens = max(map(sum, config.data.shapes)) + config.data.feedback_length
+  train, evaluation = config.train, config.eval
+  for batch, length in (
+    (train, tokens + config.model.max_emotional_words + train.sample_steps),
+    (evaluation, tokens + evaluation.beam_size * evaluation.max_decode_steps),
+  ):
+    what = f"batch_size={batch.batch_size:,} of {length:,} tokens each"
+    storage.check_fits(f"config: {what}", batch.batch_size * length)
   return config
 
 
@@ -232,10 +244,13 @@ def generate(values: Any) -> None:
     echo '{"context": ["I lost my job today."]}' |
       empdg generate --workdir=runs/quickstart
   """
-  source, lines = values.input, sys.stdin
+  source = values.input
+  # Lines are bounded: whatever is piped in may have no line ends.
+  lines: Iterable[str] = iter(lambda: sys.stdin.readline(2**20), "")
   if source != "-":
     with storage.errors(f"--input={source}: cannot read", InputError):
-      lines = pathlib.Path(source).read_text(encoding="utf-8").splitlines()
+      lines = storage.read_text(storage.disk_path(source, "--input"))
+      lines = lines.splitlines()
   system, _ = _load_system(values)
   from empdg_jax.inference import respond
 
@@ -260,10 +275,15 @@ def chat(values: Any) -> None:
     empdg chat --workdir=runs/quickstart
     empdg chat --bundle=quickstart-export
   """
+  from empdg_jax.training import terminal
+
+  console = Console()
+  if values.workdir or values.bundle:
+    terminal.say("Loading ...", console, "dim")
   system, _ = _load_system(values)
   from empdg_jax.inference import respond
 
-  respond.chat(respond.Responder(system), Console(), sys.stdin)
+  respond.chat(respond.Responder(system), console, sys.stdin)
 
 
 def export(values: Any) -> None:
@@ -275,10 +295,7 @@ def export(values: Any) -> None:
   """
   workdir = _workdir(values)
   out = _given(values, "out", "give the folder to write")
-  if "://" in out:
-    raise InputError(
-      f"--out={out}: expected a folder on a disk; copy it to a bucket"
-    )
+  out = storage.disk_path(out, "--out")
   if values.average and values.checkpoint:
     raise InputError("--checkpoint and --average exclude each other; give one")
   _start_jax()
@@ -286,7 +303,7 @@ def export(values: Any) -> None:
 
   export.export(
     workdir,
-    pathlib.Path(out),
+    out,
     values.checkpoint,
     values.average,
     values.dtype,
@@ -337,11 +354,14 @@ def attention(values: Any) -> None:
   system, folder = _load_system(values)
   from empdg_jax.analysis import attention
   from empdg_jax.inference import respond
+  from empdg_jax.training import terminal
 
   drawn = attention.attend(respond.Responder(system), context)
-  stem = pathlib.Path(values.image or folder / "attention")
+  stem = folder / "attention"
+  if values.image:
+    stem = storage.disk_path(values.image, "--image")
   for path in attention.draw(drawn, stem):
-    print(f"Drawn in {path}")
+    terminal.say(f"Drawn in {path}")
 
 
 def compile_check(values: Any) -> None:
@@ -391,14 +411,15 @@ def benchmark(values: Any) -> None:
     empdg benchmark --config=configs/empdg_wo_d.py --output=benchmark.json
   """
   config = _config(values)
+  path = storage.disk_path(values.output or "benchmark.json", "--output")
   _start_jax()
   from empdg_jax.data import prepare
   from empdg_jax.hardware import benchmark
+  from empdg_jax.training import terminal
 
   console = Console()
   dataset = prepare.load_dataset(config.data)
   results = benchmark.benchmark(dataset, config, console)
   benchmark.print_benchmark(results, console)
-  path = pathlib.Path(values.output or "benchmark.json")
   benchmark.write_benchmark(results, path)
-  console.print(f"Written to {path}", markup=False)
+  terminal.say(f"Written to {path}", console)

@@ -131,7 +131,7 @@ def read_labels(path: str) -> tuple[str, ...]:
   ):
     # A run folder keeps its labels beside it, so they may lie in a bucket.
     file = storage.run_path(path, "config.data.emotions")
-    labels = file.read_text(encoding="utf-8").splitlines()
+    labels = storage.read_text(file).splitlines()
   for number, label in enumerate(labels, start=1):
     # CSV rows split at commas, and exports list labels between white space.
     if label.split() != [label] or "," in label:
