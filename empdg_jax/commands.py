@@ -29,15 +29,26 @@ def _config(values: Any) -> Config:
   from empdg_jax.models import registry
 
   registry.check_size(config.model, 0)
+  _check_batches_fit(config)
+  return config
+
+
+def _check_batches_fit(config: Config) -> None:
+  """Checks that the tokens of a batch fit into this machine's memory.
+
+  Raises:
+    InputError: They do not.
+  """
   tokens = max(map(sum, config.data.shapes)) + config.data.feedback_length
   train, evaluation = config.train, config.eval
-  for batch, length in (
-    (train, tokens + config.model.max_emotional_words + train.sample_steps),
-    (evaluation, tokens + evaluation.beam_size * evaluation.max_decode_steps),
+  sampled = config.model.max_emotional_words + train.sample_steps
+  searched = evaluation.beam_size * evaluation.max_decode_steps
+  for name, size, length in (
+    ("train", train.batch_size, tokens + sampled),
+    ("eval", evaluation.batch_size, tokens + searched),
   ):
-    what = f"batch_size={batch.batch_size:,} of {length:,} tokens each"
-    storage.check_fits(f"config: {what}", batch.batch_size * length)
-  return config
+    what = f"config.{name}.batch_size={size}: {length:,} tokens an example"
+    storage.check_fits(what, size * length)
 
 
 def _given(values: Any, flag: str, advice: str) -> Any:
@@ -295,7 +306,10 @@ def export(values: Any) -> None:
   """
   workdir = _workdir(values)
   out = _given(values, "out", "give the folder to write")
-  out = storage.disk_path(out, "--out")
+  if "://" in out:
+    raise InputError(
+      f"--out={out}: expected a folder on a disk; copy it to a bucket"
+    )
   if values.average and values.checkpoint:
     raise InputError("--checkpoint and --average exclude each other; give one")
   _start_jax()
@@ -303,7 +317,7 @@ def export(values: Any) -> None:
 
   export.export(
     workdir,
-    out,
+    pathlib.Path(out),
     values.checkpoint,
     values.average,
     values.dtype,

@@ -11,8 +11,8 @@ import platformdirs
 
 from empdg_jax.config import InputError, SaveError
 
-# The most bytes that a file of others may hold, once unpacked, if it is read as
-# a whole. The official archive has 0.1 GB.
+# The most bytes that a file may hold, once unpacked, to be read as a whole. The
+# official archive has far fewer.
 _MOST_BYTES = 2**30
 
 
@@ -100,7 +100,8 @@ def read_bounded(file: io.BufferedIOBase, where: str) -> bytes:
   # In pieces: a read of the most bytes would allocate all of them at once.
   read = io.BytesIO()
   while piece := file.read(2**20):
-    if read.write(piece) and read.tell() > _MOST_BYTES:
+    read.write(piece)
+    if read.tell() > _MOST_BYTES:
       raise InputError(f"{where}: holds more than 1 GiB")
   return read.getvalue()
 

@@ -471,7 +471,7 @@ def test_evaluate_names_an_unknown_field(
 
 def test_chat_explains_itself() -> None:
   to, file = console()
-  lines = "\n \n/help\n/new\n/nwe\nhello\n/quit\nunread\n"
+  lines = "\n \n/help\n/new\n/rest\nhello\n/quit\nunread\n"
   file_lines = io.StringIO(lines)
   parrot: Any = _Parrot()
   respond.chat(parrot, to, file_lines)
@@ -479,7 +479,7 @@ def test_chat_explains_itself() -> None:
   assert said.count("(nothing said; /help explains") == 2
   assert "(Write what happened to you" in said
   assert "(a new dialogue)" in said
-  assert "(no command '/nwe'; /help explains" in said
+  assert "(no command '/rest'; /help explains" in said
   assert "empdg> hello" in said
   assert file_lines.read() == "unread\n"
 

@@ -148,7 +148,7 @@ def read_predictions(path: pathlib.Path) -> list[dict[str, Any]]:
           f"{path}:{number}: {name!r} cannot be {repr(line[name])[:60]}"
         )
     # Beyond this loss for each token, a perplexity exceeds every double.
-    if abs(line.get("nll", 0)) > 700 * line.get("tokens", 1):
+    if abs(line.get("nll", 0)) > 700 * line.get("tokens", 2**31):
       raise InputError(
         f"{path}:{number}: 'nll' cannot be {line['nll']!r}: more than 700 for "
         "each token"
