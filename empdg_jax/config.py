@@ -282,7 +282,9 @@ def parse(text: str, hint: Any) -> Any:
     if kind is bool:
       return {"true": True, "false": False}[text.lower()]
     return kind(text) if kind in (int, float) else text
-  except (ValueError, SyntaxError, TypeError, KeyError, RecursionError):
+  except (ValueError, SyntaxError, TypeError, KeyError):
+    return text
+  except (RecursionError, MemoryError):  # Parentheses nested too deeply.
     return text
 
 
@@ -369,7 +371,9 @@ def profile_range(config: TrainConfig) -> tuple[int, int] | None:
   if not config.profile_steps:
     return None
   first, _, last = config.profile_steps.partition(":")
-  if first.isdecimal() and last.isdecimal() and int(first) < int(last):
+  # At most nine digits: Python converts no number of thousands of them.
+  numbers = all(n.isdecimal() and len(n) < 10 for n in (first, last))
+  if numbers and int(first) < int(last):
     return int(first), int(last)
   raise InputError(
     f"config.train.profile_steps={config.profile_steps!r}: expected two "

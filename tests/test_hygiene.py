@@ -301,6 +301,11 @@ def test_cases_that_are_no_text(
       "prepare FILE --config.train.seed=" + "9" * 400,
       "expected a number below",
     ),
+    (
+      "prepare FILE --config.train.profile_steps=1:" + "9" * 5000,
+      "expected two",
+    ),
+    ("prepare FILE --config.data.shapes=" + "(" * 10_000, "expected a tuple"),
     ("prepare FILE --config.model.emb_dim=1000000000", "this machine has"),
     ("prepare FILE --config.model.num_layers=1000000000", "this machine has"),
     ("train FILE --workdir=x --config.train.batch_size=2000000000", "GiB"),

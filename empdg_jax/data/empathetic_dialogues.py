@@ -261,7 +261,9 @@ class EmpatheticDialogues(tfds.core.GeneratorBasedBuilder):
     self, dl_manager: tfds.download.DownloadManager
   ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
     if self._files is None:
-      _check_connection()
+      # An archive kept from an earlier download has a note beside it.
+      if not any(pathlib.Path(str(dl_manager.download_dir)).glob("*.INFO")):
+        _check_connection()
       folder = dl_manager.download(OFFICIAL_URL)
       self._files = read_source(pathlib.Path(str(folder)))
     return {
