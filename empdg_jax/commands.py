@@ -10,7 +10,7 @@ import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +25,30 @@ def _config(values: Any) -> Config:
   file = "give a file such as --config=configs/quickstart.py"
   config = _given(values, "config", file)
   config_lib.validate(config)
+  # Before the data are read, which may take minutes.
+  from empdg_jax.models import registry
+
+  registry.check_size(config.model, 0)
+  _check_batches_fit(config)
   return config
+
+
+def _check_batches_fit(config: Config) -> None:
+  """Checks that the tokens of a batch fit into this machine's memory.
+
+  Raises:
+    InputError: They do not.
+  """
+  tokens = max(map(sum, config.data.shapes)) + config.data.feedback_length
+  train, evaluation = config.train, config.eval
+  sampled = config.model.max_emotional_words + train.sample_steps
+  searched = evaluation.beam_size * evaluation.max_decode_steps
+  for name, size, length in (
+    ("train", train.batch_size, tokens + sampled),
+    ("eval", evaluation.batch_size, tokens + searched),
+  ):
+    what = f"config.{name}.batch_size={size}: {length:,} tokens an example"
+    storage.check_fits(what, size * length)
 
 
 def _given(values: Any, flag: str, advice: str) -> Any:
@@ -232,10 +255,13 @@ def generate(values: Any) -> None:
     echo '{"context": ["I lost my job today."]}' |
       empdg generate --workdir=runs/quickstart
   """
-  source, lines = values.input, sys.stdin
+  source = values.input
+  # Lines are bounded: whatever is piped in may have no line ends.
+  lines: Iterable[str] = iter(lambda: sys.stdin.readline(2**20), "")
   if source != "-":
     with storage.errors(f"--input={source}: cannot read", InputError):
-      lines = pathlib.Path(source).read_text(encoding="utf-8").splitlines()
+      lines = storage.read_text(storage.disk_path(source, "--input"))
+      lines = lines.splitlines()
   system, _ = _load_system(values)
   from empdg_jax.inference import respond
 
@@ -260,10 +286,15 @@ def chat(values: Any) -> None:
     empdg chat --workdir=runs/quickstart
     empdg chat --bundle=quickstart-export
   """
+  from empdg_jax.training import terminal
+
+  console = Console()
+  if values.workdir or values.bundle:
+    terminal.say("Loading ...", console, "dim")
   system, _ = _load_system(values)
   from empdg_jax.inference import respond
 
-  respond.chat(respond.Responder(system), Console(), sys.stdin)
+  respond.chat(respond.Responder(system), console, sys.stdin)
 
 
 def export(values: Any) -> None:
@@ -337,11 +368,14 @@ def attention(values: Any) -> None:
   system, folder = _load_system(values)
   from empdg_jax.analysis import attention
   from empdg_jax.inference import respond
+  from empdg_jax.training import terminal
 
   drawn = attention.attend(respond.Responder(system), context)
-  stem = pathlib.Path(values.image or folder / "attention")
+  stem = folder / "attention"
+  if values.image:
+    stem = storage.disk_path(values.image, "--image")
   for path in attention.draw(drawn, stem):
-    print(f"Drawn in {path}")
+    terminal.say(f"Drawn in {path}")
 
 
 def compile_check(values: Any) -> None:
@@ -391,14 +425,15 @@ def benchmark(values: Any) -> None:
     empdg benchmark --config=configs/empdg_wo_d.py --output=benchmark.json
   """
   config = _config(values)
+  path = storage.disk_path(values.output or "benchmark.json", "--output")
   _start_jax()
   from empdg_jax.data import prepare
   from empdg_jax.hardware import benchmark
+  from empdg_jax.training import terminal
 
   console = Console()
   dataset = prepare.load_dataset(config.data)
   results = benchmark.benchmark(dataset, config, console)
   benchmark.print_benchmark(results, console)
-  path = pathlib.Path(values.output or "benchmark.json")
   benchmark.write_benchmark(results, path)
-  console.print(f"Written to {path}", markup=False)
+  terminal.say(f"Written to {path}", console)

@@ -33,6 +33,22 @@ class SaveError(OSError):
     super().__init__(" ".join(message.splitlines()))
 
 
+def printable(text: str) -> str:
+  r"""Returns text with its control characters spelled out, but line ends.
+
+  >>> printable("\x1b[2J")
+  '\\x1b[2J'
+  """
+  # Escape sequences can clear a screen, forge lines or retitle a window; so can
+  # C1 controls and marks that change the direction of writing. UTF-8 has no
+  # code for lone surrogates.
+  return re.sub(
+    r"[\0-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
+    lambda match: ascii(match[0])[1:-1],
+    text,
+  )
+
+
 @dataclasses.dataclass
 class SourceConfig:
   """Where the data come from; a trained system may be used with other data."""
@@ -253,7 +269,9 @@ def parse(text: str, hint: Any) -> Any:
     if kind is bool:
       return {"true": True, "false": False}[text.lower()]
     return kind(text) if kind in (int, float) else text
-  except (ValueError, SyntaxError, TypeError, KeyError, RecursionError):
+  except (ValueError, SyntaxError, TypeError, KeyError):
+    return text
+  except (RecursionError, MemoryError):  # Parentheses nested too deeply.
     return text
 
 
@@ -275,6 +293,9 @@ def expected(value: Any, hint: Any) -> str:
   ''
   """
   arguments = typing.get_args(hint)
+  # JAX's integers have 32 bits.
+  if type(value) is int and abs(value) >= 2**31:
+    return "a number below 2,147,483,648"
   if type(None) in arguments:
     return "" if value is None else expected(value, arguments[0])
   if typing.get_origin(hint) is Literal:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import os
 import platform
 import signal
@@ -155,6 +156,8 @@ def _spelled_out(name: str, argv: Sequence[str]) -> list[str]:
   rest, options = list(argv), []
   while rest:
     arg = rest.pop(0)
+    if "\0" in arg:
+      raise InputError(f"{arg!r}: holds a NUL character")
     if "dir" in flags and not arg.startswith("-"):
       arg = f"--dir={arg}"
     if not arg.startswith("--") or arg == "--":
@@ -307,7 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise InputError(f"unknown command {name!r}; {hint}")
     return 0
   except (InputError, OSError) as error:
-    print(f"empdg: {error}", file=sys.stderr)
+    line = config_lib.printable(" ".join(str(error).splitlines()))
+    print(f"empdg: {line}", file=sys.stderr)
     # An OSError is a full disk, most likely.
     mistake = isinstance(error, InputError)
     return config_lib.BAD_INPUT if mistake else config_lib.FAILED
@@ -322,6 +326,12 @@ def run() -> None:
   logging.set_verbosity(logging.FATAL)  # Errors are raised, and told once.
   if len(sys.argv) > 1 and sys.argv[1] in ("train", "evaluate", "benchmark"):
     _use_large_pages()
+  for stream in (sys.stdin, sys.stdout):
+    if isinstance(stream, io.TextIOWrapper):
+      # Output is valid UTF-8 whatever the locale; a line of input that is not
+      # gets an error of its own.
+      escape = "surrogateescape" if stream is sys.stdin else "backslashreplace"
+      stream.reconfigure(encoding="utf-8", errors=escape)
   status = main()
   if status == config_lib.FAILED:
     # Orbax's threads may wait for minutes for what will not come.

@@ -1,14 +1,19 @@
 """Files on a disk or in a bucket: paths, atomic writes, one-line errors."""
 
 import contextlib
+import io
 import os
 import pathlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import platformdirs
 
 from empdg_jax.config import InputError, SaveError
+
+# The most bytes that a file may hold, once unpacked, to be read as a whole. The
+# official archive has far fewer.
+_MOST_BYTES = 2**30
 
 
 def cache_dir() -> pathlib.Path:
@@ -31,6 +36,11 @@ def run_path(name: str, flag: str) -> pathlib.Path:
   """
   if "://" not in name:
     return pathlib.Path(name)
+  if not name.startswith(("gs://", "s3://", "az://")):
+    raise InputError(
+      f"--{flag}={name}: expected a folder on a disk, or in a bucket "
+      "(gs://BUCKET/FOLDER, or s3:// or az:// with fsspec's package for it)"
+    )
   from etils import epath
 
   path: Any = epath.Path(name)
@@ -40,10 +50,89 @@ def run_path(name: str, flag: str) -> pathlib.Path:
       path.exists()
     except ImportError as error:
       raise InputError(
-        f"--{flag}={name}: needs a package for buckets; pip install "
-        f"'empdg-jax[gcs]' ({error})"
+        f"--{flag}={name}: needs a package for buckets; for gs://, in a clone: "
+        f"pip install -e '.[gcs]' ({error})"
       ) from error
   return path
+
+
+def disk_path(name: str, flag: str) -> pathlib.Path:
+  """Returns the path of a file or folder that must be on a disk.
+
+  Raises:
+    InputError: It is in a bucket or of an unknown scheme.
+  """
+  if "://" in name:
+    raise InputError(
+      f"{flag}={name}: expected a path on a disk, not in a bucket or elsewhere"
+    )
+  return pathlib.Path(name)
+
+
+def check_fits(what: str, numbers: int) -> None:
+  """Checks that arrays can fit into this machine's memory, before any is made.
+
+  Args:
+    what: The sizes that ask for them, for the message.
+    numbers: At least how many numbers of 4 bytes they hold.
+
+  Raises:
+    InputError: They cannot.
+  """
+  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  if 4 * numbers > memory:
+    raise InputError(
+      f"{what}: needs more than {4 * numbers / 2**30:,.0f} GiB; this machine "
+      f"has {memory / 2**30:,.0f} GiB of memory"
+    )
+
+
+def read_bounded(file: io.BufferedIOBase, where: str) -> bytes:
+  """Reads a file that may be a bomb, a device or a pipe that never ends.
+
+  Args:
+    file: The file, open.
+    where: Its name in messages.
+
+  Raises:
+    InputError: It holds more than 1 GiB.
+  """
+  # In pieces: a read of the most bytes would allocate all of them at once.
+  read = io.BytesIO()
+  while piece := file.read(2**20):
+    read.write(piece)
+    if read.tell() > _MOST_BYTES:
+      raise InputError(f"{where}: holds more than 1 GiB")
+  return read.getvalue()
+
+
+def bounded_lines(
+  file: io.BufferedIOBase, where: str, most: float
+) -> Iterator[str]:
+  """Yields the lines of a text in UTF-8, of which none may be endless.
+
+  Args:
+    file: The file, open.
+    where: Its name in messages.
+    most: The number of bytes that it may hold.
+
+  Raises:
+    InputError: It holds more, or a line of 1 MiB.
+  """
+  total = 0
+  while line := file.readline(2**20):
+    total += len(line)
+    if len(line) == 2**20:
+      raise InputError(f"{where}: holds a line of more than 1 MiB")
+    if total > most:
+      raise InputError(f"{where}: unpacks to more than {most / 2**30:.0f} GiB")
+    yield line.decode("utf-8")
+
+
+def read_text(path: pathlib.Path) -> str:
+  """Reads a text in UTF-8; see `read_bounded`."""
+  with path.open("rb") as file:
+    return read_bounded(file, str(path)).decode("utf-8")
 
 
 def in_bucket(path: pathlib.Path) -> bool:

@@ -171,7 +171,7 @@ def test_bad_input(
   assert "--format=csv" in said
   monkeypatch.setitem(sys.modules, "libtpu", None)  # As if not installed.
   said = refused(capsys, "--topology=v5e:2x2")
-  assert "pip install 'empdg-jax[tpu]'" in said
+  assert "pip install -e '.[tpu]'" in said
 
 
 @pytest.mark.tpu

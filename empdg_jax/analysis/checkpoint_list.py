@@ -99,7 +99,8 @@ def print_checkpoints(
     console: The console to print on.
   """
   if form == "json":
-    console.print_json(data=[dataclasses.asdict(one) for one in listed])
+    values = [dataclasses.asdict(one) for one in listed]
+    console.print_json(data=values, ensure_ascii=True)
     return
   header = "step", "kind", "phase", "MiB", "perplexity", "emotion accuracy"
   rows = [

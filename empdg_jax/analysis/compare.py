@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from empdg_jax import metrics
+from empdg_jax import metrics, storage
 from empdg_jax.analysis import significance
 from empdg_jax.config import InputError
 from empdg_jax.data import text
@@ -122,10 +122,10 @@ def _read(workdir: pathlib.Path, split: str) -> _Evaluation:
   folder = workdir / "eval" / split
   again = f"'empdg evaluate {flag}={workdir} --split={split}'"
   try:
-    values = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    values = json.loads(storage.read_text(folder / "metrics.json"))
     if not isinstance(values, dict):
       raise ValueError("metrics.json holds no object")
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise InputError(
       f"{workdir} has no evaluation of {split} ({error}); run {again}"
     ) from error
@@ -140,6 +140,8 @@ def _read(workdir: pathlib.Path, split: str) -> _Evaluation:
     for name in _NEEDED:
       if line.get(name) is None:
         raise InputError(f"{path}:{number}: no {name!r}; run {again} again")
+    if not isinstance(line["id"], str):
+      raise InputError(f"{path}:{number}: 'id' cannot be {line['id']!r}")
     # The Transformer predicts none, and other programs may omit the null.
     line.setdefault("predicted_emotion", None)
   if values.get("split") != split:
@@ -327,7 +329,7 @@ def _cases(
     {
       "id": lines[index]["id"],
       "emotion": lines[index]["emotion"],
-      "context": [readable(turn) for turn in lines[index]["context"]],
+      "context": [readable(turn) for turn in lines[index].get("context", [])],
       "reference": readable(lines[index]["reference"]),
       "responses": {
         title: {

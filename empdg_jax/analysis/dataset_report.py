@@ -95,7 +95,7 @@ def _padding_table(
     (*map(str, lengths), f"{batches:,}", f"{context:.0%}", f"{target:.0%}")
     for (*lengths, _), (batches, context, target) in shapes
   ]
-  header = "context,emotional,target,batches,context padding,target padding"
+  header = "context,emotion,target,batches,context padding,target padding"
   title = f"Padded lengths, an epoch in batches of {batch_size}"
   table = terminal.table(header.split(","), rows, title=title)
   table.add_section()
@@ -123,8 +123,10 @@ def print_report(dataset: Dataset, config: Config, console: Console) -> None:
     for e, n in counts.most_common()
   ]
   console.print(
-    f"Emotions in train, {len(shares)} of {len(emotions)}: from {shares[0]} to "
-    f"{shares[-1]}"
+    terminal.text(
+      f"Emotions in train, {len(shares)} of {len(emotions)}: from {shares[0]} "
+      f"to {shares[-1]}"
+    )
   )
   words = len(dataset.vocabulary) - len(SPECIAL_TOKENS)
   console.print(

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from tabulate import tabulate
 
+from empdg_jax import config
 from empdg_jax.analysis.compare import Comparison, Figure, Row, Test
 from empdg_jax.metrics import METRICS
 from empdg_jax.models import registry
@@ -185,7 +186,7 @@ def print_comparison(
   if form == "terminal":
     _print(comparison, console)
   elif form == "json":
-    console.print_json(data=dataclasses.asdict(comparison))
+    console.print_json(data=dataclasses.asdict(comparison), ensure_ascii=True)
   else:
     # The console itself would wrap and colour it.
-    console.file.write(_WRITERS[form](comparison))
+    console.file.write(config.printable(_WRITERS[form](comparison)))

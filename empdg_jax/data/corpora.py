@@ -131,7 +131,7 @@ def read_labels(path: str) -> tuple[str, ...]:
   ):
     # A run folder keeps its labels beside it, so they may lie in a bucket.
     file = storage.run_path(path, "config.data.emotions")
-    text = file.read_text(encoding="utf-8")
+    text = storage.read_text(file)
   return parse_labels(text, where)
 
 

@@ -5,14 +5,21 @@ are ArrayRecord, read through `as_data_source`. Other datasets in the same CSV
 format bring their own emotion labels.
 """
 
+import bz2
 import dataclasses
+import gzip
 import hashlib
+import io
 import itertools
+import lzma
 import operator
 import os
 import pathlib
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +99,21 @@ def _parse_row(line: bytes, where: str, emotions: Sequence[str]) -> list[str]:
   return fields
 
 
+def _open_packed(path: pathlib.Path) -> io.BufferedIOBase:
+  """Opens a file that may be compressed."""
+  with path.open("rb") as file:
+    start = file.read(6)
+  openers: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+  }
+  for magic, opener in openers.items():
+    if start.startswith(magic):
+      return opener(path)
+  return path.open("rb")
+
+
 def read_source(path: pathlib.Path) -> Mapping[str, bytes]:
   """Returns the CSV file of each split in an archive or a folder.
 
@@ -106,19 +128,62 @@ def read_source(path: pathlib.Path) -> Mapping[str, bytes]:
     InputError,
   ):
     if path.is_dir():
-      csv_files = {split: path / f"{split}.csv" for split in SPLITS}
-      files = {s: f.read_bytes() for s, f in csv_files.items() if f.is_file()}
+      for split in SPLITS:
+        if (file := path / f"{split}.csv").is_file():
+          with file.open("rb") as opened:
+            files[split] = storage.read_bounded(opened, str(file))
     else:
-      with tarfile.open(path) as archive:
+      if path.exists() and not path.is_file():
+        raise ValueError("a device or a pipe")
+      # Unpacked as a whole, within a bound: tarfile would follow a bomb's
+      # headers through any number of bytes.
+      with _open_packed(path) as opened:
+        unpacked = io.BytesIO(storage.read_bounded(opened, str(path)))
+      with tarfile.open(fileobj=unpacked, mode="r:") as archive:
         for member in archive:
           # By name in whatever folder: re-packed archives differ in layout.
-          split = pathlib.PurePosixPath(member.name).name.removesuffix(".csv")
+          name = pathlib.PurePosixPath(member.name)
+          split = name.name.removesuffix(".csv")
+          plain = member.isreg() and not member.issparse()
+          if name.is_absolute() or ".." in name.parts or not plain:
+            continue
           if split in SPLITS and (content := archive.extractfile(member)):
             files[split] = content.read()
   for split in SPLITS:
     if split not in files:
       raise InputError(f"{path}: holds no {split}.csv")
   return files
+
+
+def _check_connection() -> None:
+  """Checks that the official archive can be reached, within 15 s.
+
+  Raises:
+    InputError: It cannot.
+  """
+  # TFDS would try for minutes and print a warning each time.
+  failures: list[Exception] = []
+
+  def connect() -> None:
+    request = urllib.request.Request(OFFICIAL_URL, method="HEAD")
+    try:
+      urllib.request.urlopen(request, timeout=15).close()
+    except urllib.error.HTTPError:
+      pass  # It answered; TFDS reports what is wrong with the file.
+    except OSError as error:
+      failures.append(error)
+
+  # In a thread, since no timeout bounds the search for the server's address.
+  thread = threading.Thread(target=connect, daemon=True)
+  thread.start()
+  thread.join(15)
+  if thread.is_alive() or failures:
+    why = storage.first_line(failures[0]) if failures else "no connection"
+    raise InputError(
+      f"config.data.source: cannot download the official data ({why}); fetch "
+      f"{OFFICIAL_URL} elsewhere, copy it here, and give its path as "
+      "--config.data.source=empatheticdialogues.tar.gz; or try 'sample'"
+    )
 
 
 class EmpatheticDialogues(tfds.core.GeneratorBasedBuilder):
@@ -154,7 +219,7 @@ class EmpatheticDialogues(tfds.core.GeneratorBasedBuilder):
       self._files = (
         sample_corpus.csv_files()
         if sample
-        else read_source(pathlib.Path(source))
+        else read_source(storage.disk_path(source, "config.data.source"))
       )
       # TFDS takes a prepared dataset of the same name for this one, so the
       # name must change with the content: a path may hold other rows tomorrow.
@@ -196,6 +261,9 @@ class EmpatheticDialogues(tfds.core.GeneratorBasedBuilder):
     self, dl_manager: tfds.download.DownloadManager
   ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
     if self._files is None:
+      # An archive kept from an earlier download has a note beside it.
+      if not any(pathlib.Path(str(dl_manager.download_dir)).glob("*.INFO")):
+        _check_connection()
       folder = dl_manager.download(OFFICIAL_URL)
       self._files = read_source(pathlib.Path(str(folder)))
     return {

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.resources
 import json
-import pathlib
 from collections.abc import Container, Sequence
 
 import numpy as np
@@ -58,7 +57,8 @@ def load_lexicon(lexicon: str) -> frozenset[str]:
     "file with one word a line",
     InputError,
   ):
-    lines = pathlib.Path(lexicon).read_text(encoding="utf-8").splitlines()
+    path = storage.disk_path(lexicon, "config.data.lexicon")
+    lines = storage.read_text(path).splitlines()
   words = set()
   for number, line in enumerate(lines, start=1):
     match line.split("\t"):

@@ -106,7 +106,9 @@ def load_dataset(
     InputError: A file that the configuration names cannot be read or is
       malformed.
   """
-  data_dir = pathlib.Path(config.data_dir or storage.cache_dir() / "datasets")
+  data_dir = storage.cache_dir() / "datasets"
+  if config.data_dir:
+    data_dir = storage.disk_path(config.data_dir, "config.data.data_dir")
   what = f"config.data.data_dir: cannot write {str(data_dir)!r}"
   with storage.errors(what, InputError):
     data_dir.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Pre-trained word vectors for the embedding table."""
 
 import gzip
-import pathlib
+import math
 
 import numpy as np
 
@@ -54,11 +54,16 @@ def load_vectors(
     "format, or '' for none",
     InputError,
   ):
-    opened = gzip.open if path.endswith(".gz") else open
-    with opened(pathlib.Path(path), "rt", encoding="utf-8") as lines:
+    file = storage.disk_path(path, "config.data.vectors")
+    gzipped = path.endswith(".gz")
+    # A plain file ends, and GloVe's largest has 5.6 GB; a bomb or a pipe may
+    # not.
+    most = math.inf if file.is_file() and not gzipped else 2**31
+    with (gzip.open if gzipped else open)(file, "rb") as opened:
+      lines = storage.bounded_lines(opened, path, most)
       for number, line in enumerate(lines, start=1):
         # At spaces alone: some of GloVe's words hold other white space.
-        word, *values = line.rstrip("\n").split(" ")
+        word, *values = line.rstrip("\r\n").split(" ")
         width = width or len(values)
         if len(values) != width or not values:
           raise InputError(

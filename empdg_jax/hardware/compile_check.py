@@ -61,8 +61,8 @@ def describe_topology(name: str) -> Slice:
   # JAX's own error would name neither the package nor the extra.
   if importlib.util.find_spec("libtpu") is None:
     raise InputError(
-      "the TPU compiler is missing; install it with: pip install "
-      "'empdg-jax[tpu]'"
+      "the TPU compiler is missing; install it in your clone with: "
+      "pip install -e '.[tpu]'"
     )
   for variable, value in _WITHOUT_TPU.items():
     os.environ.setdefault(variable, value)

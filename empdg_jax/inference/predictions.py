@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -43,8 +43,8 @@ def print_samples(path: pathlib.Path, count: int, console: Console) -> None:
     reply = text.join_tokens(line["response"].split())
     perceived = line["predicted_emotion"]
     console.print(
-      f"[bold]{line['emotion']}[/bold]"
-      + (f" (perceived {perceived})" if perceived else "")
+      terminal.text(line["emotion"], "bold"),
+      terminal.text(f"(perceived {perceived})" if perceived else ""),
     )
     terminal.say(f"  user:  {user}", console)
     terminal.say(f"  reply: {reply}", console)
@@ -106,12 +106,23 @@ def write_evaluation(
     )
 
 
-_PREDICTION_TYPES = {
-  "reference": str,
-  "emotion": str,
-  "predicted_emotion": str,
-  "nll": int | float,
-  "tokens": int,
+def _is_text(value: Any) -> bool:
+  return isinstance(value, str)
+
+
+# What the fields of a prediction may be. No number has 400 digits or is NaN,
+# both of which JSON can spell; perplexity divides by the number of tokens.
+_PREDICTION_FIELDS: dict[str, Callable[[Any], bool]] = {
+  "id": lambda value: isinstance(value, str | int),
+  "context": lambda turns: (
+    isinstance(turns, list) and all(map(_is_text, turns))
+  ),
+  "response": _is_text,
+  "reference": _is_text,
+  "emotion": _is_text,
+  "predicted_emotion": lambda value: value is None or _is_text(value),
+  "nll": lambda value: type(value) in (int, float) and abs(value) < 1e9,
+  "tokens": lambda value: type(value) is int and 0 < value < 2**31,
 }
 
 
@@ -124,21 +135,24 @@ def read_predictions(path: pathlib.Path) -> list[dict[str, Any]]:
   """
   what = f"--predictions={path}: cannot read"
   with storage.errors(what, InputError):
-    rows = path.read_text(encoding="utf-8").splitlines()
+    rows = storage.read_text(path).splitlines()
   lines = []
   for number, row in enumerate(rows, start=1):
-    try:
+    with storage.errors(f"{path}:{number}: no JSON", InputError):
       line = json.loads(row)
-    except ValueError as error:
-      raise InputError(f"{path}:{number}: no JSON ({error})") from error
-    if not isinstance(line, dict) or not isinstance(line.get("response"), str):
+    if not isinstance(line, dict) or "response" not in line:
       raise InputError(f"{path}:{number}: expected an object with a 'response'")
-    for name, kind in _PREDICTION_TYPES.items():
-      value = line.get(name)
-      wrong = value is not None and not isinstance(value, kind)
-      # Perplexity divides by the number of tokens.
-      if wrong or (name == "tokens" and value == 0):
-        raise InputError(f"{path}:{number}: {name!r} cannot be {value!r}")
+    for name, fits in _PREDICTION_FIELDS.items():
+      if name in line and not fits(line[name]):
+        raise InputError(
+          f"{path}:{number}: {name!r} cannot be {repr(line[name])[:60]}"
+        )
+    # Beyond this loss for each token, a perplexity exceeds every double.
+    if abs(line.get("nll", 0)) > 700 * line.get("tokens", 2**31):
+      raise InputError(
+        f"{path}:{number}: 'nll' cannot be {line['nll']!r}: more than 700 for "
+        "each token"
+      )
     lines.append(line)
   if not lines:
     raise InputError(f"{path}: holds no prediction")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
@@ -19,6 +20,12 @@ from empdg_jax.training import terminal
 # A longer context is taken for a mistake, such as a whole file in one line.
 # Shorter ones keep the latest tokens that fit the longest shape.
 MAX_CONTEXT_TOKENS = 2_000
+_MOST_CHARACTERS = 2**20
+_COMMANDS = "/help explains, /new begins anew, /quit or Ctrl-D ends."
+_HELP = (
+  "Write what happened to you, a line at a time. The system shows the emotions "
+  "that it perceives, then responds to the whole dialogue. " + _COMMANDS
+)
 
 
 class Responder:
@@ -51,6 +58,8 @@ class Responder:
       InputError: The turns are no list, hold no word or none that the system
         knows, or are too long.
     """
+    if re.search("[\ud800-\udfff]", " ".join(utterances)):
+      raise InputError("the context is no text: it has no form in UTF-8")
     # A string is a sequence of strings too: each letter would be a turn.
     if isinstance(utterances, str):
       raise InputError(
@@ -110,7 +119,7 @@ class Responder:
 def _parse_line(line: str) -> list[str]:
   try:
     value = json.loads(line)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise InputError(f"no JSON ({error})") from error
   context = value.get("context") if isinstance(value, dict) else value
   if isinstance(context, str):
@@ -172,26 +181,37 @@ def _fields(response: Response) -> dict[str, Any]:
 def chat(responder: Responder, console: Console, lines: TextIO) -> None:
   """Holds a dialogue in the terminal until the user leaves.
 
+  Lines that begin with a slash are commands.
+
   Args:
     responder: The system's responder.
     console: The terminal.
     lines: The user's turns, one a line.
   """
-  console.print(
-    "Say how you feel. An empty line or Ctrl-D ends, /new begins anew."
-  )
+  terminal.say(f"Say how you feel. {_COMMANDS}", console)
   turns: list[str] = []
   while True:
     console.print("[bold]you>[/bold] ", end="")
-    said = lines.readline().strip()
-    if not said:
+    # Bounded, as whatever is piped in may have no line ends.
+    line = lines.readline(_MOST_CHARACTERS)
+    said = line.strip()
+    if not line or said == "/quit":
       console.print()
       return
     if said == "/new":
       turns = []
+      terminal.say("(a new dialogue)", console)
+      continue
+    if not said or said.startswith("/"):
+      hint = _HELP if said == "/help" else f"nothing said; {_COMMANDS}"
+      if said not in ("", "/help"):
+        hint = f"no command {said[:20]!r}; {_COMMANDS}"
+      terminal.say(f"({hint})", console)
       continue
     try:
-      response = responder.respond([*turns, said])
+      # Shown on terminals only; each length of context is compiled once.
+      with console.status("Thinking, longer the first time ..."):
+        response = responder.respond([*turns, said])
     except InputError as error:
       terminal.say(f"({error})", console)
       continue
@@ -202,5 +222,5 @@ def chat(responder: Responder, console: Console, lines: TextIO) -> None:
       felt = ", ".join(
         f"{labels[e]} {response.emotions[e]:.0%}" for e in likeliest
       )
-      console.print(f"[dim]perceived: {felt}[/dim]", highlight=False)
+      terminal.say(f"perceived: {felt}", console, "dim")
     terminal.say(f"empdg> {response.text}", console)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from empdg_jax import storage
 from empdg_jax.config import Config, InputError, ModelConfig
 from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.baselines import EmoPrepend, MoEL, Transformer
@@ -112,6 +113,34 @@ def find_system(config: ModelConfig) -> SystemSpec:
   return SYSTEMS[config.name]
 
 
+def check_size(config: ModelConfig, vocab_size: int) -> None:
+  """Checks that a model can fit into this machine's memory, before any array.
+
+  Args:
+    config: The system's name and sizes.
+    vocab_size: V; 0 before it is known.
+
+  Raises:
+    InputError: There is no such system, or even the largest of its parameters
+      do not fit.
+  """
+  discriminators = find_system(config).discriminators
+  # A lower bound: embeddings; each layer's attention and feed-forward matrices
+  # in an encoder and the decoder; the convolutions of a discriminator.
+  layer = 4 * config.key_value_depth + 2 * config.filter_size
+  parameters = config.emb_dim * (vocab_size + 2 * config.num_layers * layer)
+  if discriminators:
+    widths = config.kernel_widths
+    parameters += config.emb_dim**2 * sum(widths) // len(widths)
+  storage.check_fits(
+    f"config.model: emb_dim={config.emb_dim:,}, num_layers="
+    f"{config.num_layers:,}, key_value_depth={config.key_value_depth:,}, "
+    f"filter_size={config.filter_size:,}"
+    + (f" and {vocab_size:,} words" if vocab_size else ""),
+    parameters,
+  )
+
+
 def create_model(
   config: ModelConfig, vocab_size: int, num_emotions: int
 ) -> EncoderDecoder:
@@ -126,6 +155,7 @@ def create_model(
     InputError: There is no system of that name, or `listener_top_k` exceeds
       the number of emotions.
   """
+  check_size(config, vocab_size)
   spec = find_system(config)
   if config.listener_top_k > num_emotions:
     raise InputError(

@@ -144,6 +144,7 @@ def _leave(error: BaseException) -> NoReturn:
       "of them again with the same command: training goes on from its latest "
       "checkpoint"
     )
+  reason = config_lib.printable(reason)
   print(f"empdg: {reason}", file=sys.stderr, flush=True)
   sys.stdout.flush()
   if status == config_lib.BAD_INPUT:

@@ -17,7 +17,7 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
   if path.exists():
     for line in path.read_text(encoding="utf-8").splitlines():
       # A killed run may leave a line that is cut off.
-      with contextlib.suppress(ValueError):
+      with contextlib.suppress(ValueError, RecursionError):
         yield json.loads(line)
 
 

@@ -8,6 +8,9 @@ from collections.abc import Generator, Iterable, Sequence
 import rich.console
 import rich.progress
 import rich.table
+import rich.text
+
+from empdg_jax.config import printable
 
 
 class Interrupt:
@@ -41,11 +44,18 @@ def catch_interrupts(*numbers: signal.Signals) -> Generator[Interrupt]:
       signal.signal(number, handler)
 
 
-def say(line: str, console: rich.console.Console | None = None) -> None:
+def text(said: str, style: str = "") -> rich.text.Text:
+  """Returns a text of others, in which nothing is markup, emoji or control."""
+  return rich.text.Text(printable(said), style)
+
+
+def say(
+  line: str, console: rich.console.Console | None = None, style: str = ""
+) -> None:
   """Prints a line in one piece and as it is, whatever the terminal's width."""
   # Programs look for lines; paths may hold what looks like markup or an emoji.
   (console or rich.console.Console()).print(
-    line, soft_wrap=True, highlight=False, markup=False, emoji=False
+    text(line.replace("\n", " "), style), soft_wrap=True, highlight=False
   )
 
 
@@ -68,9 +78,9 @@ def table(
   """
   made = rich.table.Table(title=title, caption=caption)
   for name in header:
-    made.add_column(name, justify="left" if name in left else "right")
+    made.add_column(text(name), justify="left" if name in left else "right")
   for row in rows:
-    made.add_row(*row)
+    made.add_row(*map(text, row))
   return made
 
 
