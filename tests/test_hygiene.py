@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import rich.console
 from helpers import refused
-from test_compare import make_run
+from invented import make_run
 
 from empdg_jax import commands, main, storage
 from empdg_jax import config as config_lib
