@@ -143,6 +143,13 @@ def _mutated_json(text: str, rng: random.Random) -> str:
   return json.dumps(value)
 
 
+def _mutated_header(data: bytes, rng: random.Random) -> bytes:
+  """Changes the names, types, shapes and places of a safetensors file."""
+  end = 8 + int.from_bytes(data[:8], "little")
+  header = _mutated_json(data[8:end].decode(), rng).encode()
+  return len(header).to_bytes(8, "little") + header + data[end:]
+
+
 # The checks.
 
 
@@ -455,6 +462,8 @@ def test_exports(
   path = rng.choice(sorted(p for p in folder.rglob("*") if p.is_file()))
   if path.suffix == ".json" and rng.random() < 0.8:
     path.write_text(_mutated_json(path.read_text(), rng))
+  elif path.suffix == ".safetensors" and rng.random() < 0.8:
+    path.write_bytes(_mutated_header(path.read_bytes(), rng))
   elif rng.random() < 0.05:
     path.unlink()
   else:
