@@ -293,10 +293,12 @@ def test_killed_hosts_start_again_at_once(
       host.communicate()
     damaged = 0
     if place == "disk":
-      latest = workdir / "checkpoints" / "latest"
+      latest = tmp_path / "run" / "checkpoints" / "latest"
       damaged = max(int(p.name) for p in latest.iterdir() if p.name.isdecimal())
-      files = [p for p in (latest / f"{damaged}/params").rglob("*")]
-      path = max(files, key=lambda p: p.stat().length)
+      files = (latest / f"{damaged}/params").rglob("*")
+      path = max(
+        (p for p in files if p.is_file()), key=lambda p: p.stat().st_size
+      )
       data = bytearray(path.read_bytes())
       data[len(data) // 2] ^= 1
       path.write_bytes(data)

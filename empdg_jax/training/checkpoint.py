@@ -255,6 +255,8 @@ class Checkpoints:
     damaged: list[InputError] = []
     for one in chosen:
       try:
+        # Hosts that read the same bytes fail at the same place. A host that
+        # fails alone leaves the others in Orbax until their time is up.
         with hosts.refusing_together():
           value = read(one)
       except InputError as error:
