@@ -293,9 +293,9 @@ def expected(value: Any, hint: Any) -> str:
   ''
   """
   arguments = typing.get_args(hint)
-  # JAX's integers have 32 bits.
-  if type(value) is int and abs(value) >= 2**31:
-    return "a number below 2,147,483,648"
+  # First, since a longer number may not even convert to a float.
+  if type(value) is int and abs(value) > MAX_INT:
+    return f"a number from 0 to {MAX_INT:,}"
   if type(None) in arguments:
     return "" if value is None else expected(value, arguments[0])
   if typing.get_origin(hint) is Literal:
@@ -330,9 +330,6 @@ def validate(config: Config) -> None:
     if isinstance(value, str):
       check("\0" not in value, name, "text without NUL")
     elif isinstance(value, int | float) and not isinstance(value, bool):
-      # First, since a larger whole number may not even convert to float.
-      if isinstance(value, int):
-        check(value <= MAX_INT, name, f"at most {MAX_INT:,}")
       check(math.isfinite(value), name, "a finite number")
       fits = value > 0 or (value == 0 and name in _MAY_BE_ZERO)
       check(fits, name, "more than 0")
@@ -351,6 +348,7 @@ def validate(config: Config) -> None:
     type(s) is tuple and len(s) == 3 and are_lengths(s, 2) for s in shapes
   )
   wanted = "triples (context, emotion, target) of lengths of at least 2"
+  wanted += f" and at most {MAX_INT:,}"
   check(fits, "data.shapes", wanted)
   longest = tuple(map(max, zip(*shapes, strict=True)))
   check(shapes[-1] == longest, "data.shapes", "the longest lengths last")
