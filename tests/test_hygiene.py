@@ -310,7 +310,7 @@ def test_cases_that_are_no_text(
     ("prepare FILE --config.model.num_layers=1000000000", "this machine has"),
     ("train FILE --workdir=x --config.train.batch_size=2000000000", "GiB"),
     ("prepare FILE --config.eval.beam_size=2000000000", "this machine has"),
-    ("prepare FILE --config.data.shapes=((2000000000,2,2),)", "GiB"),
+    ("prepare FILE --config.data.shapes=((900000000,2,2),)", "GiB"),
     ("prepare FILE --config.data.feedback_length=2000000000", "GiB"),
   ],
 )

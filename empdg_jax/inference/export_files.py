@@ -241,7 +241,7 @@ class _Checked:
     """Returns the configuration of the export's run."""
     with self._parsing(CONFIG) as (data, where):
       config = config_lib.from_json(data.decode(), where)
-      registry.find_system(config.model)
+      registry.check_size(config.model, 0)
       _check_sizes(config)
     with _reading(self._folder, ABOUT):
       _check_about(self.about, config)
