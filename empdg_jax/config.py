@@ -391,14 +391,10 @@ def _with_tuples(value: Any, depth: int = 4) -> Any:
   return tuple(_with_tuples(v, depth - 1) for v in value)
 
 
-def _find_file(name: str) -> pathlib.Path | None:
-  """Returns a configuration's file: a path, or the name of one we ship."""
-  path = pathlib.Path(name)
-  if path.is_file():
-    return path
-  shipped = importlib.resources.files("empdg_jax.configs") / f"{name}.py"
-  found = name.isidentifier() and shipped.is_file()
-  return pathlib.Path(str(shipped)) if found else None
+def _shipped_files() -> dict[str, pathlib.Path]:
+  """Returns the configuration files that we ship, by name."""
+  folder = pathlib.Path(str(importlib.resources.files("empdg_jax.configs")))
+  return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
 
 
 def from_file(given: str) -> Config:
@@ -415,14 +411,14 @@ def from_file(given: str) -> Config:
     InputError: There is no such file, or it does not return a configuration.
   """
   name, colon, argument = given.partition(":")
-  file = _find_file(name)
-  if file is None:
-    shipped = importlib.resources.files("empdg_jax.configs").iterdir()
-    names = sorted(f.name.removesuffix(".py") for f in shipped)
+  shipped = _shipped_files()
+  file = pathlib.Path(name)
+  if not file.is_file() and name not in shipped:
     raise InputError(
       f"--config={given}: no such file; give a path, or one of "
-      + ", ".join(n for n in names if not n.startswith("_"))
+      + ", ".join(shipped)
     )
+  file = file if file.is_file() else shipped[name]
   try:
     get_config = runpy.run_path(str(file))["get_config"]
     config = get_config(argument) if colon else get_config()

@@ -69,6 +69,11 @@ def disk_path(name: str, flag: str) -> pathlib.Path:
   return pathlib.Path(name)
 
 
+def machine_memory() -> int:
+  """Returns the size of this machine's memory in bytes."""
+  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def check_fits(what: str, numbers: int) -> None:
   """Checks that arrays can fit into this machine's memory, before any is made.
 
@@ -79,7 +84,7 @@ def check_fits(what: str, numbers: int) -> None:
   Raises:
     InputError: They cannot.
   """
-  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  memory = machine_memory()
   if 4 * numbers > memory:
     raise InputError(
       f"{what}: needs more than {4 * numbers / 2**30:,.0f} GiB; this machine "

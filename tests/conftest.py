@@ -2,8 +2,10 @@
 
 import copy
 import os
+from collections.abc import Generator
 from pathlib import Path
 
+import fake_bucket
 import jax
 import pytest
 
@@ -84,3 +86,15 @@ def config(sample_config: Config) -> Config:
 def sample_dataset(sample_config: Config) -> Dataset:
   """The embedded corpus, prepared."""
   return load_dataset(sample_config.data)
+
+
+@pytest.fixture(scope="module")
+def storage() -> Generator[fake_bucket.FakeStorage]:
+  """A stand-in for Cloud Storage, with the bucket `gs://pod`."""
+  with (
+    fake_bucket.serve("pod") as server,
+    pytest.MonkeyPatch.context() as patch,
+  ):
+    for name, value in server.environment.items():
+      patch.setenv(name, value)
+    yield server

@@ -5,7 +5,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator
 from typing import Any
 
 import fake_bucket
@@ -25,18 +24,6 @@ from empdg_jax.training.train_state import (
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def storage() -> Generator[fake_bucket.FakeStorage]:
-  """The service, with the bucket `gs://pod`."""
-  with (
-    fake_bucket.serve("pod") as server,
-    pytest.MonkeyPatch.context() as patch,
-  ):
-    for name, value in server.environment.items():
-      patch.setenv(name, value)
-    yield server
 
 
 def argv_of(sample_config: Config) -> tuple[str, ...]:

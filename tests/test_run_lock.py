@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator
 from typing import Any
 
 import fake_bucket
@@ -34,17 +33,6 @@ print("taken", flush=True)
 sys.stdin.readline()
 os.kill(os.getpid(), signal.SIGKILL)
 """
-
-
-@pytest.fixture(scope="module")
-def storage() -> Generator[fake_bucket.FakeStorage]:
-  with (
-    fake_bucket.serve("pod") as server,
-    pytest.MonkeyPatch.context() as patch,
-  ):
-    for name, value in server.environment.items():
-      patch.setenv(name, value)
-    yield server
 
 
 @pytest.fixture(params=["disk", "bucket", "disk without locks"])

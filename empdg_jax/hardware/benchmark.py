@@ -20,7 +20,7 @@ from rich.progress import track
 
 from empdg_jax import storage
 from empdg_jax.config import Config, InputError
-from empdg_jax.data import pipeline, prepare
+from empdg_jax.data import pipeline
 from empdg_jax.data.pipeline import Batch, EncodedExample, Shape
 from empdg_jax.data.prepare import Dataset
 from empdg_jax.inference.system import System
@@ -32,7 +32,7 @@ from empdg_jax.training.train_state import (
   GENERATOR,
   count_parameters,
 )
-from empdg_jax.training.trainable import Trainable, assemble
+from empdg_jax.training.trainable import assemble_for
 
 # Large enough for the machine's peak rates: the product's 2048 rows and columns
 # keep all cores busy, the streamed arrays of 128 MB each lie beyond all caches.
@@ -127,16 +127,6 @@ def _batches_by_shape(
   ]
 
 
-def _assemble(dataset: Dataset, config: Config) -> Trainable:
-  """Builds the system that a configuration names for a dataset."""
-  return assemble(
-    config,
-    len(dataset.vocabulary),
-    len(dataset.corpus.emotions),
-    prepare.emotional_table(dataset.vocabulary, dataset.lexicon),
-  )
-
-
 def _advance(
   states: dict[str, Any],
   player: str,
@@ -160,7 +150,7 @@ def _adversarial_steps(
   calls: dict[str, Callable[[], Any]] = {}
   for signal in ("straight_through", "expected"):
     train = dataclasses.replace(config.train, generator_signal=signal)
-    trainable = _assemble(dataset, dataclasses.replace(config, train=train))
+    trainable = assemble_for(dataset, dataclasses.replace(config, train=train))
     # Every step donates its state, so that each signal needs its own.
     states = trainable.create_states(config.train.seed)
     states[GENERATOR] = states[GENERATOR].replace(params=params)
@@ -222,7 +212,7 @@ def benchmark(
   Returns:
     A JSON value; times are medians in seconds.
   """
-  trainable = _assemble(dataset, config)
+  trainable = assemble_for(dataset, config)
   parameters = count_parameters(trainable.generator)
   initial = trainable.create_states(config.train.seed)[GENERATOR]
   # A copy on this host, since the first step donates the state's buffers.

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import io
 import math
-import os
 import pathlib
 import re
 from collections.abc import Generator, Mapping
@@ -268,7 +267,7 @@ class _Checked:
       shapes = _param_shapes(run)
     elements = sum(math.prod(shape) * n for shape, n in shapes.values())
     # A folder of holes may look larger than any disk.
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = storage.machine_memory()
     largest = min(_LARGEST_HEADER + 4 * elements, memory // 2)
     with self._parsing(PARAMS, largest) as (data, _):
       return nested(_parse_params(data, shapes, self.about["dtype"]))

@@ -15,7 +15,7 @@ from empdg_jax.parallel import devices
 from empdg_jax.training import checkpoint, steps, train_state, validation
 from empdg_jax.training.checkpoint import Checkpoints
 from empdg_jax.training.train_state import DISCRIMINATOR, GENERATOR, TrainState
-from empdg_jax.training.trainable import assemble
+from empdg_jax.training.trainable import assemble_for
 
 
 class Update(NamedTuple):
@@ -64,12 +64,7 @@ class Learner:
     # count is to wait for the devices.
     self._generator_steps = 0
     self.running: Any = None
-    trainable = assemble(
-      config,
-      len(dataset.vocabulary),
-      len(dataset.corpus.emotions),
-      prepare.emotional_table(dataset.vocabulary, dataset.lexicon),
-    )
+    trainable = assemble_for(dataset, config)
     self.parameters = train_state.count_parameters(trainable.generator)
     self.has_discriminators = trainable.adversary is not None
     self._states = trainable.create_states(self._seed, embeddings)

@@ -70,19 +70,14 @@ def write_run(run: Run) -> None:
     for name, (source, text) in kept.items():
       path = workdir / name
       if not path.exists():
-        _write(path, text)
+        storage.write_text(path, text)
       elif path.read_bytes() != text.encode():
         raise InputError(
           f"{path} differs from {source}, which must have changed; use another "
           "--workdir"
         )
     # Last, since this file marks the folder as a run folder.
-    _write(workdir / "config.json", config_lib.to_json(config))
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  with storage.atomic_path(path) as temporary:
-    temporary.write_text(text, encoding="utf-8")
+    storage.write_text(workdir / "config.json", config_lib.to_json(config))
 
 
 def check_same_config(workdir: pathlib.Path, config: Config) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 import optax
 
 from empdg_jax.config import Config
+from empdg_jax.data import prepare
+from empdg_jax.data.prepare import Dataset
 from empdg_jax.models import registry
 from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.encoder_decoder import EncoderDecoder
@@ -101,6 +103,16 @@ class Trainable:
       ),
       compile_step(steps.adversarial_generator_step, optimizer=self.optimizer),
     )
+
+
+def assemble_for(dataset: Dataset, config: Config) -> Trainable:
+  """Builds the system of a configuration for a dataset; see `assemble`."""
+  return assemble(
+    config,
+    len(dataset.vocabulary),
+    len(dataset.corpus.emotions),
+    prepare.emotional_table(dataset.vocabulary, dataset.lexicon),
+  )
 
 
 def assemble(

@@ -320,35 +320,21 @@ def test_files_that_never_end(
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_lexicons(
-  seed: int, material: pathlib.Path, inside: pathlib.Path
+@pytest.mark.parametrize(
+  ("field", "file"), [("lexicon", "words.txt"), ("vectors", "vectors.txt")]
+)
+def test_files_of_words(
+  field: str,
+  file: str,
+  seed: int,
+  material: pathlib.Path,
+  inside: pathlib.Path,
 ) -> None:
-  rng = random.Random(f"lexicon{seed}")
-  path = inside / "words.txt"
-  path.write_bytes(_mutated((material / "words.txt").read_bytes(), rng))
-  _check(
-    _prepare(
-      inside,
-      f"--config.data.source={material}/csv",
-      f"--config.data.lexicon={path}",
-    )
-  )
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_vectors(
-  seed: int, material: pathlib.Path, inside: pathlib.Path
-) -> None:
-  rng = random.Random(f"vectors{seed}")
-  path = inside / "vectors.txt"
-  path.write_bytes(_mutated((material / "vectors.txt").read_bytes(), rng))
-  _check(
-    _prepare(
-      inside,
-      f"--config.data.source={material}/csv",
-      f"--config.data.vectors={path}",
-    )
-  )
+  rng = random.Random(f"{field}{seed}")
+  path = inside / file
+  path.write_bytes(_mutated((material / file).read_bytes(), rng))
+  source = f"--config.data.source={material}/csv"
+  _check(_prepare(inside, source, f"--config.data.{field}={path}"))
 
 
 FLAGS = (
