@@ -144,6 +144,10 @@ class TrainConfig:
   """
 
   seed: int = 0  # Seed of all random numbers.
+  # Type of products and activations: "float32", "bfloat16", or "auto", which is
+  # bfloat16 where the hardware multiplies it faster. Parameters, optimiser
+  # states, losses and normalisations are float32 in any case.
+  compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
   batch_size: int = 16  # Examples per step, over all devices.
   # Maximum steps of phase 1; early stopping usually ends it sooner.
   mle_steps: int = 100_000
@@ -466,6 +470,8 @@ def from_json(text: str, where: str) -> Config:
   """
   try:
     values = _with_tuples(parse_json(text))
+    # Runs from before this field computed in float32.
+    values["train"].setdefault("compute_dtype", "float32")
     given = {f"{s}.{name}" for s, fields in values.items() for name in fields}
     if unknown := given - field_types().keys():
       raise ValueError(f"unknown field {min(unknown)!r:.60}")

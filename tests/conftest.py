@@ -70,6 +70,8 @@ def sample_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
   config.model.emb_dim = 16
   config.model.key_value_depth = 8
   config.model.filter_size = 12
+  # Named, so that the tests compute the same on every machine.
+  config.train.compute_dtype = "float32"
   config.train.batch_size = 8
   config.train.warmup_steps = 50
   config.eval.batch_size = 16

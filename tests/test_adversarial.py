@@ -501,6 +501,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_to_nan() -> None:
     make_dialogues(0),
   )
   assert not np.isfinite(metrics["loss"])
+  assert metrics["skipped"] > 0
   np.testing.assert_array_equal(
     flat(discriminators.params), flat(players.discriminators.params)
   )
@@ -519,10 +520,8 @@ def test_expected_embeddings_are_means(sampling: Players) -> None:
       params, inputs, batch.target, keys, MODEL, adversary(config)
     )
   )(params)
-  _, logits, _, pointer = MODEL.apply(
-    {"params": params}, inputs, batch.target, keys
-  )
-  probs = np.asarray(losses.mixture(logits, pointer))
+  outputs: Any = MODEL.apply({"params": params}, inputs, batch.target, keys)
+  probs = np.asarray(losses.mixture(outputs.logits, outputs.pointer))
 
   np.testing.assert_allclose(
     response.embedded, probs @ params["embedding"] * 4.0, rtol=1e-4, atol=1e-5

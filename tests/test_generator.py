@@ -127,7 +127,12 @@ def case(request: pytest.FixtureRequest) -> Case:
 
   @jax.jit
   def full(variables: Any, inputs: Inputs, target: jax.Array) -> Any:
-    encoded, logits, _, pointer = model.apply(variables, inputs, target)
+    outputs: Any = model.apply(variables, inputs, target)
+    encoded, logits, pointer = (
+      outputs.encoded,
+      outputs.logits,
+      outputs.pointer,
+    )
     emotion_logits = encoded.emotion_logits
     return emotion_logits, logits, log_mixture(logits, pointer)
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,26 +37,18 @@ def draw(seed: int) -> dict[str, np.ndarray]:
 @functools.partial(jax.jit, static_argnames=("pointer", "smoothing"))
 def product(
   values: dict[str, Any], pointer: bool, smoothing: float
-) -> tuple[jax.Array, jax.Array]:
-  """Returns `token_losses` for drawn values."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns `vocabulary_loss` of logits; the projection is the identity."""
   v = {name: jnp.asarray(x, jnp.float32) for name, x in values.items()}
   copies = losses.Pointer(v["gate"], v["attention"], jnp.asarray(SOURCE))
-  return losses.token_losses(
-    v["logits"], jnp.asarray(TARGETS), copies if pointer else None, smoothing
+  return losses.vocabulary_loss(
+    v["logits"],
+    jnp.eye(VOCAB),
+    jnp.asarray(TARGETS),
+    copies if pointer else None,
+    jnp.ones(TARGETS.shape),
+    smoothing,
   )
-
-
-@functools.partial(jax.jit, static_argnames=("pointer", "smoothing"))
-def direct(
-  values: dict[str, Any], pointer: bool, smoothing: float
-) -> jax.Array:
-  """Returns the smoothed loss from the whole `log_mixture`."""
-  copies = losses.Pointer(
-    values["gate"], values["attention"], jnp.asarray(SOURCE)
-  )
-  log_probs = losses.log_mixture(values["logits"], copies if pointer else None)
-  wanted = (1.0 - smoothing) * jax.nn.one_hot(TARGETS, VOCAB)
-  return -jnp.sum((wanted + smoothing / VOCAB) * log_probs, axis=-1)
 
 
 def expected_probs(values: dict[str, np.ndarray], row: int) -> np.ndarray:
@@ -97,10 +89,10 @@ def test_log_mixture_by_hand() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_token_losses_with_pointer(smoothing: float) -> None:
+def test_vocabulary_loss_with_pointer(smoothing: float) -> None:
   """Compares with the reference's whole distribution, in float64."""
   values = draw(1)
-  loss, nll = product(values, True, smoothing)
+  _, loss, nll = product(values, True, smoothing)
   for row in range(2):
     probs = expected_probs(values, row)
     np.testing.assert_allclose(
@@ -114,10 +106,10 @@ def test_token_losses_with_pointer(smoothing: float) -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_token_losses_without_pointer(smoothing: float) -> None:
+def test_vocabulary_loss_without_pointer(smoothing: float) -> None:
   """The softmax alone."""
   values = draw(2)
-  loss, nll = product(values, False, smoothing)
+  _, loss, nll = product(values, False, smoothing)
   for row in range(2):
     probs = np.stack([reference.softmax(x) for x in values["logits"][row]])
     np.testing.assert_allclose(
@@ -133,34 +125,124 @@ def test_token_losses_without_pointer(smoothing: float) -> None:
 def test_smoothed_loss_by_hand() -> None:
   """Probabilities 1/2, 1/4, 1/4 with s = 0.3: the target expects 0.8."""
   logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25]]]))
-  loss, nll = losses.token_losses(logits, jnp.array([[0]]), None, 0.3)
+  total, loss, nll = losses.vocabulary_loss(
+    logits, jnp.eye(3), jnp.array([[0]]), None, jnp.full((1, 1), 5.0), 0.3
+  )
   assert float(nll[0, 0]) == pytest.approx(math.log(2), rel=1e-6)
   # 0.8 ln 2 + 0.1 ln 4 + 0.1 ln 4
   assert float(loss[0, 0]) == pytest.approx(1.2 * math.log(2), rel=1e-6)
+  assert float(total) == pytest.approx(6.0 * math.log(2), rel=1e-6)
+
+
+class Task(NamedTuple):
+  """Rows enough for several blocks of the loss, the last of them padding."""
+
+  values: dict[str, jax.Array]
+  targets: jax.Array
+  source: jax.Array
+  weights: jax.Array
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+  """Random hidden states, a projection of 50 words, and a pointer."""
+  rng = np.random.default_rng(3)
+  shape, dim, vocab, length = (9, 30), 8, 50, 7
+  targets = rng.integers(0, vocab, shape)
+  source = rng.integers(0, vocab, (len(targets), length))
+  targets[:, 1] = source[:, 4] = source[:, 2]  # Copied, and repeated.
+  weights = rng.random(shape)
+  weights[:, 12:] = 0.0  # 108 rows of 270 count: two blocks of three.
+  values = {
+    "hidden": rng.normal(0.0, 1.0, (*shape, dim)),
+    "kernel": rng.normal(0.0, 0.5, (dim, vocab)),
+    "gate": rng.normal(0.0, 1.5, shape),
+    "attention": rng.dirichlet(np.ones(length), shape),
+  }
+  arrays = {name: jnp.asarray(x, jnp.float32) for name, x in values.items()}
+  return Task(
+    arrays, jnp.asarray(targets), jnp.asarray(source), jnp.asarray(weights)
+  )
+
+
+def total_loss(
+  values: dict[str, jax.Array], task: Task, pointer: bool, smoothing: float
+) -> jax.Array:
+  """Returns the weighted sum of the losses, block by block."""
+  copies = losses.Pointer(values["gate"], values["attention"], task.source)
+  return losses.vocabulary_loss(
+    values["hidden"],
+    values["kernel"],
+    task.targets,
+    copies if pointer else None,
+    task.weights,
+    smoothing,
+  )[0]
+
+
+def direct_loss(
+  values: dict[str, jax.Array], task: Task, pointer: bool, smoothing: float
+) -> jax.Array:
+  """Returns the same from the whole `log_mixture`."""
+  copies = losses.Pointer(values["gate"], values["attention"], task.source)
+  log_probs = losses.log_mixture(
+    values["hidden"] @ values["kernel"], copies if pointer else None
+  )
+  vocab = log_probs.shape[-1]
+  wanted = (1.0 - smoothing) * jax.nn.one_hot(task.targets, vocab)
+  loss = -jnp.sum((wanted + smoothing / vocab) * log_probs, axis=-1)
+  return jnp.sum(loss * task.weights)
 
 
 @pytest.mark.parametrize("pointer", [True, False])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_gradient_equals_the_direct_one(
-  pointer: bool, smoothing: float
+def test_gradients_equal_the_direct_ones(
+  task: Task, pointer: bool, smoothing: float
 ) -> None:
-  """With respect to logits, gate and attention."""
-  values = {name: jnp.asarray(x, jnp.float32) for name, x in draw(3).items()}
-  weights = jnp.array([[1.0, 2.0, 0.5, 0.0], [3.0, 1.0, 1.0, 1.0]])
+  """With respect to hidden states, projection, gate and attention."""
 
-  def total(loss: jax.Array) -> jax.Array:
-    return jnp.sum(loss * weights)
-
-  actual = jax.grad(lambda v: total(product(v, pointer, smoothing)[0]))(values)
-  wanted = jax.grad(lambda v: total(direct(v, pointer, smoothing)))(values)
-  for name in values:
-    assert np.all(np.isfinite(actual[name])), name
-    np.testing.assert_allclose(
-      actual[name], wanted[name], rtol=1e-4, atol=1e-4, err_msg=name
+  def differentiate(function: Any) -> Any:
+    loss = functools.partial(
+      function, task=task, pointer=pointer, smoothing=smoothing
     )
-  assert np.abs(actual["logits"]).max() > 0.1
-  assert (np.abs(actual["gate"]).max() > 0.1) == pointer
-  assert (np.abs(actual["attention"]).max() > 0.1) == pointer
+    # Twice the loss: the rule must scale by the gradient that it is given.
+    return jax.jit(jax.value_and_grad(lambda values: 2.0 * loss(values)))(
+      task.values
+    )
+
+  actual, wanted = differentiate(total_loss), differentiate(direct_loss)
+  np.testing.assert_allclose(actual[0], wanted[0], rtol=1e-5)
+  for name, gradient in wanted[1].items():
+    scale = max(float(jnp.max(jnp.abs(gradient))), 1e-30)
+    np.testing.assert_allclose(
+      actual[1][name], gradient, atol=1e-5 * scale, err_msg=name
+    )
+  # What has no weight has no gradient.
+  assert not np.any(actual[1]["hidden"][:, 12:])
+
+
+def test_bfloat16_factors_give_float32_sums(task: Task) -> None:
+  """The hidden states' type is the products'; the losses stay close."""
+  hidden = task.values["hidden"].astype(jnp.bfloat16)
+  values = {**task.values, "hidden": hidden}
+  actual, gradient = jax.jit(
+    jax.value_and_grad(lambda v: total_loss(v, task, True, 0.1))
+  )(values)
+  wanted = total_loss(task.values, task, True, 0.1)
+  assert actual.dtype == jnp.float32
+  assert abs(float(actual / wanted) - 1.0) < 5e-3
+  assert gradient["hidden"].dtype == jnp.bfloat16
+  assert gradient["kernel"].dtype == jnp.float32
+
+
+def test_blocks_hold_the_only_logits(task: Task) -> None:
+  """No array of all tokens by all words exists in the compiled program."""
+  compiled = jax.jit(jax.grad(lambda v: total_loss(v, task, True, 0.1)))
+  text = compiled.lower(task.values).compile().as_text()
+  assert "f32[96,50]" in text  # A block's logits: the search finds arrays.
+  # The last are the rows filled up to three blocks.
+  for shape in ("[9,30,50]", "[270,50]", "[288,50]"):
+    assert shape not in text
 
 
 def test_gradient_equals_a_difference_quotient() -> None:
@@ -173,7 +255,7 @@ def test_gradient_equals_a_difference_quotient() -> None:
       for row in range(2)
     )
 
-  grads = jax.grad(lambda v: jnp.sum(product(v, True, 0.1)[0]))(
+  grads = jax.grad(lambda v: product(v, True, 0.1)[0])(
     {name: jnp.asarray(x, jnp.float32) for name, x in values.items()}
   )
   for name, place in (
@@ -202,9 +284,7 @@ def test_extreme_values_stay_finite() -> None:
   logits[:, :, 5] = 80.0
   values = {"logits": logits, "gate": gate, "attention": attention}
   values = {name: jnp.asarray(x, jnp.float32) for name, x in values.items()}
-  loss, grads = jax.value_and_grad(lambda v: jnp.sum(product(v, True, 0.1)[0]))(
-    values
-  )
+  loss, grads = jax.value_and_grad(lambda v: product(v, True, 0.1)[0])(values)
   assert np.isfinite(loss)
   assert all(np.all(np.isfinite(g)) for g in grads.values())
 

@@ -3,6 +3,7 @@
 As a program, `test_steps.py FILE` writes what `take_three` returns to FILE.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ from empdg_jax.config import EvalConfig
 from empdg_jax.data.pipeline import Batch
 from empdg_jax.losses import log_mixture
 from empdg_jax.models.encoder_decoder import Inputs
+from empdg_jax.models.generator import Generator
 from empdg_jax.parallel.devices import replicate, shard, unreplicate, unshard
 from empdg_jax.training import steps
 from empdg_jax.training.train_state import (
@@ -65,11 +67,9 @@ def direct_terms(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the mean `Lg` (eq. 15) and its parts, from whole distributions."""
   inputs = Inputs(batch.context, batch.state, batch.emotion_context)
-  encoded, logits, _, pointer = MODEL.apply(
-    {"params": params}, inputs, batch.target, keys
-  )
-  emotion_logits = encoded.emotion_logits
-  log_probs = log_mixture(logits, pointer)
+  outputs: Any = MODEL.apply({"params": params}, inputs, batch.target, keys)
+  emotion_logits = outputs.encoded.emotion_logits
+  log_probs = log_mixture(outputs.logits, outputs.pointer)
   wanted = 0.9 * jax.nn.one_hot(batch.target, VOCAB) + 0.1 / VOCAB
   real = batch.target != PAD
   generation = -jnp.sum(jnp.sum(wanted * log_probs, -1) * real, -1)
@@ -92,7 +92,7 @@ def direct_terms(
   return mean, {k: jnp.sum(v * batch.mask) for k, v in parts.items()}
 
 
-def compile_steps() -> Steps:
+def compile_steps(model: Generator = MODEL) -> Steps:
   """Returns the steps over the devices of this process."""
   optimizer = create_optimizer(TRAIN, MODEL.config.emb_dim)
   params = reference.random_params(
@@ -100,8 +100,8 @@ def compile_steps() -> Steps:
   )
   return Steps(
     TrainState(np.int32(0), params, optimizer.init(params)),
-    steps.compile_step(steps.mle_step, model=MODEL, optimizer=optimizer),
-    steps.compile_step(steps.eval_step, model=MODEL),
+    steps.compile_step(steps.mle_step, model=model, optimizer=optimizer),
+    steps.compile_step(steps.eval_step, model=model),
   )
 
 
@@ -158,6 +158,9 @@ def test_two_updates_equal_adam(
     assert relative_difference(flat(state.params) - flat(before), moved) < 1e-4
     assert metrics["examples"] == ROWS
     assert metrics["loss"] / ROWS == pytest.approx(float(loss), rel=1e-5)
+    assert metrics.pop("skipped") == 0.0
+    norm = metrics.pop("grad_norm") / ROWS
+    assert norm == pytest.approx(np.linalg.norm(flat(grads)), rel=1e-4)
     assert set(metrics) == set(sums)
     for name, value in sums.items():
       assert metrics[name] == pytest.approx(float(value), rel=1e-4), name
@@ -221,6 +224,8 @@ def test_evaluation_equals_the_reference(compiled: Steps) -> None:
     nlls.append(reference.smoothed_losses(out.probs, example.target, 0.0).sum())
     correct.append(int(out.emotion_logits.argmax()) == emotions[row])
     emotion_nll = -np.log(reference.softmax(out.emotion_logits)[emotions[row]])
+    if row >= 5:  # A masked row, of which no number counts.
+      continue
     assert values["nll"][row] == pytest.approx(nlls[row], rel=1e-5)
     assert values["tokens"][row] == len(example.target)
     assert values["loss"][row] == pytest.approx(
@@ -281,8 +286,32 @@ def take_three(compiled: Steps) -> dict[str, Any]:
     "devices": jax.local_device_count(),
     "start": flat(compiled.state.params),
     "end": flat(state.params),
+    "skipped_bits": skip(state),
     **metrics,
   }
+
+
+def skip(state: TrainState) -> list[bool]:
+  """Returns what of these is true of updates that overflow, over the devices.
+
+  The loss is infinite; it is finite, but the gradient's norm is not. For each:
+  the update is counted as skipped; no parameter and no moment moves; the next
+  update draws other random numbers.
+  """
+  true = []
+  for weight in (1e38, 1e30):
+    config = dataclasses.replace(MODEL.config, generation_loss_weight=weight)
+    overflowing = compile_steps(MODEL.clone(config=config))
+    after, metrics = take(overflowing, state, make_batch(3))
+    true += [
+      bool(np.isfinite(metrics["loss"])) == (weight == 1e30),
+      not np.isfinite(metrics["grad_norm"]),
+      metrics["skipped"] == 1.0,
+      bool(np.array_equal(flat(after.params), flat(state.params))),
+      bool(np.array_equal(flat(after.opt_state), flat(state.opt_state))),
+      int(after.step) == int(state.step) + 1,
+    ]
+  return true
 
 
 def test_any_number_of_devices_gives_the_same_update(
@@ -293,6 +322,7 @@ def test_any_number_of_devices_gives_the_same_update(
   one = take_three(compiled)
   moved = one["end"] - one["start"]
   assert np.linalg.norm(moved) > 0.01 * np.linalg.norm(one["start"])
+  assert all(one["skipped_bits"])
   for devices, run in runs.items():
     _, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors
@@ -300,6 +330,7 @@ def test_any_number_of_devices_gives_the_same_update(
     assert other["devices"] == devices
     np.testing.assert_array_equal(other["start"], one["start"])
     assert relative_difference(other["end"], one["end"]) <= 1e-5
+    assert other["skipped_bits"].all()
     assert relative_difference(other["end"] - one["start"], moved) <= 1e-5
     for name in ("loss", "nll", "tokens", "examples"):
       assert other[name] == pytest.approx(one[name], rel=1e-5), name

@@ -3,17 +3,18 @@
 import copy
 import json
 import math
-import os
 import pathlib
 import signal
 
+import jax
 import numpy as np
 import pytest
 from helpers import run_training
 
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
-from empdg_jax.training import checkpoint, loop, steps
+from empdg_jax.training import checkpoint, loop, metric_writer, steps
+from empdg_jax.training.train_state import TrainState
 
 # Updates: 4 of phase 1, 4 of phase 2, 3 rounds of 1 + 2 in phase 3.
 _UPDATES = 4 + 4 + 3 * 3
@@ -180,39 +181,70 @@ def test_refuses_fields(
   assert f"config.{field}" in str(error.value)
 
 
-def test_a_loss_that_is_not_finite_stops_and_saves(
+def break_steps(monkeypatch: pytest.MonkeyPatch, broken: range) -> None:
+  """Makes some of the discriminators' updates overflow, counted from 1."""
+  compile_step = steps.compile_step
+
+  def breaking(step: object, **options: object) -> object:
+    compiled, calls = compile_step(step, **options), []
+    if step is not steps.discriminator_step:
+      return compiled
+
+    def run(state: TrainState, *inputs: object) -> object:
+      calls.append(1)
+      if len(calls) not in broken:
+        return compiled(state, *inputs)
+      params = jax.tree.map(lambda x: x + 0.0, state.params)
+      huge = jax.tree.map(lambda x: x * 1e38, state.params)
+      after, sums = compiled(state.replace(params=huge), *inputs)
+      return after.replace(params=params), sums
+
+    return run
+
+  monkeypatch.setattr(steps, "compile_step", breaking)
+
+
+def test_updates_that_are_not_finite_are_named(
+  finished: tuple[Config, pathlib.Path],
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  """Training goes on; the step, its examples and its batch are kept."""
+  config, _ = finished
+  break_steps(monkeypatch, range(2, 3))
+  assert loop.train(config, tmp_path / "run")
+  step = config.train.mle_steps + 2
+  output = " ".join(capsys.readouterr().out.split())
+  assert f"Warning: step {step} is skipped, not finite: discriminator" in output
+  kept = json.loads(
+    (tmp_path / "run" / "not_finite" / f"{step}.json").read_text()
+  )
+  assert kept["player"] == "discriminator"
+  assert len(kept["batch"]["context"]) == config.train.batch_size
+  counts = [
+    entry["value"]
+    for entry in metric_writer.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    if entry["name"] == "train/skipped_updates"
+  ]
+  assert counts == [1]
+
+
+def test_ten_updates_in_a_row_end_training(
   finished: tuple[Config, pathlib.Path],
   tmp_path: pathlib.Path,
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   """The message names the step and the term; a good state is saved."""
-  config, _ = finished
-  config = copy.deepcopy(config)
-  config.train.log_every = 3
-  compile_step = steps.compile_step
-
-  def breaking(step: object, **options: object) -> object:
-    """Makes the second step's sums not finite, as an overflow would."""
-    compiled, calls = compile_step(step, **options), []
-    if step is not steps.discriminator_step:
-      return compiled
-
-    def run(*inputs: object) -> object:
-      state, sums = compiled(*inputs)
-      calls.append(1)
-      if len(calls) == 2:
-        sums = {**sums, "gradient_penalty": sums["loss"] * math.nan}
-      return state, sums
-
-    return run
-
-  monkeypatch.setattr(steps, "compile_step", breaking)
+  config = copy.deepcopy(finished[0])
+  config.train.log_every, config.train.discriminator_steps = 3, 30
+  break_steps(monkeypatch, range(2, 31))
   with pytest.raises(InputError) as error:
     loop.train(config, tmp_path / "run")
 
-  assert "step 6: not finite: discriminator gradient_penalty" in str(
-    error.value
-  )
-  assert os.path.exists(tmp_path / "run" / "checkpoints")
+  step = config.train.mle_steps + 11
+  assert f"step {step}: not finite: discriminator" in str(error.value)
   checkpoints = checkpoint.Checkpoints(tmp_path / "run")
-  assert checkpoints.step(checkpoint.LATEST) == 6
+  saved = checkpoints.step(checkpoint.LATEST)
+  assert saved is not None
+  assert saved >= step

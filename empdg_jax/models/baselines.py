@@ -1,6 +1,6 @@
 """The baselines of EmpDG (paper §5.3), built from the same layers."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ class Transformer(EncoderDecoder):
   def setup(self) -> None:
     """Creates the encoder."""
     super().setup()
-    self.encoder = encoders.Encoder(self.config)
+    self.encoder = encoders.Encoder(self.config, self.dtype)
 
   def source_ids(self, inputs: Inputs) -> tuple[jax.Array, ...]:
     """Returns the words, their states and SOS."""
@@ -55,7 +55,7 @@ class EmoPrepend(EncoderDecoder):
   def setup(self) -> None:
     """Creates the encoder and the projections of the emotion."""
     super().setup()
-    self.encoder = encoders.Encoder(self.config)
+    self.encoder = encoders.Encoder(self.config, self.dtype)
     self.emotion = nn.Dense(self.num_emotions, use_bias=False)
     self.emotion_embedding = nn.Dense(self.config.emb_dim)
 
@@ -113,7 +113,7 @@ class ListenersCache(NamedTuple):
   meta: tuple[LayerCache, ...]
 
 
-def _listeners(config: ModelConfig, num_emotions: int) -> nn.Module:
+def _listeners(config: ModelConfig, num_emotions: int, dtype: Any) -> nn.Module:
   """Returns one decoder layer per emotion, vectorised.
 
   Parameters have a leading axis of listeners; arrays of examples have it as
@@ -140,7 +140,13 @@ def _listeners(config: ModelConfig, num_emotions: int) -> nn.Module:
       )
     },
   )
-  return lifted(config)
+  return lifted(config, dtype)
+
+
+def _mix(each: jax.Array, memory: ListenersMemory) -> jax.Array:
+  """Returns the weighted sum of listeners' outputs, `[batch, length, d]`."""
+  weights: Any = memory.weights
+  return jnp.einsum("bl,bl...->b...", weights.astype(each.dtype), each)
 
 
 class ListenersDecoder(nn.Module):
@@ -153,16 +159,18 @@ class ListenersDecoder(nn.Module):
 
   config: ModelConfig
   num_emotions: int
+  dtype: Any = jnp.float32
 
   def setup(self) -> None:
     """Creates the listeners and the meta listener."""
     c = self.config
-    self.shared = DecoderLayer(c)
-    self.listeners = _listeners(c, self.num_emotions)
-    self.meta = [DecoderLayer(c) for _ in range(c.num_layers)]
+    self.shared = DecoderLayer(c, self.dtype)
+    self.listeners = _listeners(c, self.num_emotions, self.dtype)
+    self.meta = [DecoderLayer(c, self.dtype) for _ in range(c.num_layers)]
     self.dropout = layers.Dropout(c.dropout_rate)
     # With "post" the last layer has already normalised its output.
-    self.norm = nn.LayerNorm() if c.norm_order == "pre" else lambda x: x
+    pre = c.norm_order == "pre"
+    self.norm = nn.LayerNorm(dtype=self.dtype) if pre else lambda x: x
 
   def project_memory(
     self, memory: jax.Array, mask: jax.Array
@@ -179,7 +187,7 @@ class ListenersDecoder(nn.Module):
   ) -> tuple[jax.Array, jax.Array]:
     """Decodes with teacher forcing; see `decoder.Decoder`."""
     x += layers.sinusoidal_positions(x.shape[1], x.shape[2])
-    x = self.dropout(x, keys)
+    x = self.dropout(x.astype(self.dtype), keys)
     # All listeners have the same path, so without keys of their own they would
     # share one dropout mask. A key per listener -> [listeners, batch]
     listener_keys = keys
@@ -189,7 +197,7 @@ class ListenersDecoder(nn.Module):
     mask = memory.meta.mask
     shared, _ = self.shared(x, memory.shared, mask, keys)
     each, _ = self.listeners(x, memory.listeners, mask, listener_keys)
-    x = shared + jnp.einsum("bl,bl...->b...", memory.weights, each)
+    x = shared + _mix(each, memory)
     x, attention = decoder.run_stack(self.meta, x, memory.meta, keys)
     return self.norm(x), attention
 
@@ -212,6 +220,7 @@ class ListenersDecoder(nn.Module):
     """Decodes one position; see `decoder.Decoder.step`."""
     steps = cache.shared.keys.shape[2]
     x += layers.sinusoidal_positions(steps, x.shape[2])[index]
+    x = x.astype(self.dtype)
     mask = memory.meta.mask
     shared, _, shared_cache = self.shared.step(
       x, memory.shared, mask, cache.shared, index
@@ -219,7 +228,7 @@ class ListenersDecoder(nn.Module):
     each, _, listeners_cache = self.listeners.step(
       x, memory.listeners, mask, cache.listeners, index
     )
-    x = shared + jnp.einsum("bl,bl...->b...", memory.weights, each)
+    x = shared + _mix(each, memory)
     x, attention, meta_cache = decoder.step_stack(
       self.meta, x, memory.meta, cache.meta, index
     )
@@ -240,7 +249,7 @@ class MoEL(Transformer):
 
   def create_decoder(self) -> ListenersDecoder:
     """Returns the decoder of all listeners."""
-    return ListenersDecoder(self.config, self.num_emotions)
+    return ListenersDecoder(self.config, self.num_emotions, self.dtype)
 
   def read(
     self, inputs: Inputs, embedded: list[jax.Array], keys: jax.Array | None

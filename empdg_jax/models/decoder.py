@@ -1,7 +1,7 @@
 """The Transformer decoder (paper eqs. 10-12), for sequences and for steps."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -42,16 +42,17 @@ class DecoderLayer(nn.Module):
   """Causal self-attention, attention to the contexts, feed-forward."""
 
   config: ModelConfig
+  dtype: Any = jnp.float32
 
   def setup(self) -> None:
     """Creates the three sub-layers."""
-    c = self.config
-    self.self_attention = layers.MultiHeadAttention(c)
-    self.cross_attention = layers.MultiHeadAttention(c)
-    self.feed_forward = layers.FeedForward(c, causal=True)
-    self.self_residual = layers.Residual(c)
-    self.cross_residual = layers.Residual(c)
-    self.feed_forward_residual = layers.Residual(c)
+    c, dtype = self.config, self.dtype
+    self.self_attention = layers.MultiHeadAttention(c, dtype)
+    self.cross_attention = layers.MultiHeadAttention(c, dtype)
+    self.feed_forward = layers.FeedForward(c, causal=True, dtype=dtype)
+    self.self_residual = layers.Residual(c, dtype)
+    self.cross_residual = layers.Residual(c, dtype)
+    self.feed_forward_residual = layers.Residual(c, dtype)
 
   def keys_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Projects the contexts for `cross_attention`."""
@@ -90,10 +91,8 @@ class DecoderLayer(nn.Module):
     """Returns an empty cache."""
     c = self.config
     depth = c.key_value_depth // c.num_heads
-    zeros = jnp.zeros((batch, c.num_heads, max_steps, depth))
-    return LayerCache(
-      zeros, zeros, self.feed_forward.init_cache(batch, zeros.dtype)
-    )
+    zeros = jnp.zeros((batch, c.num_heads, max_steps, depth), self.dtype)
+    return LayerCache(zeros, zeros, self.feed_forward.init_cache(batch))
 
   def step(
     self,
@@ -165,17 +164,23 @@ class Decoder(nn.Module):
   """A stack of decoder layers; positions are added here.
 
   With `norm_order="pre"` a normalisation follows the stack.
+
+  Attributes:
+    config: Sizes and options.
+    dtype: The type of products and activations.
   """
 
   config: ModelConfig
+  dtype: Any = jnp.float32
 
   def setup(self) -> None:
     """Creates the layers."""
     c = self.config
-    self.layers = [DecoderLayer(c) for _ in range(c.num_layers)]
+    self.layers = [DecoderLayer(c, self.dtype) for _ in range(c.num_layers)]
     self.dropout = layers.Dropout(c.dropout_rate)
     # With "post" the last layer has already normalised its output.
-    self.norm = nn.LayerNorm() if c.norm_order == "pre" else lambda x: x
+    pre = c.norm_order == "pre"
+    self.norm = nn.LayerNorm(dtype=self.dtype) if pre else lambda x: x
 
   def project_memory(self, memory: jax.Array, mask: jax.Array) -> Memory:
     """Projects contexts `[batch, memory_length, d]` for all layers."""
@@ -196,7 +201,7 @@ class Decoder(nn.Module):
       contexts, `[batch, length, memory_length]`.
     """
     x += layers.sinusoidal_positions(x.shape[1], x.shape[2])
-    x = self.dropout(x, keys)
+    x = self.dropout(x.astype(self.dtype), keys)
     x, attention = run_stack(self.layers, x, memory, keys)
     return self.norm(x), attention
 
@@ -227,5 +232,6 @@ class Decoder(nn.Module):
     # whole table, which is a constant of the compiled loop.
     steps = cache[0].keys.shape[2]
     x += layers.sinusoidal_positions(steps, x.shape[2])[index]
+    x = x.astype(self.dtype)
     x, attention, cache = step_stack(self.layers, x, memory, cache, index)
     return self.norm(x), attention, cache

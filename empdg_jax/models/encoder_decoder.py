@@ -64,16 +64,23 @@ class Outputs(NamedTuple):
 
   Attributes:
     encoded: The encoded dialogues.
-    logits: The logits over the vocabulary, `[batch, N, V]`.
+    hidden: The inputs of the projection, `[batch, N, d]`.
+    projection: The matrix of the output, `[d, V]`.
     attention: The attention of the decoder's last layer to the source, averaged
       over its heads, `[batch, N, length]`.
     pointer: The copying part, None without `config.pointer_generator`.
   """
 
   encoded: Encoding
-  logits: jax.Array
+  hidden: jax.Array
+  projection: jax.Array
   attention: jax.Array
   pointer: Pointer | None
+
+  @property
+  def logits(self) -> jax.Array:
+    """The logits over the vocabulary, `[batch, N, V]`."""
+    return layers.project(self.hidden, self.projection)
 
 
 class Cache(NamedTuple):
@@ -99,11 +106,14 @@ class EncoderDecoder(nn.Module):
     config: The system's sizes and options.
     vocab_size: V.
     num_emotions: The number of emotion labels in the dataset.
+    dtype: The type of products and activations. Parameters, normalisations,
+      softmaxes, logits and everything that predicts the emotion are float32.
   """
 
   config: ModelConfig
   vocab_size: int
   num_emotions: int
+  dtype: Any = jnp.float32
 
   def setup(self) -> None:
     """Creates the embedding, output projection, gate and decoder."""
@@ -128,7 +138,7 @@ class EncoderDecoder(nn.Module):
 
   def create_decoder(self) -> Any:
     """Returns the decoder, with the interface of `decoder.Decoder`."""
-    return decoder.Decoder(self.config)
+    return decoder.Decoder(self.config, self.dtype)
 
   def source_ids(self, inputs: Inputs) -> tuple[jax.Array, ...]:
     """Returns the ids to embed for `read`, each `[batch, length]`."""
@@ -148,7 +158,9 @@ class EncoderDecoder(nn.Module):
 
   def expected_embedding(self, probs: jax.Array) -> jax.Array:
     """Returns the mean of `embed` over distributions `[..., V]`."""
-    return probs @ self.embedding * self.config.emb_dim**0.5
+    probs, table = probs.astype(self.dtype), self.embedding.astype(self.dtype)
+    mean = jnp.matmul(probs, table, preferred_element_type=jnp.float32)
+    return mean * self.config.emb_dim**0.5
 
   def _embed_all(self, *ids: jax.Array) -> list[jax.Array]:
     """Returns `embed` of each argument, `[batch, length]`."""
@@ -187,11 +199,15 @@ class EncoderDecoder(nn.Module):
     embedded = self._embed_all(*self.source_ids(inputs))
     return self.read(inputs, embedded, keys)
 
+  def projection(self) -> jax.Array:
+    """Returns the matrix of the output, `[d, V]`."""
+    if self.config.tie_embeddings:
+      return self.embedding.T
+    return self.vocab_projection
+
   def project(self, hidden: jax.Array) -> jax.Array:
     """Returns logits over the vocabulary, `[..., d] -> [..., V]`."""
-    if self.config.tie_embeddings:
-      return hidden @ self.embedding.T
-    return layers.project(hidden, self.vocab_projection)
+    return layers.project(hidden, self.projection())
 
   def _point(
     self, hidden: jax.Array, attention: jax.Array, source: jax.Array
@@ -219,7 +235,7 @@ class EncoderDecoder(nn.Module):
     x = jnp.concatenate([encoded.first_input[:, None], embedded_target], axis=1)
     hidden, attention = self.decoder(x, encoded.memory, keys)
     pointer = self._point(hidden, attention, encoded.source)
-    return Outputs(encoded, self.project(hidden), attention, pointer)
+    return Outputs(encoded, hidden, self.projection(), attention, pointer)
 
   def init_cache(self, batch: int, max_steps: int) -> Cache:
     """Returns an empty cache for responses of at most `max_steps` tokens."""

@@ -15,8 +15,10 @@ class Generator(EncoderDecoder):
   def setup(self) -> None:
     """Creates both encoders and the projections of the emotion."""
     super().setup()
-    self.semantic_encoder = encoders.Encoder(self.config)
-    self.emotion_encoder = encoders.Encoder(self.config)
+    self.semantic_encoder = encoders.Encoder(self.config, self.dtype)
+    self.emotion_encoder = encoders.Encoder(self.config, self.dtype)
+    # In float32, like everything after an encoder's first vector: these are
+    # small, and the emotion loss reads them.
     self.emotion = nn.Dense(self.num_emotions, use_bias=False)
     self.emotion_embedding = nn.Dense(self.config.emb_dim)
 

@@ -4,8 +4,10 @@ Arrays are batch-first, `[batch, length, features]`. Masks are boolean, True at
 real positions. Dropout takes one key per example; `keys=None` means evaluation.
 """
 
+import functools
 import math
 import zlib
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -37,12 +39,17 @@ def sinusoidal_positions(length: int, dim: int) -> jax.Array:
 
 @jax.custom_vjp
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Returns `x @ kernel`, `[..., features] @ [features, outputs]`.
+  """Returns `x @ kernel` in float32, `[..., features] @ [features, outputs]`.
 
   For a kernel as wide as the vocabulary; the result and its gradients are those
-  of the plain product, but the kernel's gradient is faster.
+  of the plain product, but the kernel's gradient is faster. The type of `x` is
+  that of the products' factors.
   """
-  return x @ kernel
+  return _product(x, kernel.astype(x.dtype))
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 def _project_backward(
@@ -54,10 +61,16 @@ def _project_backward(
   # time of the product itself.
   x, kernel = residuals
   rows = x.reshape(-1, x.shape[-1])
-  return gradient @ kernel.T, rows.T @ gradient.reshape(len(rows), -1)
+  gradient = gradient.astype(x.dtype)
+  return (
+    _product(gradient, kernel.T.astype(x.dtype)).astype(x.dtype),
+    _product(rows.T, gradient.reshape(len(rows), -1)),
+  )
 
 
-project.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _project_backward)
+project.defvjp(
+  lambda x, kernel: (project(x, kernel), (x, kernel)), _project_backward
+)
 
 
 @jax.custom_vjp
@@ -140,17 +153,18 @@ class MultiHeadAttention(nn.Module):
   Attributes:
     config: The number of heads, the depth of queries, keys and values over all
       heads, and d.
+    dtype: The type of products and activations.
   """
 
   config: ModelConfig
+  dtype: Any = jnp.float32
 
   def setup(self) -> None:
     """Creates the four projections."""
     depth = self.config.key_value_depth
-    self.query = nn.Dense(depth, use_bias=False)
-    self.key = nn.Dense(depth, use_bias=False)
-    self.value = nn.Dense(depth, use_bias=False)
-    self.output = nn.Dense(self.config.emb_dim, use_bias=False)
+    dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
+    self.query, self.key, self.value = dense(depth), dense(depth), dense(depth)
+    self.output = dense(self.config.emb_dim)
 
   def _split(self, x: jax.Array) -> jax.Array:
     x = x.reshape(*x.shape[:2], self.config.num_heads, -1)
@@ -182,9 +196,11 @@ class MultiHeadAttention(nn.Module):
     queries = self._split(self.query(x))
     # Scaling the queries rather than the scores touches a smaller array.
     queries *= queries.shape[-1] ** -0.5
-    scores = jnp.einsum("bhqd,bhkd->bhqk", queries, keys)
+    scores = jnp.einsum(
+      "bhqd,bhkd->bhqk", queries, keys, preferred_element_type=jnp.float32
+    )
     weights = nn.softmax(jnp.where(mask, scores, NEGATIVE_INFINITY))
-    mixed = jnp.einsum("bhqk,bhkd->bqhd", weights, values)
+    mixed = jnp.einsum("bhqk,bhkd->bqhd", weights.astype(self.dtype), values)
     mixed = mixed.reshape(*x.shape[:2], -1)  # -> [batch, length, all heads]
     return self.output(mixed), weights.mean(axis=1)
 
@@ -203,17 +219,19 @@ class FeedForward(nn.Module):
       2019) or `"dense"` (the paper's wording).
     causal: Whether a convolution covers the two previous positions rather than
       the previous and the next one.
+    dtype: The type of products and activations.
   """
 
   config: ModelConfig
   causal: bool
+  dtype: Any = jnp.float32
 
   def setup(self) -> None:
     """Creates both layers."""
     # A convolution is a dense layer over concatenated windows: one large
     # product, and the same parameters serve `step`, which holds the window.
-    self.hidden = nn.Dense(self.config.filter_size)
-    self.output = nn.Dense(self.config.emb_dim)
+    self.hidden = nn.Dense(self.config.filter_size, dtype=self.dtype)
+    self.output = nn.Dense(self.config.emb_dim, dtype=self.dtype)
 
   def _windows(self, x: jax.Array) -> jax.Array:
     if self.config.feed_forward == "dense":
@@ -236,13 +254,13 @@ class FeedForward(nn.Module):
     hidden = nn.relu(self.hidden(self._windows(jnp.where(real, x, 0.0))))
     return self.output(self._windows(jnp.where(real, hidden, 0.0)))
 
-  def init_cache(self, batch: int, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
+  def init_cache(self, batch: int) -> tuple[jax.Array, ...]:
     """Returns the two zero positions before the first, for both layers."""
     if self.config.feed_forward == "dense":
       return ()
     return (
-      jnp.zeros((batch, 2, self.config.emb_dim), dtype),
-      jnp.zeros((batch, 2, self.config.filter_size), dtype),
+      jnp.zeros((batch, 2, self.config.emb_dim), self.dtype),
+      jnp.zeros((batch, 2, self.config.filter_size), self.dtype),
     )
 
   def step(
@@ -275,13 +293,15 @@ class Residual(nn.Module):
 
   Attributes:
     config: The order, and the dropout rate of the sub-layer's output.
+    dtype: The type of activations; statistics are float32.
   """
 
   config: ModelConfig
+  dtype: Any = jnp.float32
 
   def setup(self) -> None:
     """Creates the normalisation and the dropout."""
-    self.norm = nn.LayerNorm()
+    self.norm = nn.LayerNorm(dtype=self.dtype)
     self.dropout = Dropout(self.config.dropout_rate)
 
   def before(self, x: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
 """The registry of systems: one record per system."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from empdg_jax import storage
@@ -142,7 +143,10 @@ def check_size(config: ModelConfig, vocab_size: int) -> None:
 
 
 def create_model(
-  config: ModelConfig, vocab_size: int, num_emotions: int
+  config: ModelConfig,
+  vocab_size: int,
+  num_emotions: int,
+  dtype: Any = jnp.float32,
 ) -> EncoderDecoder:
   """Returns the generator of the system `config.name`.
 
@@ -150,6 +154,7 @@ def create_model(
     config: The system's name, sizes and options.
     vocab_size: V.
     num_emotions: The number of emotion labels in the dataset.
+    dtype: The type of products and activations.
 
   Raises:
     InputError: There is no system of that name, or `listener_top_k` exceeds
@@ -162,7 +167,7 @@ def create_model(
       f"config.model.listener_top_k={config.listener_top_k}: expected at most "
       f"{num_emotions}, the number of emotions"
     )
-  return spec.generator(config, vocab_size, num_emotions)
+  return spec.generator(config, vocab_size, num_emotions, dtype)
 
 
 def create_adversary(config: Config, is_emotional: np.ndarray) -> Adversary:

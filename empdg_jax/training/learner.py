@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from empdg_jax.config import Config
@@ -24,10 +25,12 @@ class Update(NamedTuple):
   Attributes:
     player: `GENERATOR` or `DISCRIMINATOR`, for all discriminators together.
     sums: The metric sums over the batch, on the devices.
+    batch: This host's rows of the batch.
   """
 
   player: str
   sums: Any
+  batch: Batch
 
 
 class Learner:
@@ -69,8 +72,9 @@ class Learner:
     self.has_discriminators = trainable.adversary is not None
     self._states = trainable.create_states(self._seed, embeddings)
     self._p_steps = trainable.compile_steps()
+    # In float32, as `evaluate` computes, whatever training computes in.
     self._p_eval_step = steps.compile_step(
-      steps.eval_step, model=trainable.generator
+      steps.eval_step, model=trainable.generator.clone(dtype=jnp.float32)
     )
 
   def take_over(self, workdir: pathlib.Path) -> None:
@@ -130,7 +134,7 @@ class Learner:
     )
     self._generator_steps += player == GENERATOR
     self.running = sums["examples"]
-    return Update(player, sums)
+    return Update(player, sums, batch)
 
   def validate(self, batches: list[Batch]) -> dict[str, float]:
     """Scores a split with teacher forcing; see `validation.validate`."""

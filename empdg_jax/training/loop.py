@@ -1,7 +1,6 @@
 """The training loop over phases, with validation, early stop and preemption."""
 
 import contextlib
-import math
 import pathlib
 import signal
 import time
@@ -34,8 +33,8 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
   Raises:
     KeyboardInterrupt: Ctrl-C, on a single host after the state has been saved.
     InputError: The configuration, data or folder cannot be used, and nothing
-      has been written; or the loss is not finite, and the state before that has
-      been saved.
+      has been written; or ten updates in a row were not finite, and the
+      state before them has been saved.
     SaveError: A checkpoint could not be written or read.
   """
   lock = run_lock.RunLock(workdir, config.train.lease_seconds)
@@ -52,6 +51,10 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
       raise
     opened.close()
   return finished
+
+
+# Updates in a row that are not finite before training gives up.
+MAX_SKIPPED = 10
 
 
 def _crosses(every: int, before: int, after: int) -> bool:
@@ -79,6 +82,7 @@ class _Trainer:
     # The updates since the last line of averages, and when they began.
     self._window: list[Update] = []
     self._window_start = 0.0
+    self._skipped_in_a_row = 0
 
   def run(self) -> bool:
     """Runs the phases from the run's position; see `train`."""
@@ -202,36 +206,46 @@ class _Trainer:
     """Writes the averages since the last call; waits for the devices.
 
     Raises:
-      InputError: A loss is not finite.
+      InputError: Too many updates in a row were skipped.
     """
     values = train_log.average(self._window)
     seconds = time.perf_counter() - self._window_start
-    if not all(map(math.isfinite, values.values())):
-      self._refuse_not_finite()
     values["train/examples_per_second"] = values.pop("examples") / seconds
     wait = self.session.batches.wait.take()
     values["train/input_wait"] = min(1.0, wait / seconds)
     if "train/loss" in values:
       values["train/learning_rate"] = self._learner.learning_rate()
     self._log.write(self._progress.updates, phase.name, values)
-    self._window, self._window_start = [], time.perf_counter()
+    window, self._window = self._window, []
+    self._report_skipped(window)
+    self._window_start = time.perf_counter()
     return values
 
-  def _refuse_not_finite(self) -> None:
-    """Saves, then raises InputError for the first update with a bad term."""
-    found = train_log.not_finite(self._window)
-    if found is None:  # Only the exponential of a finite loss overflowed.
-      return
-    # Such a step has no gradient, so the state is still a good one.
-    self.session.save(checkpoint.LATEST)
-    self._checkpoints.wait()
-    number, terms = found
-    step = self._progress.updates - len(self._window) + 1 + number
-    raise InputError(
-      f"step {step:,}: not finite: {terms}; the last good state is saved in "
-      f"{self._workdir}; a lower learning rate or weight of that term, in "
-      "another --workdir, may help"
-    )
+  def _report_skipped(self, window: list[Update]) -> None:
+    """Names the skipped updates; raises InputError after too many in a row."""
+    first = self._progress.updates - len(window) + 1
+    for step, update in enumerate(window, start=first):
+      skipped = train_log.skipped(update)
+      if skipped is None:
+        self._skipped_in_a_row = 0
+        continue
+      self._skipped_in_a_row += 1
+      terms = f"{skipped.player} {', '.join(skipped.terms)}"
+      self._log.keep(f"not_finite/{step}.json", skipped.to_json())
+      self._log.say(
+        f"Warning: step {step:,} is skipped, not finite: {terms}; examples "
+        + ", ".join(map(str, skipped.examples))
+      )
+      if self._skipped_in_a_row == MAX_SKIPPED:
+        # Skipped updates change nothing, so the state is still a good one.
+        self.session.save(checkpoint.LATEST)
+        self._checkpoints.wait()
+        raise InputError(
+          f"step {step:,}: not finite: {terms}, and so were the "
+          f"{MAX_SKIPPED - 1} updates before; the last good state is saved in "
+          f"{self._workdir}; a lower learning rate or weight of that term, in "
+          "another --workdir, may help"
+        )
 
   def _validate(self, phase: Phase) -> None:
     """Validates; saves the generator if it is the best of its phase."""

@@ -14,7 +14,7 @@ from empdg_jax.data import pipeline, prepare, vectors
 from empdg_jax.data.pipeline import Batch
 from empdg_jax.models import registry
 from empdg_jax.parallel import devices, hosts
-from empdg_jax.training import checkpoint, run_folder
+from empdg_jax.training import checkpoint, precision, run_folder
 from empdg_jax.training.learner import Learner
 from empdg_jax.training.phases import DISCRIMINATOR, MLE
 from empdg_jax.training.profiling import InputWait
@@ -133,6 +133,7 @@ def open_session(
   # 1. whatever a host can refuse without the others: once hosts wait for each
   # other, one that gives up alone would leave them waiting;
   with hosts.refusing_together():
+    config = _with_dtype(config, workdir)
     log = TrainLog(config.train, workdir)
     dataset = _load_dataset(config, workdir)
     embeddings = _load_vectors(config, dataset, log)
@@ -147,8 +148,8 @@ def open_session(
   # them the generator of another run, if one is given;
   learner = Learner(config, dataset, embeddings)
   log.say(
-    f"{config.model.name}: {learner.parameters:,} parameters, on "
-    f"{devices.describe_devices()}"
+    f"{config.model.name}: {learner.parameters:,} parameters, in "
+    f"{config.train.compute_dtype} on {devices.describe_devices()}"
   )
   progress = Progress()
   if other_run:
@@ -189,6 +190,21 @@ def open_session(
   return Session(
     lock, log, learner, checkpoints, progress, batches, valid_batches
   )
+
+
+def _with_dtype(config: Config, workdir: pathlib.Path) -> Config:
+  """Returns the configuration with the compute type of this run decided."""
+  if config.train.compute_dtype != "auto":
+    return config
+  if (workdir / "config.json").exists():
+    # The type of the run, whatever would be faster on this machine.
+    chosen = run_folder.read_config(workdir).train.compute_dtype
+  else:
+    chosen = precision.resolve(config.train)
+    fast = hosts.decided_by_main(chosen == "bfloat16")
+    chosen = "bfloat16" if fast else "float32"
+  train = dataclasses.replace(config.train, compute_dtype=chosen)
+  return dataclasses.replace(config, train=train)
 
 
 def _load_dataset(config: Config, workdir: pathlib.Path) -> prepare.Dataset:

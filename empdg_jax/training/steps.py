@@ -81,17 +81,35 @@ def _mle_loss(
   keys: jax.Array | None,
   model: EncoderDecoder,
   label_smoothing: float,
+  weights: jax.Array,
 ) -> tuple[jax.Array, Metrics]:
-  """Returns the loss `Lg` (eq. 15) and the metrics of each example, `[B]`.
+  """Returns the weighted sum of the losses `Lg` (eq. 15) of the examples.
 
   A system that predicts no emotion has neither the emotion loss nor accuracy.
+
+  Args:
+    params: The generator's parameters.
+    batch: The examples.
+    inputs: Their contexts.
+    keys: The dropout keys, `[B]`, or None for evaluation.
+    model: The system.
+    label_smoothing: The probability spread over the vocabulary.
+    weights: The weights of the examples, `[B]`; those of weight 0 have no
+      metrics.
+
+  Returns:
+    The sum, and the metrics of each example, `[B]`.
   """
   outputs: Any = model.apply({"params": params}, inputs, batch.target, keys)
-  emotion_logits = outputs.encoded.emotion_logits
-  loss, nll = losses.token_losses(
-    outputs.logits, batch.target, outputs.pointer, label_smoothing
+  is_token = (batch.target != vocab.PAD).astype(jnp.float32)
+  total, loss, nll = losses.vocabulary_loss(
+    outputs.hidden,
+    outputs.projection,
+    batch.target,
+    outputs.pointer,
+    model.config.generation_loss_weight * weights[:, None] * is_token,
+    label_smoothing,
   )
-  is_token = (batch.target != vocab.PAD).astype(loss.dtype)
   tokens = jnp.sum(is_token, axis=-1)
   nll = jnp.sum(nll * is_token, axis=-1)
   example_loss = model.config.generation_loss_weight * jnp.sum(
@@ -103,14 +121,19 @@ def _mle_loss(
     "mean_nll": nll / tokens,
     "examples": jnp.ones_like(tokens),
   }
+  emotion_logits = outputs.encoded.emotion_logits
   if emotion_logits is not None:
     emotion_loss = optax.losses.softmax_cross_entropy_with_integer_labels(
       emotion_logits, batch.emotion
     )  # Eq. 9.
-    example_loss += model.config.emotion_loss_weight * emotion_loss
+    emotion_loss *= model.config.emotion_loss_weight
+    total += jnp.sum(emotion_loss * weights)
+    example_loss += emotion_loss
     predicted = jnp.argmax(emotion_logits, axis=-1)
-    metrics["emotion_correct"] = (predicted == batch.emotion).astype(loss.dtype)
-  return example_loss, {"loss": example_loss, **metrics}
+    metrics["emotion_correct"] = (predicted == batch.emotion).astype(
+      jnp.float32
+    )
+  return total, {"loss": example_loss, **metrics}
 
 
 def _global_sums(values: Metrics, mask: jax.Array) -> Metrics:
@@ -123,27 +146,41 @@ def _update(
   state: TrainState,
   grads: Any,
   optimizer: optax.GradientTransformation,
-  terms: jax.Array,
-) -> TrainState:
-  """Returns the next state; if a term is not finite, the gradient counts as 0.
+  sums: Metrics,
+  *terms: jax.Array,
+) -> tuple[TrainState, Metrics]:
+  """Returns the next state and the metric sums with those of the update.
+
+  An update whose gradient or terms are not finite is skipped: parameters and
+  optimiser stay as they are.
 
   Args:
     state: The state.
-    grads: The gradient.
+    grads: The gradient over the whole batch.
     optimizer: The optimiser.
-    terms: A scalar that is finite only if everything checked is.
+    sums: The metric sums, of which `loss` must be finite.
+    *terms: Further scalars that must be finite.
   """
-  # A single NaN would stay in Adam's moments for good. `where` replaces it; a
-  # product with 0 would not. The step counts all the same, so that the next one
-  # draws other random numbers.
-  good = jnp.isfinite(terms)
-  grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  return TrainState(
-    step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
-    opt_state=opt_state,
+  norm = optax.tree.norm(grads)
+  # An infinite loss may have a finite gradient, and the other way round.
+  good = jnp.isfinite(sum(terms, sums["loss"] + norm))
+
+  def move() -> tuple[Any, Any]:
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    return optax.apply_updates(state.params, updates), opt_state
+
+  # A single NaN would stay in Adam's moments for good. A gradient of 0 is no
+  # cure, since Adam would still move by its momentum. The step counts all the
+  # same, so that the next one draws other random numbers.
+  params, opt_state = jax.lax.cond(
+    good, move, lambda: (state.params, state.opt_state)
   )
+  sums |= {
+    # Like the other sums, it will be divided by the number of examples.
+    "grad_norm": norm * sums["examples"],
+    "skipped": 1.0 - good,
+  }
+  return TrainState(state.step + 1, params, opt_state), sums
 
 
 def _mle_gradient(
@@ -153,16 +190,15 @@ def _mle_gradient(
   # Each device divides by the count of the whole batch, and the gradients are
   # summed. The mean of the devices' means would give more weight to an example
   # whose device holds masked rows.
-  count = psum(jnp.sum(batch.mask))
+  weights = batch.mask / psum(jnp.sum(batch.mask))
   config = model.config
   listener = _teacher(batch, keys, state.step, config)
   inputs = _inputs(batch)._replace(listener=listener)
 
   def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
-    loss, values = _mle_loss(
-      params, batch, inputs, keys, model, config.label_smoothing
+    return _mle_loss(
+      params, batch, inputs, keys, model, config.label_smoothing, weights
     )
-    return jnp.sum(loss * batch.mask) / count, values
 
   grads, values = jax.grad(loss_fn, has_aux=True)(state.params)
   return psum(grads), _global_sums(values, batch.mask)
@@ -186,13 +222,13 @@ def mle_step(
     optimizer: The generator's optimiser.
 
   Returns:
-    The next state and the metric sums. A loss that is not finite leaves the
-    gradient out.
+    The next state and the metric sums. An update whose loss or gradient is not
+    finite is skipped.
   """
   keys = example_keys(key, state.step, batch)
   del key
   grads, sums = _mle_gradient(state, batch, keys, model)
-  return _update(state, grads, optimizer, sums["loss"]), sums
+  return _update(state, grads, optimizer, sums)
 
 
 def _judged(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -225,8 +261,8 @@ def discriminator_step(
 
   Returns:
     The next state and the metric sums, which are averages over discriminators
-    except for the loss. A loss or gradient that is not finite leaves the
-    gradient out.
+    except for the loss. An update whose loss or gradient is not finite is
+    skipped.
   """
   # Both players count their steps from 0; without this they would draw the same
   # random numbers.
@@ -262,11 +298,7 @@ def discriminator_step(
     return jnp.sum(values["loss"] * judged) / count, values
 
   grads, values = jax.grad(loss_fn, has_aux=True)(state.params)
-  grads = psum(grads)
-  sums = _global_sums(values, judged)
-  # The penalty's gradient can overflow where the loss itself is finite.
-  terms = sums["loss"] + optax.tree.norm(grads)
-  return _update(state, grads, optimizer, terms), sums
+  return _update(state, psum(grads), optimizer, _global_sums(values, judged))
 
 
 def adversarial_generator_step(
@@ -293,8 +325,8 @@ def adversarial_generator_step(
     optimizer: The generator's optimiser.
 
   Returns:
-    The next state and the metric sums. A loss, signal or gradient of the signal
-    that is not finite leaves the gradient out.
+    The next state and the metric sums. An update whose loss, signal or gradient
+    is not finite is skipped.
   """
   keys = example_keys(key, state.step, batch)
   del key
@@ -330,8 +362,7 @@ def adversarial_generator_step(
     # Like the other sums, it will be divided by the number of examples.
     "signal_grad_norm": norm * sums["examples"],
   }
-  terms = sums["loss"] + sums["signal"] + norm
-  return _update(state, grads, optimizer, terms), sums
+  return _update(state, grads, optimizer, sums, sums["signal"])
 
 
 def eval_step(
@@ -347,7 +378,9 @@ def eval_step(
   Returns:
     The metric sums, and the metrics of each example `[B]`.
   """
-  _, values = _mle_loss(params, batch, _inputs(batch), None, model, 0.0)
+  _, values = _mle_loss(
+    params, batch, _inputs(batch), None, model, 0.0, batch.mask
+  )
   return _global_sums(values, batch.mask), values
 
 

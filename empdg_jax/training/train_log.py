@@ -1,15 +1,20 @@
 """The log of training: lines on the console, metrics and traces."""
 
 import contextlib
+import json
 import math
 import pathlib
+from collections import Counter
 from collections.abc import Generator, Sequence
+from typing import NamedTuple
 
 import jax
 import rich.console
 
 from empdg_jax import config as config_lib
+from empdg_jax import storage
 from empdg_jax.config import SaveError, TrainConfig
+from empdg_jax.data.pipeline import Batch
 from empdg_jax.parallel import hosts
 from empdg_jax.training import terminal, validation
 from empdg_jax.training.learner import Update
@@ -67,6 +72,14 @@ class TrainLog:
     if self._writer is not None:
       self._writer.write(step, phase, values)
 
+  def keep(self, name: str, text: str) -> None:
+    """Writes a file into the run folder."""
+    if hosts.is_main_process():
+      path = self._workdir / name
+      with self._warning(), storage.errors(f"cannot write {path}", SaveError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_text(path, text)
+
   def save(self) -> None:
     """Copies the metrics to the run folder, if it is in a bucket."""
     with self._warning():
@@ -114,6 +127,42 @@ class TrainLog:
       )
 
 
+class Skipped(NamedTuple):
+  """An update that was skipped because something in it is not finite.
+
+  Attributes:
+    player: The player.
+    sums: The metric sums, as numbers.
+    batch: This host's rows of the batch.
+  """
+
+  player: str
+  sums: dict[str, float]
+  batch: Batch
+
+  @property
+  def terms(self) -> list[str]:
+    """The names of the metrics that are not finite."""
+    return [n for n, value in self.sums.items() if not math.isfinite(value)]
+
+  @property
+  def examples(self) -> list[int]:
+    """The positions of the examples in the train split."""
+    return [int(i) for i in self.batch.index[self.batch.mask > 0]]
+
+  def to_json(self) -> str:
+    """Returns everything about it; infinity and NaN as text."""
+    sums = {name: str(value) for name, value in self.sums.items()}
+    batch = {name: x.tolist() for name, x in self.batch._asdict().items()}
+    return json.dumps({"player": self.player, "sums": sums, "batch": batch})
+
+
+def skipped(update: Update) -> Skipped | None:
+  """Returns what is known of an update that was skipped, None of others."""
+  sums = validation.sum_metrics([update.sums])
+  return Skipped(update.player, sums, update.batch) if sums["skipped"] else None
+
+
 def average(taken: Sequence[Update]) -> dict[str, float]:
   """Averages the metric sums of several updates; waits for the devices.
 
@@ -121,19 +170,27 @@ def average(taken: Sequence[Update]) -> dict[str, float]:
     taken: The updates.
 
   Returns:
-    Values by their names in `metrics.jsonl`, and the number of examples that
-    the updates took under `"examples"`.
+    Values by their names in `metrics.jsonl`, of the updates that were not
+    skipped; and the number of examples of all under `"examples"`.
   """
+  sums = [(u.player, validation.sum_metrics([u.sums])) for u in taken]
 
   def summed(player: str) -> dict[str, float]:
-    return validation.sum_metrics(u.sums for u in taken if u.player == player)
+    totals: Counter[str] = Counter()
+    for its_player, values in sums:
+      if its_player == player and not values["skipped"]:
+        totals.update(values)
+    return dict(totals)
 
-  values = {"examples": 0.0}
+  values = {"examples": sum(values["examples"] for _, values in sums)}
+  if number := sum(values["skipped"] for _, values in sums):
+    values["train/skipped_updates"] = number
   if generator := summed(GENERATOR):
     examples = generator["examples"]
     averages = validation.average_metrics(generator)
     shown = ("loss", "perplexity", "emotion_accuracy")
     values |= {f"train/{n}": averages[n] for n in shown if n in averages}
+    values["train/gradient_norm"] = generator["grad_norm"] / examples
     if "signal" in generator:
       # Only examples with feedback are judged; a batch may have none.
       judged = max(generator["judged"], 1.0)
@@ -141,36 +198,14 @@ def average(taken: Sequence[Update]) -> dict[str, float]:
       values["generator/signal_grad_norm"] = (
         generator["signal_grad_norm"] / examples
       )
-    values["examples"] += examples
   if discriminators := summed(DISCRIMINATOR):
     judged = discriminators.pop("examples")
     values |= {
       f"discriminator/{name}": total / max(judged, 1.0)
       for name, total in discriminators.items()
+      if name != "skipped"
     }
-    values["examples"] += judged
   return values
-
-
-def not_finite(taken: Sequence[Update]) -> tuple[int, str] | None:
-  """Finds the first update with a term that is not finite.
-
-  Args:
-    taken: The updates.
-
-  Returns:
-    Its index in `taken`, and its player and terms in words; None if all are
-    finite.
-  """
-  for index, (player, sums) in enumerate(taken):
-    terms = [
-      name
-      for name, value in validation.sum_metrics([sums]).items()
-      if not math.isfinite(value)
-    ]
-    if terms:
-      return index, f"{player} {', '.join(terms)}"
-  return None
 
 
 def speed(values: dict[str, float]) -> str:

@@ -16,7 +16,7 @@ from empdg_jax.data.prepare import Dataset
 from empdg_jax.models import registry
 from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.encoder_decoder import EncoderDecoder
-from empdg_jax.training import steps, train_state
+from empdg_jax.training import precision, steps, train_state
 from empdg_jax.training.train_state import DISCRIMINATOR, GENERATOR, TrainState
 
 
@@ -130,7 +130,10 @@ def assemble(
   Raises:
     InputError: There is no such system, or it cannot have these sizes.
   """
-  generator = registry.create_model(config.model, vocab_size, num_emotions)
+  dtype = precision.compute_dtype(config.train)
+  generator = registry.create_model(
+    config.model, vocab_size, num_emotions, dtype
+  )
   names = registry.find_system(config.model).discriminators
   return Trainable(
     generator,
