@@ -70,7 +70,11 @@ def test_runs_without_the_field_are_float32() -> None:
 
 def test_an_unknown_type_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
   error = refused(
-    capsys, "train", "--config.train.compute_dtype=float16", "--workdir=nowhere"
+    capsys,
+    "train",
+    "--config=empdg",
+    "--config.train.compute_dtype=float16",
+    "--workdir=nowhere",
   )
   assert "auto, float32, bfloat16" in error
 
