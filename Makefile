@@ -5,10 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help quickstart test test-slow test-package test-fuzz test-tpu docs check format
+.PHONY: help quickstart test test-slow test-package test-fuzz test-tpu docs check \
+  format
 help:
 	@echo "make quickstart   train, score and talk on the embedded corpus (5 min)"
-	@echo "make test         lint, types, layers, spelling and the fast tests"
+	@echo "make check        lint, types, layers, spelling and security"
+	@echo "make test         make check and the fast tests"
 	@echo "make test-slow    tests of every system, of kills and of two hosts"
 	@echo "make test-package tests of the installed package, notebook and docs"
 	@echo "make test-fuzz    hundreds of damaged and hostile inputs"
@@ -40,6 +42,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/bandit --quiet --recursive empdg_jax configs
 	$(BIN)/lint-imports
 	$(BIN)/pyrefly check
 	$(BIN)/shellcheck launch/*.sh launch/*.sbatch

@@ -11,13 +11,14 @@ import json
 import pathlib
 import sys
 from collections.abc import Generator, Iterable
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from empdg_jax import config as config_lib
 from empdg_jax import storage
 from empdg_jax.config import Config, InputError
+
+if TYPE_CHECKING:
+  from rich.console import Console
 
 
 def _config(values: Any) -> Config:
@@ -49,6 +50,13 @@ def _check_batches_fit(config: Config) -> None:
   ):
     what = f"config.{name}.batch_size={size}: {length:,} tokens an example"
     storage.check_fits(what, size * length)
+
+
+def _console(**settings: Any) -> "Console":
+  """Returns a console; see `rich.console.Console`."""
+  from rich.console import Console
+
+  return Console(**settings)
 
 
 def _given(values: Any, flag: str, advice: str) -> Any:
@@ -96,7 +104,7 @@ def prepare(values: Any) -> None:
   from empdg_jax.models import registry
   from empdg_jax.training import train_state
 
-  console = Console()
+  console = _console()
   dataset = prepare.load_dataset(config.data)
   dataset_report.print_report(dataset, config, console)
   model = registry.create_model(
@@ -218,7 +226,7 @@ def evaluate(values: Any) -> None:
     folder = folder / "eval" / values.split
     if values.out:
       folder = storage.run_path(values.out, "out")
-    console = Console(quiet=not hosts.is_main_process())
+    console = _console(quiet=not hosts.is_main_process())
     metrics = evaluate.evaluate_split(system, values.split, folder, console)
     if hosts.is_main_process():
       predictions.print_metrics(metrics, console)
@@ -288,7 +296,7 @@ def chat(values: Any) -> None:
   """
   from empdg_jax.training import terminal
 
-  console = Console()
+  console = _console()
   if values.workdir or values.bundle:
     terminal.say("Loading ...", console, "dim")
   system, _ = _load_system(values)
@@ -321,7 +329,7 @@ def export(values: Any) -> None:
     values.checkpoint,
     values.average,
     values.dtype,
-    Console(markup=False),
+    _console(markup=False),
   )
 
 
@@ -336,7 +344,7 @@ def checkpoints(values: Any) -> None:
   from empdg_jax.analysis import checkpoint_list
 
   listed = checkpoint_list.list_checkpoints(workdir)
-  checkpoint_list.print_checkpoints(listed, values.format, Console())
+  checkpoint_list.print_checkpoints(listed, values.format, _console())
 
 
 def compare(values: Any) -> None:
@@ -354,7 +362,7 @@ def compare(values: Any) -> None:
 
   folders = [storage.run_path(folder, "dir") for folder in values.dir]
   comparison = compare.compare(folders, values.split, values.cases)
-  tables.print_comparison(comparison, values.format, Console())
+  tables.print_comparison(comparison, values.format, _console())
 
 
 def attention(values: Any) -> None:
@@ -401,8 +409,8 @@ def compile_check(values: Any) -> None:
   size = values.vocab_size
   if size is None:
     size = len(prepare.load_dataset(config.data).vocabulary)
-  console = Console()
-  arguments = config, size, slice_, Console(stderr=True)
+  console = _console()
+  arguments = config, size, slice_, _console(stderr=True)
   if values.find_batch:
     fit = compile_check.find_batch(*arguments)
     compile_report.print_fit(fit, slice_, values.format, console)
@@ -431,7 +439,7 @@ def benchmark(values: Any) -> None:
   from empdg_jax.hardware import benchmark
   from empdg_jax.training import terminal
 
-  console = Console()
+  console = _console()
   dataset = prepare.load_dataset(config.data)
   results = benchmark.benchmark(dataset, config, console)
   benchmark.print_benchmark(results, console)

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.resources
 import json
 import math
+import os
 import pathlib
 import re
 import runpy
@@ -416,13 +417,14 @@ def from_file(given: str) -> Config:
   """
   name, colon, argument = given.partition(":")
   shipped = _shipped_files()
-  file = pathlib.Path(name)
-  if not file.is_file() and name not in shipped:
+  # Of `os.path`, which takes a name that is too long for a missing file.
+  is_file = os.path.isfile(name)
+  if not is_file and name not in shipped:
     raise InputError(
-      f"--config={given}: no such file; give a path, or one of "
+      f"--config={given[:200]}: no such file; give a path, or one of "
       + ", ".join(shipped)
     )
-  file = file if file.is_file() else shipped[name]
+  file = pathlib.Path(name) if is_file else shipped[name]
   try:
     get_config = runpy.run_path(str(file))["get_config"]
     config = get_config(argument) if colon else get_config()

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import inspect
 import io
+import logging
 import os
 import platform
 import signal
@@ -14,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
-from absl import logging
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from empdg_jax import __version__, commands, storage
@@ -275,7 +275,8 @@ def _use_large_pages() -> None:
     "glibc.malloc.mmap_threshold=4294967296:"
     "glibc.malloc.trim_threshold=17179869184"
   )
-  os.execv(
+  # The same program with the same arguments, and no shell.
+  os.execv(  # nosec B606
     sys.executable, [sys.executable, "-m", "empdg_jax.main", *sys.argv[1:]]
   )
 
@@ -311,9 +312,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
   except (InputError, OSError) as error:
     line = config_lib.printable(" ".join(str(error).splitlines()))
-    print(f"empdg: {line}", file=sys.stderr)
     # An OSError is a full disk, most likely.
     mistake = isinstance(error, InputError)
+    if storage.is_bad_name(error):
+      line, mistake = f"{line[:100]}...: give a shorter path", True
+    print(f"empdg: {line}", file=sys.stderr)
     return config_lib.BAD_INPUT if mistake else config_lib.FAILED
   except KeyboardInterrupt:
     return config_lib.INTERRUPTED
@@ -323,7 +326,13 @@ def run() -> None:
   """Runs the `empdg` command and exits."""
   if {"-h", "--help"} & set(sys.argv):  # As in `empdg train --help | head`.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-  logging.set_verbosity(logging.FATAL)  # Errors are raised, and told once.
+  else:
+    # Errors are raised, and told once.
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    for client in ("gcsfs", "google.auth", "s3fs", "adlfs"):
+      logging.getLogger(client).setLevel(logging.CRITICAL + 1)
   if len(sys.argv) > 1 and sys.argv[1] in ("train", "evaluate", "benchmark"):
     _use_large_pages()
   for stream in (sys.stdin, sys.stdout):

@@ -1,9 +1,11 @@
 """Files on a disk or in a bucket: paths, atomic writes, one-line errors."""
 
 import contextlib
+import errno
 import io
 import os
 import pathlib
+import stat
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -14,6 +16,8 @@ from empdg_jax.config import InputError, SaveError
 # The most bytes that a file may hold, once unpacked, to be read as a whole. The
 # official archive has far fewer.
 _MOST_BYTES = 2**30
+# What names that no disk can hold raise, whatever is done with them.
+_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def cache_dir() -> pathlib.Path:
@@ -32,10 +36,10 @@ def run_path(name: str, flag: str) -> pathlib.Path:
     A path with the methods of `pathlib.Path`, whatever it names.
 
   Raises:
-    InputError: The bucket cannot be read.
+    InputError: No disk can hold the name, or the bucket cannot be read.
   """
   if "://" not in name:
-    return pathlib.Path(name)
+    return disk_path(name, f"--{flag}")
   if not name.startswith(("gs://", "s3://", "az://")):
     raise InputError(
       f"--{flag}={name}: expected a folder on a disk, or in a bucket "
@@ -60,18 +64,65 @@ def disk_path(name: str, flag: str) -> pathlib.Path:
   """Returns the path of a file or folder that must be on a disk.
 
   Raises:
-    InputError: It is in a bucket or of an unknown scheme.
+    InputError: It is in a bucket or of an unknown scheme, or no disk can hold
+      the name.
   """
   if "://" in name:
     raise InputError(
       f"{flag}={name}: expected a path on a disk, not in a bucket or elsewhere"
     )
+  try:
+    os.lstat(name)
+  except OSError as error:
+    if error.errno in _NO_NAME:
+      raise InputError(
+        f"{flag}={name[:60]}...: {error.strerror}, {len(name):,} characters"
+      ) from error
   return pathlib.Path(name)
 
 
+def is_bad_name(error: Exception) -> bool:
+  """Returns whether an error says that no disk can hold a path's name."""
+  return isinstance(error, OSError) and error.errno in _NO_NAME
+
+
 def machine_memory() -> int:
-  """Returns the size of this machine's memory in bytes."""
-  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  """Returns the memory in bytes that this process may use.
+
+  The machine's, or less in a container with a limit.
+  """
+  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  return min([memory, *_container_limits()])
+
+
+def _container_limits(
+  groups: pathlib.Path = pathlib.Path("/proc/self/cgroup"),
+  root: pathlib.Path = pathlib.Path("/sys/fs/cgroup"),
+) -> list[int]:
+  """Returns the limits of memory of Linux's control groups, of both versions.
+
+  Args:
+    groups: The list of this process's groups.
+    root: The folder of all groups.
+  """
+  limits: list[int] = []
+  with contextlib.suppress(OSError, ValueError):
+    for line in groups.read_text().splitlines():
+      _, kinds, group = line.split(":", 2)
+      if not kinds:
+        tops, file = (root, root / "unified"), "memory.max"
+      elif "memory" in kinds.split(","):
+        tops, file = (root / "memory",), "memory.limit_in_bytes"
+      else:
+        continue
+      # Each group above has a limit too. In a container the topmost folder may
+      # be the group itself, whatever its name outside.
+      inner = pathlib.PurePosixPath(group.lstrip("/"))
+      for top in tops:
+        for name in (inner, *inner.parents):
+          with contextlib.suppress(OSError, ValueError):  # "max" is no number.
+            limits.append(int((top / name / file).read_text()))
+  return limits
 
 
 def check_fits(what: str, numbers: int) -> None:
@@ -134,8 +185,18 @@ def bounded_lines(
     yield line.decode("utf-8")
 
 
+def check_plain(path: pathlib.Path) -> None:
+  """Raises InputError for what is no file, such as a device or a pipe.
+
+  The opening of a pipe that nobody writes would never return.
+  """
+  if not in_bucket(path) and not stat.S_ISREG(path.stat().st_mode):
+    raise InputError(f"{path}: is no regular file")
+
+
 def read_text(path: pathlib.Path) -> str:
-  """Reads a text in UTF-8; see `read_bounded`."""
+  """Reads a text in UTF-8; see `check_plain` and `read_bounded`."""
+  check_plain(path)
   with path.open("rb") as file:
     return read_bounded(file, str(path)).decode("utf-8")
 

@@ -1,5 +1,6 @@
 """Damaged checkpoints: refused, replaced by the one before, or harmless."""
 
+import os
 import pathlib
 import random
 import shutil
@@ -8,6 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import tensorstore
 
 from empdg_jax.config import InputError, SaveError
 from empdg_jax.training import checkpoint
@@ -183,9 +185,64 @@ def test_a_failing_bucket_is_no_damage(
   def fail(*args: object, **kwargs: object) -> None:
     raise ValueError("UNAVAILABLE: Error reading gs://pod/one: HTTP 503")
 
-  monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", fail)
+  monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", fail)
   with pytest.raises(SaveError, match="latest/7: cannot read"):
     read(workdir, [])
+
+
+def test_an_absurd_shape_is_refused_before_it_is_read(
+  workdir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Whoever writes the files can make them claim 4 TB, and fill it with 0."""
+  folder = workdir / "checkpoints" / "latest" / "7" / "params"
+  shutil.rmtree(folder / "d")
+  for path in folder.glob("*ocdbt*"):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+  tensorstore.open(
+    {
+      "driver": "zarr",
+      "kvstore": {
+        "driver": "ocdbt",
+        "base": f"file://{folder}/",
+        "path": "embedding/",
+      },
+      "metadata": {"shape": [10**12], "chunks": [1000], "dtype": "<f4"},
+    },
+    create=True,
+  ).result()
+  for name in ("bias", "scale"):
+    tensorstore.open(
+      {
+        "driver": "zarr",
+        "kvstore": {
+          "driver": "ocdbt",
+          "base": f"file://{folder}/",
+          "path": f"{name}/",
+        },
+        "metadata": {"shape": [5], "chunks": [5], "dtype": "<f4"},
+      },
+      create=True,
+    ).result()
+
+  def read_arrays(*args: object, **kwargs: object) -> None:
+    raise AssertionError("arrays are read")
+
+  monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", read_arrays)
+  checkpoints = Checkpoints(workdir)
+  with pytest.raises(InputError, match=r"has shape \(1000000000000,\)"):
+    checkpoints.restore_params(LATEST, STATES[GENERATOR].params, 7)
+  checkpoints.close()
+
+
+def test_a_pipe_in_a_checkpoint(workdir: pathlib.Path) -> None:
+  newest = workdir / "checkpoints" / "latest" / "7"
+  path = newest / "params" / "manifest.ocdbt"
+  path.unlink()
+  os.mkfifo(path)
+  said: list[str] = []
+  _, progress = read(workdir, said)
+  assert progress["done"] == 3
+  assert "manifest.ocdbt: is no regular file" in said[0]
 
 
 def test_a_checksum_depends_on_every_bit_type_and_shape() -> None:

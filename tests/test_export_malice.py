@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import invented
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 from helpers import finish, refused, wait_until
+from rich.console import Console
 
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
@@ -467,8 +469,11 @@ export._write(pathlib.Path(sys.argv[1]), {"a": b""})
 """
 
 
-def test_left_over_folders(tmp_path: pathlib.Path) -> None:
+def test_left_over_folders(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   """A killed export's folder goes with the next one; a living one's stays."""
+  monkeypatch.setattr(export, "_check_loads", lambda temporary, out: None)
   out = tmp_path / "out"
   argv = [sys.executable, "-c", _HOLD, str(out)]
   writing = [
@@ -495,3 +500,38 @@ def test_left_over_folders(tmp_path: pathlib.Path) -> None:
     for process in writing:
       process.kill()
       finish(process)
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("eval__beam_size", 2**10 + 1),
+    ("eval__max_decode_steps", 2**12 + 1),
+    ("data__feedback_length", 2**12 + 1),
+    ("data__shapes", ((2**12 + 1, 8, 8),)),
+  ],
+)
+def test_what_no_one_could_load_is_not_exported(
+  field: str, value: object, tmp_path: pathlib.Path
+) -> None:
+  run = invented.make_run(tmp_path / "run", "moel", 1, **{field: value})
+  with pytest.raises(InputError, match="run: cannot be exported: config"):
+    export.export(run, tmp_path / "out", None, 0, "float32", Console())
+  assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_cannot_be_loaded_is_not_written(
+  folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  files = {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in folder.rglob("*")
+    if path.is_file() and path.name != SUMS
+  }
+  files[export_files.EMOTION_NAMES] = b"sad\nproud\n"
+  files[SUMS] = export_files.sums_text(files).encode()
+  place = tmp_path / "place"
+  place.mkdir()
+  with pytest.raises(InputError, match=r"out: not written, .*: emotions.txt"):
+    export._write(place / "out", files)
+  assert not list(place.iterdir())

@@ -6,6 +6,7 @@ Tests that start them are marked `slow`; `make test-slow` runs those.
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from empdg_jax.data import sample_corpus
 from empdg_jax.inference import predictions
 from empdg_jax.inference.system import params_like
 from empdg_jax.training import checkpoint, run_folder
+from empdg_jax.training.train_state import GENERATOR, TrainState
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = (
@@ -355,6 +357,69 @@ def test_data_that_one_host_lacks(
   assert "corpus" in second
   assert first == second.replace("empdg: ", "empdg: process 1: ")
   assert not workdir.exists()
+
+
+# Reads the newest whole checkpoint of a host's own copy of a folder.
+READ = """
+import sys
+import jax
+import numpy as np
+from empdg_jax.config import InputError
+from empdg_jax.training.checkpoint import Checkpoints
+from empdg_jax.parallel import hosts
+port, process, folder = sys.argv[1:]
+hosts.initialize(f"127.0.0.1:{port}", 2, int(process))
+checkpoints = Checkpoints(__import__("pathlib").Path(folder))
+like = {"a": np.zeros(5000, np.float32)}
+try:
+  one, _ = checkpoints.first_whole(
+    checkpoints.select("latest"),
+    lambda one: checkpoints.restore_params(one.kind, like, one.step),
+  )
+  print("used", one.step)
+except InputError as error:
+  print("refused", error)
+checkpoints.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("damaged", "says"), [([2], "used 1"), ([1, 2], "")])
+def test_damage_that_one_host_sees(
+  damaged: list[int], says: str, tmp_path: pathlib.Path
+) -> None:
+  state = TrainState(np.int32(1), {"a": np.arange(5000.0, dtype="f4")}, ())
+  written = checkpoint.Checkpoints(tmp_path / "0", create=True, keep=2)
+  for step in (1, 2):
+    written.save("latest", step, {GENERATOR: state}, {"phase": "mle"})
+  written.close()
+  shutil.copytree(tmp_path / "0", tmp_path / "1")
+  for step in damaged:
+    folder = tmp_path / "1" / "checkpoints" / "latest" / str(step) / "params"
+    for path in folder.rglob("*"):
+      if path.is_file() and path.parent.name == "d":
+        path.write_bytes(b"")
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  began = time.monotonic()
+  hosts = [
+    subprocess.Popen(
+      [sys.executable, "-c", READ, str(port), str(n), tmp_path / str(n)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    for n in range(2)
+  ]
+  first, second = (said.strip() for said in finish(hosts))
+  assert time.monotonic() - began < 60
+  if says:
+    assert first == second == says
+  else:
+    assert second.startswith(f"refused {tmp_path}/1/checkpoints/latest/2: dam")
+    assert first.startswith("refused process 1: ")
 
 
 @pytest.mark.slow

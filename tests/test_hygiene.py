@@ -3,11 +3,15 @@
 import gzip
 import io
 import json
+import logging
+import os
 import pathlib
+import signal
 import socket
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,7 +35,7 @@ from empdg_jax.data.prepare import Dataset
 from empdg_jax.data.vocab import build_vocabulary
 from empdg_jax.inference import predictions, respond
 from empdg_jax.inference.system import Response, load_system
-from empdg_jax.training import terminal
+from empdg_jax.training import metric_writer, terminal
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 QUICKSTART = f"--config={ROOT}/configs/quickstart.py"
@@ -345,17 +349,24 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
   "name", ["lexicon", "emotions", "input", "predictions"]
 )
-def test_devices(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+  ("file", "says"),
+  [("/dev/zero", "is no regular file"), ("large", "holds more than 1 GiB")],
+)
+def test_devices_and_large_files(
+  name: str, file: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+  pathlib.Path("large").write_bytes(bytes(2**21))
   if name == "input":
-    said = refused(capsys, "generate", "--input=/dev/zero")
+    said = refused(capsys, "generate", f"--input={file}")
   elif name == "predictions":
-    said = refused(capsys, "metrics", "--predictions=/dev/zero")
+    said = refused(capsys, "metrics", f"--predictions={file}")
   else:
     read = {"lexicon": lexicon.load_lexicon, "emotions": corpora.read_labels}
     with pytest.raises(InputError) as error:
-      read[name]("/dev/zero")
+      read[name](file)
     said = str(error.value)
-  assert "/dev/zero: holds more than 1 GiB" in said
+  assert f"{file}: {says}" in said
 
 
 @pytest.mark.usefixtures("small")
@@ -377,7 +388,7 @@ def test_a_split_that_is_too_large(small: None, tmp_path: pathlib.Path) -> None:
   (tmp_path / "train.csv").write_bytes(bytes(2**21))
   with pytest.raises(InputError, match="train.csv: holds more than 1 GiB"):
     empathetic_dialogues.read_source(tmp_path)
-  with pytest.raises(InputError, match="a device or a pipe"):
+  with pytest.raises(InputError, match="/dev/zero: is no regular file"):
     empathetic_dialogues.read_source(pathlib.Path("/dev/zero"))
 
 
@@ -408,7 +419,7 @@ def test_members_that_are_no_plain_files_inside(
     empathetic_dialogues.read_source(path)
 
 
-@pytest.mark.parametrize("name", ["/dev/zero", "bomb.gz", "long.gz"])
+@pytest.mark.parametrize("name", ["bomb.gz", "long.gz"])
 def test_vectors_without_an_end(
   name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -514,3 +525,205 @@ def test_the_report_fits_into_60_columns(
   assert "…" not in said
   for head in ("context", "emotion", "target", "batches", "padding"):
     assert head in said.rpartition("Padded lengths")[2]
+
+
+# Names and files.
+
+
+@pytest.fixture
+def _soon() -> Iterator[None]:
+  """Fails a test that blocks, as at a pipe that nobody writes."""
+
+  def stop(*args: object) -> None:
+    raise AssertionError("blocked for 60 s")
+
+  previous = signal.signal(signal.SIGALRM, stop)
+  signal.alarm(60)
+  yield
+  signal.alarm(0)
+  signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.mark.usefixtures("_soon")
+@pytest.mark.parametrize(
+  "argv",
+  [
+    ("prepare", QUICKSTART, "--config.data.source=pipe"),
+    ("prepare", QUICKSTART, "--config.data.lexicon=pipe"),
+    ("prepare", QUICKSTART, "--config.data.emotions=pipe"),
+    ("prepare", "--config=pipe"),
+    ("metrics", "--predictions=pipe"),
+    ("generate", "--input=pipe"),
+    ("evaluate", "--workdir=pipe"),
+    ("evaluate", "--bundle=pipe"),
+    ("compare", "pipe"),
+  ],
+  ids=lambda argv: argv[0] + argv[-1].partition("=")[0],
+)
+def test_pipes_are_no_files(
+  argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+  os.mkfifo("pipe")
+  assert "pipe" in refused(capsys, *argv)
+
+
+@pytest.mark.usefixtures("_soon")
+def test_vectors_from_a_pipe() -> None:
+  os.mkfifo("pipe")
+  with pytest.raises(InputError, match="pipe: is no regular file"):
+    vectors.load_vectors(
+      "pipe", build_vocabulary([["a"]]), 2, np.random.default_rng(0)
+    )
+
+
+@pytest.mark.usefixtures("_soon")
+@pytest.mark.parametrize(
+  "name", ["config.json", "vocab.txt", "metrics.jsonl", "emotions.txt"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_pipes_in_a_run_folder(
+  name: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+  run = make_run(pathlib.Path("run"), "moel", 1)
+  if name == "emotions.txt":
+    fields = json.loads((run / "config.json").read_text())
+    fields["data"]["emotions"] = "labels.txt"
+    (run / "config.json").write_text(json.dumps(fields))
+  (run / name).unlink(missing_ok=True)
+  os.mkfifo(run / name) if kind == "pipe" else (run / name).mkdir()
+  command = "checkpoints" if name == "metrics.jsonl" else "compare"
+  argv = ["--workdir=run"] if command == "checkpoints" else ["run"]
+  assert name in refused(capsys, command, *argv) or name == "config.json"
+
+
+@pytest.mark.parametrize("length", [300, 5000])
+@pytest.mark.parametrize(
+  "argv",
+  [
+    ("evaluate", "--bundle="),
+    ("evaluate", "--workdir="),
+    ("checkpoints", "--workdir="),
+    ("train", QUICKSTART, "--workdir="),
+    ("train", "--config="),
+    ("compare", "--dir="),
+    ("metrics", "--predictions="),
+    ("generate", "--input="),
+    ("export", "--workdir=run", "--out="),
+    ("prepare", QUICKSTART, "--config.data.source="),
+    ("prepare", QUICKSTART, "--config.data.lexicon="),
+    ("prepare", QUICKSTART, "--config.data.emotions="),
+    ("prepare", QUICKSTART, "--config.data.data_dir="),
+    ("benchmark", QUICKSTART, "--output="),
+  ],
+  ids=lambda argv: argv[0] + argv[-1],
+)
+def test_names_that_no_disk_can_hold(
+  argv: tuple[str, ...], length: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+  make_run(pathlib.Path("run"), "moel", 1)
+  line = refused(capsys, *argv[:-1], argv[-1] + "a" * length)
+  assert len(line) < 600
+
+
+def test_a_long_way_to_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+  """The folder's name just fits, those of its files do not."""
+  line = refused(capsys, "checkpoints", "--workdir=" + "a/" * 2046)
+  assert "too long" in line
+
+
+@pytest.mark.parametrize(
+  "name", ["__init__", "os", "empdg_jax.configs.empdg", "../configs/empdg", "."]
+)
+def test_modules_are_no_configurations(
+  name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+  line = refused(capsys, "prepare", f"--config={name}")
+  assert f"--config={name}: no such file; give a path, or one of" in line
+
+
+def entry(step: int, value: float = 2.5) -> str:
+  line = {"step": step, "phase": "mle", "name": "valid/perplexity"}
+  return json.dumps({**line, "value": value})
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    b"garbage", b"\xff\xfe\x80", b"\0\0\0", b"null", b"[]", b"3", b'"text"',
+    b'{"step": 2}', b'{"step": "2", "name": "valid/x", "value": 1}',
+    b'{"step": 2, "name": ["valid/x"], "value": 1}',
+    b'{"step": 2, "name": "valid/x", "value": "1"}',
+    b'{"step": 2, "name": "valid/x", "value": null}',
+    b'{"step": 2, "name": "valid/x", "value": 1' + b"0" * 400 + b"}",
+    b'{"step": true, "name": "valid/x", "value": 1}',
+    b"[" * 100_000, entry(2).encode()[:-9],
+  ],
+  ids=range(16),
+)  # fmt: skip
+def test_damaged_lines_of_metrics_are_left_out(damage: bytes) -> None:
+  """A torn last line, as of a killed run, and damage in the middle."""
+  path = pathlib.Path("metrics.jsonl")
+  path.write_bytes(
+    b"\n".join([entry(1).encode(), damage, entry(3).encode(), damage])
+  )
+  whole = [json.loads(entry(1)), json.loads(entry(3))]
+  assert list(metric_writer.read_metrics(path)) == whole
+  writer = metric_writer.MetricWriter(path.absolute().parent, 2)
+  writer.write(3, "mle", {"valid/perplexity": 2.5})
+  writer.close()
+  assert list(metric_writer.read_metrics(path)) == whole
+  assert len(path.read_bytes().splitlines()) == 2
+
+
+# Memory.
+
+
+@pytest.mark.parametrize(
+  ("groups", "files", "limits"),
+  [
+    ("0::/\n", {"memory.max": "4096\n"}, [4096]),
+    ("0::/a/b\n", {"a/memory.max": "8192", "a/b/memory.max": "max"}, [8192]),
+    # In a container, the folder shows the group itself.
+    ("0::/docker/1\n", {"memory.max": "4096"}, [4096]),
+    (
+      "4:memory:/job\n3:cpu:/job\n0::/\n",
+      {
+        "memory/job/memory.limit_in_bytes": "1024",
+        "memory/memory.limit_in_bytes": "9223372036854771712",
+      },
+      [1024, 9223372036854771712],
+    ),
+    ("garbage", {}, []),
+  ],
+)
+def test_limits_of_containers(
+  groups: str,
+  files: dict[str, str],
+  limits: list[int],
+  tmp_path: pathlib.Path,
+) -> None:
+  (tmp_path / "cgroup").write_text(groups)
+  for name, text in files.items():
+    path = tmp_path / "sys" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  found = storage._container_limits(tmp_path / "cgroup", tmp_path / "sys")
+  assert found == limits
+
+
+def test_memory_is_the_least_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(storage, "_container_limits", lambda: [2**62, 2**20])
+  assert storage.machine_memory() == 2**20
+  with pytest.raises(InputError, match="sizes: needs more than"):
+    storage.check_fits("sizes", 2**19)
+
+
+def test_clients_of_buckets_are_quiet(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  client = logging.getLogger("gcsfs")
+  monkeypatch.setattr(client, "level", logging.WARNING)
+  monkeypatch.setattr(sys, "argv", ["empdg", "--version"])
+  with pytest.raises(SystemExit):
+    main.run()
+  assert not logging.getLogger("gcsfs.retry").isEnabledFor(logging.CRITICAL)

@@ -55,10 +55,10 @@ def load_vectors(
     InputError,
   ):
     file = storage.disk_path(path, "config.data.vectors")
+    storage.check_plain(file)
     gzipped = path.endswith(".gz")
-    # A plain file ends, and GloVe's largest has 5.6 GB; a bomb or a pipe may
-    # not.
-    most = math.inf if file.is_file() and not gzipped else 2**31
+    # A plain file ends, and GloVe's largest has 5.6 GB; a bomb may not.
+    most = 2**31 if gzipped else math.inf
     with (gzip.open if gzipped else open)(file, "rb") as opened:
       lines = storage.bounded_lines(opened, path, most)
       for number, line in enumerate(lines, start=1):

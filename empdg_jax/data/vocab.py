@@ -54,6 +54,7 @@ def load_vocabulary(path: pathlib.Path) -> Vocabulary:
     InputError: The file is missing or malformed; see `parse_vocabulary`.
   """
   with storage.errors(f"{path}: cannot read the vocabulary", InputError):
+    storage.check_plain(path)
     data = path.read_bytes()
   return parse_vocabulary(data, str(path))
 

@@ -148,6 +148,7 @@ def export(
   with storage.errors(f"--out={out}: cannot write", InputError):
     out.parent.mkdir(parents=True, exist_ok=True)
   run = run_folder.open_run(workdir)
+  export_files.check_config(run.config, f"--workdir={workdir}")
   params, taken = _read_params(run, which, average)
   params = {name: a.astype(jnp.dtype(dtype)) for name, a in params.items()}
   # An evaluation goes along only if it is of the very parameters in the export.
@@ -290,10 +291,10 @@ def _metrics_of(
     path = workdir / "eval" / split / "metrics.json"
     if path.exists():
       try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(storage.read_text(path))
         if origin.items() <= values.items():
           found[split] = values
-      except (ValueError, AttributeError) as error:
+      except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(
           f"{path}: damaged ({error}); run empdg evaluate again"
         ) from error
@@ -316,9 +317,22 @@ def _write(out: pathlib.Path, files: dict[str, bytes]) -> None:
           path = temporary / name
           path.parent.mkdir(exist_ok=True)
           path.write_bytes(data)
+        _check_loads(temporary, out)
         temporary.rename(out)
     finally:
       shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_loads(temporary: pathlib.Path, out: pathlib.Path) -> None:
+  """Raises InputError if an export that is about to be named cannot load."""
+  try:
+    export_files.read_export(temporary)
+  except InputError as error:
+    reason = str(error).removeprefix(f"--bundle={temporary}: ")
+    raise InputError(
+      f"--out={out}: not written, as it could not be loaded: "
+      + reason.removesuffix("; export again")
+    ) from error
 
 
 @contextlib.contextmanager

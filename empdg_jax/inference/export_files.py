@@ -304,6 +304,23 @@ def _check_sizes(config: Config) -> None:
       raise ValueError(f"config.{name} holds {value}; at most {most:,}")
 
 
+def check_config(config: Config, where: str) -> None:
+  """Checks that an export of a run could be loaded.
+
+  Args:
+    config: The run's configuration.
+    where: The run's name in messages.
+
+  Raises:
+    InputError: The configuration has sizes beyond those of exports.
+  """
+  registry.check_size(config.model, 0)
+  try:
+    _check_sizes(config)
+  except ValueError as error:
+    raise InputError(f"{where}: cannot be exported: {error}") from error
+
+
 def repeated(config: Config) -> dict[str, Any]:
   """Returns the part of `export.json` that repeats the configuration."""
   longest = pipeline.padded_shapes(config.data)[-1]

@@ -132,6 +132,17 @@ class Checkpoints:
       for kind in (LATEST, BEST)
       if create or (self._root / kind).is_dir()
     }
+    # Each host reads by itself: managers read with barriers, at which the other
+    # hosts would wait for one that has met damage.
+    host = jax.process_index()
+    self._reader = ocp.Checkpointer(
+      ocp.CompositeCheckpointHandler(),
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+        primary_host=host,
+        active_processes={host},
+        barrier_sync_key_prefix=f"reader-{host}",
+      ),
+    )
 
   def save(
     self,
@@ -255,8 +266,6 @@ class Checkpoints:
     damaged: list[InputError] = []
     for one in chosen:
       try:
-        # Hosts that read the same bytes fail at the same place. A host that
-        # fails alone leaves the others in Orbax until their time is up.
         with hosts.refusing_together():
           value = read(one)
       except InputError as error:
@@ -385,9 +394,10 @@ class Checkpoints:
       if (where / _CHECKSUMS).exists():
         items[_CHECKSUMS] = ocp.args.JsonRestore()
       try:
-        found = self._managers[kind].restore(
-          step, args=ocp.args.Composite(**items)
-        )
+        _check_files(where, item)
+        if like is not None:
+          _check_shapes(where, item, like)
+        found = self._reader.restore(where, args=ocp.args.Composite(**items))
         _check(found[item], like, item, found.get(_CHECKSUMS), where)
       except InputError:
         raise
@@ -401,32 +411,56 @@ class Checkpoints:
     return found[item]
 
 
+def _check_files(where: pathlib.Path, item: str) -> None:
+  """Raises InputError if an item holds a device or a pipe, which may block."""
+  if not storage.in_bucket(where):
+    for path in (where / item).rglob("*"):
+      if not path.is_dir():
+        storage.check_plain(path)
+
+
+def _check_shapes(where: pathlib.Path, item: str, like: Any) -> None:
+  """Checks the shapes of an item's arrays before any is allocated.
+
+  Orbax restores the shapes that it finds, whatever it is asked for.
+
+  Args:
+    where: The checkpoint's folder.
+    item: The item's name.
+    like: Arrays of the expected shapes.
+
+  Raises:
+    InputError: A shape differs.
+  """
+  with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+    found = handler.metadata(epath.Path(where / item))
+  for (path, leaf), array in zip(
+    jax.tree_util.tree_leaves_with_path(like),
+    jax.tree.leaves(found),
+    strict=True,
+  ):
+    if np.shape(leaf) != array.shape:
+      raise InputError(
+        f"{where}: {jax.tree_util.keystr(path)} has shape {array.shape};"
+        f" this configuration needs {np.shape(leaf)}"
+      )
+
+
 def _check(
   found: Any, like: Any, item: str, sums: Any, where: pathlib.Path
 ) -> None:
-  """Checks an item's shapes and checksums.
+  """Checks an item's checksums.
 
   Args:
     found: The restored arrays, or a JSON value.
-    like: Arrays of the expected shapes, or None for a JSON value.
+    like: None for a JSON value.
     item: The item's name.
     sums: The checkpoint's checksums by item, None if it has none.
     where: The checkpoint's folder, for messages.
 
   Raises:
-    InputError: Shapes or checksums differ.
+    InputError: Checksums differ.
   """
-  # Orbax restores the shapes that it finds, whatever it is asked for.
-  for (path, leaf), array in zip(
-    jax.tree_util.tree_leaves_with_path(like),
-    jax.tree.leaves(found) if like is not None else (),
-    strict=True,
-  ):
-    if np.shape(leaf) != np.shape(array):
-      raise InputError(
-        f"{where}: {jax.tree_util.keystr(path)} has shape {np.shape(array)};"
-        f" this configuration needs {np.shape(leaf)}"
-      )
   if sums is None:
     return
   actual = _checksums(_text(found) if like is None else found)
@@ -445,10 +479,11 @@ def _text(value: Any) -> np.ndarray:
 
 def _checksums(tree: Any) -> dict[str, int]:
   """Returns the checksum of each array by its path."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): _checksum(array)
+  arrays = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): array
     for path, array in jax.tree_util.tree_leaves_with_path(tree)
   }
+  return {name: _checksum(array) for name, array in arrays.items()}
 
 
 def _checksum(array: np.ndarray) -> int:

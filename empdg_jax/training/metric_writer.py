@@ -1,6 +1,5 @@
 """The metrics of a run in `metrics.jsonl` and TensorBoard events."""
 
-import contextlib
 import json
 import pathlib
 import tempfile
@@ -9,16 +8,44 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from empdg_jax import config as config_lib
 from empdg_jax import storage
+from empdg_jax.config import InputError
 
 
 def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-  """Yields the entries of a `metrics.jsonl`, none if there is no such file."""
-  if path.exists():
-    for line in path.read_text(encoding="utf-8").splitlines():
-      # A killed run may leave a line that is cut off.
-      with contextlib.suppress(ValueError, RecursionError):
-        yield json.loads(line)
+  """Yields the entries of a `metrics.jsonl`, none if there is no such file.
+
+  Lines that are no entries are left out: a killed run may leave one that is cut
+  off, and a damaged log is no reason to refuse a run.
+
+  Raises:
+    InputError: It is no regular file, or cannot be read.
+  """
+  if not path.exists():
+    return
+  with storage.errors(f"{path}: cannot read", InputError):
+    storage.check_plain(path)
+    data = path.read_bytes()
+  for line in data.split(b"\n"):
+    try:
+      entry = json.loads(line)
+    except (ValueError, RecursionError):
+      continue
+    if _is_entry(entry):
+      yield entry
+
+
+def _is_entry(value: Any) -> bool:
+  """Returns whether a JSON value is what `MetricWriter.write` wrote."""
+  return (
+    isinstance(value, dict)
+    and type(value.get("step")) is int
+    and isinstance(value.get("name"), str)
+    # JSON can spell integers beyond every float.
+    and type(number := value.get("value")) in (int, float)
+    and not (type(number) is int and abs(number) > config_lib.MAX_INT)
+  )
 
 
 class MetricWriter:

@@ -120,7 +120,7 @@ def read_config(workdir: pathlib.Path) -> Config:
   path = workdir / "config.json"
   what = f"--workdir={workdir} is no run folder; 'empdg train' makes one"
   with storage.errors(what, InputError):
-    text = path.read_text(encoding="utf-8")
+    text = storage.read_text(path)
   return config_lib.from_json(text, str(path))
 
 

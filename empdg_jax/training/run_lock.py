@@ -194,7 +194,7 @@ class RunLock:
   def _read(self) -> dict[str, Any] | None:
     """Returns the content of the file, None without one."""
     try:
-      value = json.loads(self._path.read_text())
+      value = json.loads(storage.read_text(self._path))
     except FileNotFoundError:
       return None
     except ValueError:  # Half written, or damaged.
