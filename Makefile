@@ -12,7 +12,8 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check \
   --constraint $(CONSTRAINTS)
 RUN := runs/quickstart
 
-.PHONY: help quickstart test test-slow test-package test-fuzz test-tpu docs \
+.PHONY: help quickstart test test-slow test-package test-fuzz test-tpu \
+  test-peer docs \
   check format constraints
 help:
 	@echo "make quickstart   train, score and talk on the embedded corpus (5 min)"
@@ -21,6 +22,7 @@ help:
 	@echo "make test-package tests of the installed package, notebook and docs"
 	@echo "make test-fuzz    hundreds of damaged and hostile inputs"
 	@echo "make test-tpu     tests with the TPU compiler, which it installs"
+	@echo "make test-peer    PyTorch's version of the steps; installs PyTorch"
 	@echo "make docs         build the documentation in site/"
 	@echo "make format       format the code"
 	@echo "make constraints  pin the newest releases that fit pyproject.toml"
@@ -69,6 +71,11 @@ test-fuzz: $(INSTALLED)-dev
 test-tpu: $(INSTALLED)-dev
 	$(INSTALL) --editable '.[tpu]'
 	JAX_PLATFORMS=cpu $(BIN)/pytest -m tpu
+
+# Keeps a build of PyTorch that is there; by default it takes the newest.
+test-peer: $(INSTALLED)-dev
+	$(INSTALL) --editable '.[peer]'
+	JAX_PLATFORMS=cpu $(BIN)/pytest -m peer
 
 docs: $(INSTALLED)-docs
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going \

@@ -27,6 +27,12 @@ import numpy as np
 STEPS = ("mle", "critics", "greedy")
 # The largest relative difference of losses and gradients in float32.
 TOLERANCE = 1e-4
+# The allocator of `empdg train`, for all: see `main._use_large_pages`.
+_ALLOCATOR = (
+  "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:"
+  "glibc.malloc.mmap_threshold=4294967296:"
+  "glibc.malloc.trim_threshold=17179869184"
+)
 _FOLDER = pathlib.Path(__file__).resolve().parent
 
 
@@ -493,13 +499,9 @@ def _programs(
   programs: dict[str, _Program] = {}
   try:
     for name, (worker, root) in workers.items():
-      # glibc gives large arrays back at once and takes them anew in every step,
-      # unless told otherwise; that would slow PyTorch alone.
       environment = os.environ | {
         "PYTHONPATH": root,
-        "MALLOC_MMAP_THRESHOLD_": str(2**25),
-        "MALLOC_TRIM_THRESHOLD_": str(2**33),
-        "MALLOC_TOP_PAD_": str(2**26),
+        "GLIBC_TUNABLES": _ALLOCATOR,
       }
       command = [sys.executable, __file__, *sys.argv[1:]]
       command += [f"--worker={worker}", f"--folder={folder}"]
