@@ -96,7 +96,8 @@ def read_report(
     flops: Floating-point operations; a loop's body counts as often as it runs
       at most, here and below.
     traffic: Memory traffic, bytes; a look-up counts its rows.
-    bytes_accessed: XLA's own count of it: a look-up counts the whole table.
+    bytes_accessed: XLA's own count of it, where a look-up may count the whole
+      table, and what all but the first run of each loop add to `traffic`.
     all_reduces: The number of all-reduce operations.
     bytes_reduced: The bytes that they sum over the chips.
     all_gathers: The number of all-gather operations.
@@ -120,9 +121,10 @@ def read_report(
   }
   total = sum(parts.values())
   work, once = (traffic.count_work(text, loops) for loops in (True, False))
-  # XLA's counts, and what loops add to them.
+  # XLA counts a loop's body once. A TPU adds rows to a table in a loop over
+  # them: to count the table in each of its runs would be far from the truth.
   flops = float(cost["flops"]) + work.products - once.products
-  accessed = float(cost["bytes accessed"]) + work.whole - once.whole
+  accessed = float(cost["bytes accessed"]) + work.traffic - once.traffic
   reduced = collective_bytes(text, "all-reduce")
   chips = len(slice_.devices)
   times = {

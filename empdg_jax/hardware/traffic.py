@@ -36,12 +36,10 @@ class Work(NamedTuple):
 
   Attributes:
     traffic: Memory traffic, bytes; a look-up counts its rows.
-    whole: The same, but a look-up or an update counts the whole table.
     products: Floating-point operations of matrix products.
   """
 
   traffic: float
-  whole: float
   products: float
 
 
@@ -130,24 +128,23 @@ class _Counter:
       branches = re.findall(
         r"%([\w.\-]+)", "".join(_BRANCHES.findall(one.rest))
       )
-      return max(map(self.count, branches), default=Work(0.0, 0.0, 0.0))
+      return max(map(self.count, branches), default=Work(0.0, 0.0))
     inner = called.get("calls") or called.get("to_apply", "")
     if one.opcode in ("call", "async-start"):
       return self.count(inner)
     products = _products(one, scope)
     if one.opcode in _FREE or one.opcode.endswith("-done"):
-      return Work(0.0, 0.0, products)
+      return Work(0.0, products)
     if one.opcode == "copy-start":  # Its type has both places.
-      return Work(_size(one.type), _size(one.type), 0.0)
+      return Work(_size(one.type), 0.0)
     given = [scope[o].type for o in one.operands if o in scope]
-    whole = _size(one.type) + sum(map(_size, given))
     if one.opcode == "fusion":
       reads = sum(
         self._read(inner, index, type_) for index, type_ in enumerate(given)
       )
       products = self.count(inner).products
-      return Work(reads + self._written(inner, one.type), whole, products)
-    return Work(_direct(one, scope), whole, products)
+      return Work(reads + self._written(inner, one.type), products)
+    return Work(_direct(one, scope), products)
 
   def _runs(self, one: _Instruction, condition: str) -> int:
     """Returns how often a loop runs, at most."""
