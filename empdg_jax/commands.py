@@ -81,6 +81,7 @@ def _start_jax() -> None:
 
   from empdg_jax.parallel import devices
 
+  devices.set_gpu_flags()
   devices.check_devices()
   if jax.config.values["jax_compilation_cache_dir"] is None:
     folder = storage.cache_dir() / "compiled"

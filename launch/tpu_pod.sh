@@ -199,7 +199,7 @@ cd empdg
 python3 -m pip install --quiet --user uv
 [ -x .venv/bin/python ] || python3 -m uv venv --quiet --python 3.12 .venv
 python3 -m uv pip install --quiet --python .venv/bin/python \
--c constraints.txt -e '.[tpu,gcs]'"
+-c constraints/python3.12.txt -e '.[tpu,gcs]'"
 }
 
 # Runs on a worker; prints `training=` with running, none, or the exit status. A

@@ -36,6 +36,12 @@ def test_benchmark(
     assert shape["times_floor"] == pytest.approx(
       shape["step_seconds"] / shape["floor_seconds"]
     )
+    assert shape["bfloat16_floor_seconds"] > 0
+  parts = values["mle_step_parts"]
+  assert parts["rest"] == pytest.approx(
+    parts["step"] - parts["vocabulary"] - parts["optimizer"]
+  )
+  assert min(parts["vocabulary"], parts["optimizer"]) > 0
   adversarial = values["adversarial_steps"]
   assert list(adversarial) == [
     f"{player}, {signal}"
@@ -49,6 +55,7 @@ def test_benchmark(
   printed = console.export_text()
   assert "x floor" in printed
   assert "x MLE step" in printed
+  assert "the vocabulary's products" in printed
   benchmark.write_benchmark(values, tmp_path / "b.json")
   assert json.loads((tmp_path / "b.json").read_text()) == values
   (tmp_path / "file").write_text("")

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from rich.console import Console
 from rich.progress import track
 
@@ -25,19 +26,26 @@ from empdg_jax.data.pipeline import Batch, EncodedExample, Shape
 from empdg_jax.data.prepare import Dataset
 from empdg_jax.inference.system import System
 from empdg_jax.parallel.devices import replicate, shard, step_flops, unreplicate
-from empdg_jax.training import terminal
+from empdg_jax.training import terminal, train_state
 from empdg_jax.training.run_folder import Run
 from empdg_jax.training.train_state import (
   DISCRIMINATOR,
   GENERATOR,
+  TrainState,
   count_parameters,
 )
-from empdg_jax.training.trainable import assemble_for
+from empdg_jax.training.trainable import Trainable, assemble_for
 
 # Large enough for the machine's peak rates: the product's 2048 rows and columns
 # keep all cores busy, the streamed arrays of 128 MB each lie beyond all caches.
 _MATRIX = 2048
 _STREAM = 2**25
+_DTYPES = "float32", "bfloat16"
+_PARTS = (
+  ("vocabulary", "the vocabulary's products"),
+  ("optimizer", "the optimiser"),
+  ("rest", "the rest"),
+)
 
 
 def _median_seconds(
@@ -67,9 +75,9 @@ def _median_seconds(
   return [statistics.median(seconds) for seconds in times]
 
 
-def _matrix_product() -> Callable[[], jax.Array]:
-  """Returns a call of a float32 matrix product, `2 * _MATRIX ** 3` FLOP."""
-  a = jnp.ones((_MATRIX, _MATRIX))
+def _matrix_product(dtype: str) -> Callable[[], jax.Array]:
+  """Returns a call of a matrix product, `2 * _MATRIX ** 3` FLOP."""
+  a = jnp.ones((_MATRIX, _MATRIX), dtype)
   product = jax.jit(lambda a: a @ a)
   return lambda: product(a)
 
@@ -86,6 +94,84 @@ def _stream() -> Callable[[], jax.Array]:
     return a
 
   return run
+
+
+def _vocabulary_products(
+  rows: int, dim: int, vocab_size: int
+) -> Callable[[], Any]:
+  """Returns a call of a step's three products with the vocabulary.
+
+  The logits, and the gradients of hidden states and projection, for `rows`
+  target positions in float32.
+  """
+  hidden, projection = jnp.ones((rows, dim)), jnp.ones((dim, vocab_size))
+
+  @jax.jit
+  def products(hidden: jax.Array, projection: jax.Array) -> Any:
+    logits = hidden @ projection
+    return logits @ projection.T, hidden.T @ logits
+
+  return lambda: products(hidden, projection)
+
+
+def _optimizer_update(
+  optimizer: optax.GradientTransformation, params: Any
+) -> Callable[[], Any]:
+  """Returns a call of the optimiser's update of all parameters."""
+  gradients = jax.tree.map(jnp.asarray, params)
+  state = train_state.start(jax.tree.map(jnp.array, params), optimizer)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def update(state: TrainState, gradients: Any) -> TrainState:
+    updates, moments = optimizer.update(
+      gradients, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, moments)
+
+  def run() -> TrainState:
+    nonlocal state
+    state = update(state, gradients)
+    return state
+
+  return run
+
+
+def _parts(
+  trainable: Trainable,
+  params: Any,
+  step: Callable[[], Any],
+  rows: int,
+  rounds: int,
+  console: Console,
+) -> dict[str, float]:
+  """Times a step and, by themselves, its two largest parts.
+
+  Args:
+    trainable: The system.
+    params: The generator's parameters.
+    step: A call of the step.
+    rows: The target positions of a device.
+    rounds: The number of times that each is timed.
+    console: The terminal, for progress.
+
+  Returns:
+    Seconds of the `step`, of the `vocabulary`'s products, of the `optimizer`,
+    and of the `rest`.
+  """
+  vocab_size, dim = params["embedding"].shape
+  calls = [
+    step,
+    _vocabulary_products(rows, dim, vocab_size),
+    _optimizer_update(trainable.optimizer, params),
+  ]
+  whole, vocabulary, optimizer = _median_seconds(calls, rounds, console)
+  return {
+    "step": whole,
+    "vocabulary": vocabulary,
+    "optimizer": optimizer,
+    "rest": whole - vocabulary - optimizer,
+  }
 
 
 def mle_step_floor(
@@ -226,10 +312,12 @@ def benchmark(
     functools.partial(_advance, states, "generator", p_mle_step, batch, key)
     for batch in batches
   ]
-  product, stream, *seconds = _median_seconds(
-    [_matrix_product(), _stream(), *steps], rounds, console
+  products = [_matrix_product(dtype) for dtype in _DTYPES]
+  product, low, stream, *seconds = _median_seconds(
+    [*products, _stream(), *steps], rounds, console
   )
   peak, bandwidth = 2 * _MATRIX**3 / product, 3 * 4 * _STREAM / stream
+  low_peak = 2 * _MATRIX**3 / low
   # Before the steps below, which hold more states than training ever does.
   training_memory = _peak_memory()
   adversarial = {}
@@ -241,12 +329,16 @@ def benchmark(
       for name, s in zip(calls, others, strict=True)
     }
   devices = jax.local_device_count()
+  rows = config.train.batch_size // devices * by_shape[0][1].target
+  parts = _parts(trainable, params, steps[0], rows, rounds, console)
   shapes = []
   timed = zip(by_shape, batches, seconds, strict=True)
   for (count, shape, _), batch, s in timed:
     lowered = p_mle_step.lower(states["generator"], batch, key)
     flops = step_flops(lowered.compile())
-    floor = mle_step_floor(flops, parameters, peak, bandwidth)
+    floor, low_floor = (
+      mle_step_floor(flops, parameters, p, bandwidth) for p in (peak, low_peak)
+    )
     shapes.append(
       {
         "context": shape.context,
@@ -258,6 +350,7 @@ def benchmark(
         "flops": flops * devices,
         "flops_per_second": flops * devices / s,
         "floor_seconds": floor,
+        "bfloat16_floor_seconds": low_floor,
         "times_floor": s / floor,
       }
     )
@@ -271,8 +364,10 @@ def benchmark(
     "vocab_size": len(dataset.vocabulary),
     "batch_size": config.train.batch_size,
     "matmul_flops_per_second": peak,
+    "matmul_bfloat16_flops_per_second": low_peak,
     "stream_bytes_per_second": bandwidth,
     "mle_step": shapes,
+    "mle_step_parts": parts,
     "epoch_seconds": sum(
       s["step_seconds"] * s["batches_per_epoch"] for s in shapes
     ),
@@ -288,11 +383,15 @@ def print_benchmark(values: dict[str, Any], console: Console) -> None:
   console.print(
     f"{values['devices']} x {values['device']}; {values['model']}, "
     f"{values['parameters']:,} parameters; matrix product "
-    f"{values['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s, stream "
+    f"{values['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s (bfloat16 "
+    f"{values['matmul_bfloat16_flops_per_second'] / 1e9:.0f}), stream "
     f"{values['stream_bytes_per_second'] / 1e9:.1f} GB/s",
     highlight=False,
   )
-  header = "context,target,batches,ms,examples/s,GFLOP/s,floor ms,x floor"
+  header = (
+    "context,target,batches,ms,examples/s,GFLOP/s,floor ms,x floor,bfloat16 "
+    "floor ms"
+  )
   rows = [
     (
       str(shape["context"]),
@@ -303,11 +402,21 @@ def print_benchmark(values: dict[str, Any], console: Console) -> None:
       f"{shape['flops_per_second'] / 1e9:.0f}",
       f"{1e3 * shape['floor_seconds']:.0f}",
       f"{shape['times_floor']:.2f}",
+      f"{1e3 * shape['bfloat16_floor_seconds']:.0f}",
     )
     for shape in values["mle_step"]
   ]
   title = f"MLE step, batches of {values['batch_size']}"
   console.print(terminal.table(header.split(","), rows, title=title))
+  parts = values["mle_step_parts"]
+  console.print(
+    "The most frequent shape's step: "
+    + ", ".join(
+      f"{title} {1e3 * parts[name]:.0f} ms ({parts[name] / parts['step']:.0%})"
+      for name, title in _PARTS
+    ),
+    highlight=False,
+  )
   if adversarial := values["adversarial_steps"]:
     header = "step", "ms", "x MLE step"
     rows = [

@@ -36,11 +36,12 @@ _WITHOUT_TPU = {
 
 
 class _AbstractStep(NamedTuple):
-  """A step and the shapes of its arguments."""
+  """A step, the shapes of its arguments, and its examples a device."""
 
   name: str
   function: Any
   arguments: tuple[Any, ...]
+  rows: int
 
 
 def describe_topology(name: str) -> Slice:
@@ -127,7 +128,15 @@ def _abstract_steps(
     found["adversarial generator"] = compiled.adversarial, arguments
   found["eval"] = p_eval_step, eval_arguments
   found["predict"] = p_predict_step, eval_arguments
-  return [_AbstractStep(name, *step) for name, step in found.items()]
+  return [
+    _AbstractStep(
+      name,
+      function,
+      arguments,
+      eval_rows if name in _WITHOUT_UPDATE else train_rows,
+    )
+    for name, (function, arguments) in found.items()
+  ]
 
 
 def check(
@@ -269,4 +278,5 @@ def _report(step: _AbstractStep, slice_: Slice) -> dict[str, Any] | None:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     return None
-  return read_report(step.name, compiled, slice_, time.perf_counter() - start)
+  seconds = time.perf_counter() - start
+  return read_report(step.name, compiled, slice_, seconds, step.rows)

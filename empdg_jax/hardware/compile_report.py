@@ -9,6 +9,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from empdg_jax.hardware import traffic
 from empdg_jax.hardware.chips import Chip
 from empdg_jax.training import terminal
 
@@ -71,7 +72,7 @@ def all_reduce_seconds(size: float, chips: int, interconnect: float) -> float:
 
 
 def read_report(
-  step: str, compiled: Any, slice_: Slice, seconds: float
+  step: str, compiled: Any, slice_: Slice, seconds: float, examples: int
 ) -> dict[str, Any]:
   """Reads the compiler's analyses of a step.
 
@@ -80,9 +81,10 @@ def read_report(
     compiled: The compiled step.
     slice_: The slice that it is compiled for.
     seconds: The time that compiling took.
+    examples: The examples that a chip has in the step.
 
   Returns:
-    A JSON value, whose figures are for one chip:
+    A JSON value, whose figures are for one chip, except for rates:
 
     step: The step's name.
     arguments: Memory for parameters, state and batch, bytes.
@@ -91,14 +93,21 @@ def read_report(
     code: Memory for the program, bytes.
     memory: The sum of these.
     memory_share: The sum's share of the chip's memory.
-    flops: Floating-point operations; a loop's body counts once.
-    bytes_accessed: Memory traffic, bytes.
+    flops: Floating-point operations; a loop's body counts as often as it runs
+      at most, here and below.
+    traffic: Memory traffic, bytes; a look-up counts its rows.
+    bytes_accessed: XLA's own count of it, where a look-up may count the whole
+      table, and what all but the first run of each loop add to `traffic`.
     all_reduces: The number of all-reduce operations.
     bytes_reduced: The bytes that they sum over the chips.
     all_gathers: The number of all-gather operations.
     compute_seconds: Time for the operations at the published peak rate.
     memory_seconds: Time for the traffic at the published bandwidth.
     all_reduce_seconds: Time for the sums; see `all_reduce_seconds`.
+    least_seconds: The longest of these three, which may overlap.
+    utilisation: The share of the peak rate that the operations then take.
+    steps_per_second: Steps a second at the least time.
+    examples_per_second: Examples a second of the whole slice at that rate.
     compile_seconds: Time to compile, on this machine.
   """
   chip, text = slice_.chip, compiled.as_text()
@@ -111,23 +120,37 @@ def read_report(
     "code": memory.generated_code_size_in_bytes,
   }
   total = sum(parts.values())
-  flops, traffic = float(cost["flops"]), float(cost["bytes accessed"])
+  work, once = (traffic.count_work(text, loops) for loops in (True, False))
+  # XLA counts a loop's body once. A TPU adds rows to a table in a loop over
+  # them: to count the table in each of its runs would be far from the truth.
+  flops = float(cost["flops"]) + work.products - once.products
+  accessed = float(cost["bytes accessed"]) + work.traffic - once.traffic
   reduced = collective_bytes(text, "all-reduce")
+  chips = len(slice_.devices)
+  times = {
+    "compute_seconds": flops / chip.flops,
+    "memory_seconds": work.traffic / chip.bandwidth,
+    "all_reduce_seconds": all_reduce_seconds(
+      sum(reduced), chips, chip.interconnect
+    ),
+  }
+  least = max(times.values())
   return {
     "step": step,
     **parts,
     "memory": total,
     "memory_share": total / chip.memory,
     "flops": flops,
-    "bytes_accessed": traffic,
+    "traffic": work.traffic,
+    "bytes_accessed": accessed,
     "all_reduces": len(reduced),
     "bytes_reduced": sum(reduced),
     "all_gathers": len(collective_bytes(text, "all-gather")),
-    "compute_seconds": flops / chip.flops,
-    "memory_seconds": traffic / chip.bandwidth,
-    "all_reduce_seconds": all_reduce_seconds(
-      sum(reduced), len(slice_.devices), chip.interconnect
-    ),
+    **times,
+    "least_seconds": least,
+    "utilisation": flops / chip.flops / least,
+    "steps_per_second": 1.0 / least,
+    "examples_per_second": examples * chips / least,
     "compile_seconds": seconds,
   }
 
@@ -170,11 +193,18 @@ _MEMORY = (
 _WORK = (
   ("GFLOP", "flops", 1e9, ",.1f"),
   ("ms", "compute_seconds", 1e-3, ",.2f"),
-  ("memory GB", "bytes_accessed", 1e9, ",.2f"),
+  ("memory GB", "traffic", 1e9, ",.2f"),
+  ("by XLA", "bytes_accessed", 1e9, ",.2f"),
   ("ms", "memory_seconds", 1e-3, ",.1f"),
   ("all-reduces", "all_reduces", 1, ".0f"),
   ("MB", "bytes_reduced", 1e6, ",.1f"),
   ("ms", "all_reduce_seconds", 1e-3, ",.2f"),
+)
+_RATES = (
+  ("least ms", "least_seconds", 1e-3, ",.2f"),
+  ("utilisation", "utilisation", 1, ".1%"),
+  ("steps/s", "steps_per_second", 1, ",.1f"),
+  ("examples/s of the slice", "examples_per_second", 1, ",.0f"),
 )
 
 
@@ -208,8 +238,13 @@ def print_reports(
         _WORK,
         title=f"{topology}: work of a chip, and its least time at published "
         "rates",
-        caption="The body of a loop, as in sampling and decoding, is counted "
-        "once.",
+        caption="A loop counts as often as it runs at most, a look-up its "
+        "rows; XLA counts the whole table.",
+      )
+    )
+    console.print(
+      _report_table(
+        reports, _RATES, title=f"{topology}: at the longest of these times"
       )
     )
 

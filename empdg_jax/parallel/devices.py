@@ -5,6 +5,8 @@ batch with a leading axis over this host's devices. Inside a step, `"batch"`
 names that axis.
 """
 
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +18,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from empdg_jax.config import Config, InputError
 
 AXIS = "batch"
+# XLA's GPU options that differ from its defaults. A step is replayed as one
+# graph only if its loops, as in sampling and decoding, are part of it.
+# Autotuning needs none: JAX keeps its results beside the compiled steps.
+GPU_FLAGS = ("--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL",)
 
 
 def compile_step(
@@ -136,6 +142,33 @@ def check_batches(config: Config, devices: int) -> tuple[int, int]:
   )
 
 
+def with_gpu_flags(given: str) -> str:
+  """Returns XLA_FLAGS with those of `GPU_FLAGS` that the user has not set.
+
+  >>> with_gpu_flags("--xla_gpu_enable_command_buffer= --xla_dump_to=d")
+  '--xla_gpu_enable_command_buffer= --xla_dump_to=d'
+  """
+  flags = given.split()
+  if flags and not flags[0].startswith("-"):
+    return given  # The name of a file with flags.
+  names = {flag.partition("=")[0] for flag in flags}
+  ours = [f for f in GPU_FLAGS if f.partition("=")[0] not in names]
+  return " ".join([*flags, *ours])
+
+
+def set_gpu_flags() -> None:
+  """Sets XLA_FLAGS where JAX may use a GPU of NVIDIA's; see `with_gpu_flags`.
+
+  XLA reads them when it looks for devices, and no later.
+  """
+  plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+  asked = os.environ.get("JAX_PLATFORMS") or "cuda"
+  if {"cuda", "gpu"} & set(asked.split(",")) and any(
+    importlib.util.find_spec(plugin) for plugin in plugins
+  ):
+    os.environ["XLA_FLAGS"] = with_gpu_flags(os.environ.get("XLA_FLAGS", ""))
+
+
 def check_devices() -> None:
   """Raises InputError unless the platform asked for has devices."""
   try:
@@ -148,10 +181,30 @@ def check_devices() -> None:
     ) from error
 
 
+def multiplies_in_tf32(device: Any, precision: str | None) -> bool:
+  """Returns whether a device rounds float32 factors to TF32 (10 bits).
+
+  NVIDIA's GPUs do from compute capability 8.0 on, unless more is asked for.
+
+  Args:
+    device: The device.
+    precision: The value of `jax_default_matmul_precision`.
+  """
+  capability = getattr(device, "compute_capability", "")
+  if device.platform != "gpu" or not capability[:1].isdigit():
+    return False
+  default = precision in (None, "default", "fastest", "tensorfloat32")
+  return default and float(capability) >= 8.0
+
+
 def describe_devices() -> str:
   """Returns the number and kind of devices, and of hosts, in words."""
   devices, hosts = jax.device_count(), jax.process_count()
-  kind = jax.devices()[0].device_kind
+  device = jax.devices()[0]
+  kind = device.device_kind
+  precision = jax.config.values["jax_default_matmul_precision"]
+  tf32 = multiplies_in_tf32(device, precision)
+  kind += ", float32 products in TF32" * tf32
   return (
     f"{devices} device{'s' * (devices > 1)} ({kind})"
     + f" of {hosts} hosts" * (hosts > 1)
