@@ -191,6 +191,9 @@ class TrainConfig:
   # Longest wait, in seconds, for another training in the run folder to end, as
   # after a crash; refused if it then still goes on.
   lease_seconds: int = 180
+  # Longest time, in minutes, without an update or for a checkpoint; training
+  # then ends with status 1 and stacks-HOST.txt. Six times as long to compile.
+  stall_minutes: float = 10.0
   # "A:B" traces what JAX does between updates A and B, for TensorBoard; "" for
   # no trace.
   profile_steps: str = ""

@@ -103,9 +103,11 @@ def test_slice_types(
 ) -> None:
   create = f"tpu_pod.sh create {PLACE} {flags}"
   dry = cloud.run(f"{create} --dry_run").output
-  assert dry.strip().endswith(f"--runtime-version={runtime}")
+  *checks, dry = dry.strip().splitlines()
+  assert dry.endswith(f"--runtime-version={runtime}")
+  assert ("ssh-add -l" in checks) == several_hosts
   assert cloud.run(create).status == 0
-  assert cloud.calls() == [dry.split()]
+  assert cloud.calls("create") == [dry.split()]
   train = f"tpu_pod.sh train {PLACE} {flags} --workdir=gs://b/run"
   assert cloud.follow(train, "probe=none train").status == 0
   command = cloud.calls()[-1][-1]
@@ -262,7 +264,10 @@ def test_tpu_pod(cloud: Cloud, case: str) -> None:
     f"restart {i + 1} of 20" for i in range(transcript.count("/"))
   ]
   finished = command.startswith("run") and status == 0
-  assert ("tpu_pod.sh delete --name=pod" in output) == finished
+  assert ("Training has finished" in output) == finished
+  if command.split()[0] in ("create", "resume", "run"):
+    granted = "create refused" not in case
+    assert ("tpu_pod.sh delete --name=pod" in output) == granted
   # A restart repeats the same commands.
   assert all(call == cloud.calls("train")[0] for call in cloud.calls("train"))
   for call in cloud.calls("create"):
@@ -354,6 +359,41 @@ def test_train_waits_for_other_hosts(cloud: Cloud, meetings: str) -> None:
   cloud.env["EMPDG_MEETINGS"] = meetings
   assert cloud.run("train.sh --play=alone").status == 1  # Not bad input.
   assert len(cloud.empdg()) == int(meetings)
+
+
+def test_train_tells_of_a_closed_port(cloud: Cloud) -> None:
+  """After two tries; another start cannot help."""
+  ended = cloud.run("train.sh --play=unreachable")
+  assert ended.status == 2
+  assert len(cloud.empdg()) == 2
+  assert "process 0 cannot be reached" in ended.output
+
+
+@pytest.mark.parametrize(
+  ("says", "told"),
+  [
+    ("UNAVAILABLE: tasks stopped sending heartbeats: task:3", "host 3 is lost"),
+    ("1 unexpectedly tried to connect with a different incarnation.",
+     "id 1 is taken: host 1 was restarted alone, or two processes have"),
+    ("Failed to send RPC to coordination service", "host 0 is lost"),
+    ("Fatal", "this host failed, or another is lost"),
+  ],
+)  # fmt: skip
+def test_train_tells_of_a_lost_host(cloud: Cloud, says: str, told: str) -> None:
+  """The last line, below the stack of JAX's abort; with status 1."""
+  line = f"train.sh --coordinator_address=auto --workdir=w '--play=says:{says}'"
+  status, _, errors = cloud.run(line)
+  assert status == 1
+  last = errors.strip().splitlines()[-1]
+  assert last.startswith(f"train.sh: {told}")
+  assert "training resumes from step 40 as soon as all hosts" in last
+
+
+def test_train_runs_other_commands(cloud: Cloud) -> None:
+  status, _, _ = cloud.run("train.sh evaluate --play=0 --workdir=w")
+  assert status == 0  # Not 75: only training can be unfinished.
+  (started,) = cloud.empdg()
+  assert started["argv"] == ["evaluate", "--play=0", "--workdir=w"]
 
 
 def test_train_forwards_sigterm(cloud: Cloud) -> None:
