@@ -103,8 +103,9 @@ def test_a_full_disk(sample_config: Config, full_disk: pathlib.Path) -> None:
     timeout=120,
   )
   assert done.returncode == 1, done.stderr
-  (line,) = done.stderr.strip().splitlines()
+  line = done.stderr.strip().splitlines()[-1]
   assert "No space left" in line or "without a checkpoint" in line
+  assert "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.slow

@@ -154,7 +154,8 @@ def _give_up(coordinator_address: str) -> None:
     "firewall closes the port"
     if why
     else f"the hosts have not met within {INITIALIZATION_SECONDS} s; is "
-    "process 0 running there, are all --num_processes started, and is the port open?"
+    "process 0 running there, are all --num_processes started, and is the "
+    "port open?"
   )
   print(
     f"empdg: --coordinator_address={coordinator_address}: {line}",

@@ -104,7 +104,7 @@ class Checkpoints:
     create: bool = False,
     keep: int = 1,
     warn: Callable[[str], None] = _warn,
-    expecting: Callable[[str], contextlib.AbstractContextManager[None]] = (
+    expecting: Callable[[str], contextlib.AbstractContextManager[Any]] = (
       contextlib.nullcontext
     ),
   ) -> None:
