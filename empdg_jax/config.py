@@ -425,6 +425,8 @@ def from_file(given: str) -> Config:
   try:
     get_config = runpy.run_path(str(file))["get_config"]
     config = get_config(argument) if colon else get_config()
+  except InputError as error:
+    raise InputError(f"--config={given}: {error}") from error
   except Exception as error:  # Whatever the file's code raises.
     raise InputError(f"--config={given}: {error!r}") from error
   if not isinstance(config, Config):

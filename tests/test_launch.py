@@ -875,5 +875,7 @@ def test_dockerignore() -> None:
   assert {line[1:] for line in ignored if line.startswith("!")} == copied
   for name in copied:
     assert (LAUNCH.parent / name).exists()
+  # Builders without BuildKit read only the one in the root.
+  assert (LAUNCH.parent / ".dockerignore").read_text().splitlines() == ignored
   assert "ARG EXTRAS=tpu,gcs" in lines
   assert [line for line in lines if line.startswith("USER")] == ["USER empdg"]
