@@ -13,7 +13,7 @@ PER_DEVICE = 32
 
 def get_config(devices: str = "8") -> Config:
   """Returns the configuration for a number of devices."""
-  if not (devices.isdecimal() and 0 < int(devices[:6]) and len(devices) < 6):
+  if not (devices.isdecimal() and int(devices[:6]) > 0 and len(devices) < 6):
     raise InputError(f"expected a number of devices, such as :8, not {devices}")
   config = Config()
   config.model.name = "empdg"

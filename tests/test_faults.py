@@ -142,6 +142,23 @@ def test_a_stalled_host(sample_config: Config, tmp_path: pathlib.Path) -> None:
   assert_same_run(tmp_path / "one", workdir)
 
 
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("--workdir=az://container/run", "gs://BUCKET/FOLDER, or s3://"),
+    ("--config=pod:0", "expected a number of devices, such as :8, not 0"),
+    ("--config=pod:abc", "expected a number of devices, such as :8, not abc"),
+  ],
+)
+def test_refusals(
+  flag: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+  config = () if "config" in flag else ("--config=quickstart",)
+  said = refused(capsys, "train", *config, flag)
+  assert message in said
+  assert "InputError" not in said
+
+
 def test_id_0_is_taken(
   tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
