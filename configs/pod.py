@@ -6,13 +6,15 @@ The number after the colon is the number of devices, 8 by default. The dataset
 is small: an epoch has 81 steps on 8 devices and only 3 on 256.
 """
 
-from empdg_jax.config import Config
+from empdg_jax.config import Config, InputError
 
 PER_DEVICE = 32
 
 
 def get_config(devices: str = "8") -> Config:
   """Returns the configuration for a number of devices."""
+  if not (devices.isdecimal() and int(devices[:6]) > 0 and len(devices) < 6):
+    raise InputError(f"expected a number of devices, such as :8, not {devices}")
   config = Config()
   config.model.name = "empdg"
   config.train.batch_size = PER_DEVICE * int(devices)

@@ -196,6 +196,9 @@ class TrainConfig:
   # Longest wait, in seconds, for another training in the run folder to end, as
   # after a crash; refused if it then still goes on.
   lease_seconds: int = 180
+  # Longest time, in minutes, without an update or for a checkpoint; training
+  # then ends with status 1 and stacks-HOST.txt. Six times as long to compile.
+  stall_minutes: float = 10.0
   # "A:B" traces what JAX does between updates A and B, for TensorBoard; "" for
   # no trace.
   profile_steps: str = ""
@@ -428,6 +431,8 @@ def from_file(given: str) -> Config:
   try:
     get_config = runpy.run_path(str(file))["get_config"]
     config = get_config(argument) if colon else get_config()
+  except InputError as error:
+    raise InputError(f"--config={given}: {error}") from error
   except Exception as error:  # Whatever the file's code raises.
     raise InputError(f"--config={given}: {error!r}") from error
   if not isinstance(config, Config):

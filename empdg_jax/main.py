@@ -51,7 +51,7 @@ _FLAGS: dict[str, tuple[Any, Any, str]] = {
   "dtype": (Literal["float32", "bfloat16"], "float32", "Type of parameters."),
   "format": (Literal["terminal", "json"], "terminal", "Format to print."),
   "compare.format": (_TableFormat, "terminal", "Format to print."),
-  "topology": (str, "", "TPU slice, such as v5e:4x4."),
+  "topology": (str, "", "TPU slice, such as v5e:4x4 or v5litepod-16."),
   "dir": (list[str], [], "Run folder or export; --dir= may be left out."),
   "context": (list[str], [], "A turn; repeat for each turn, the user's last."),
   "samples": (int, 6, "Responses to show, each to a different emotion."),

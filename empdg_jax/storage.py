@@ -40,10 +40,11 @@ def run_path(name: str, flag: str) -> pathlib.Path:
   """
   if "://" not in name:
     return disk_path(name, f"--{flag}")
-  if not name.startswith(("gs://", "s3://", "az://")):
+  if not name.startswith(("gs://", "s3://")):
+    # Orbax writes arrays through TensorStore, which knows no Azure storage.
     raise InputError(
-      f"--{flag}={name}: expected a folder on a disk, or in a bucket "
-      "(gs://BUCKET/FOLDER, or s3:// or az:// with fsspec's package for it)"
+      f"--{flag}={name}: expected a folder on a disk, a mounted one included, "
+      "or in a bucket (gs://BUCKET/FOLDER, or s3:// with fsspec's package)"
     )
   from etils import epath
 

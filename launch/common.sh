@@ -22,7 +22,7 @@ refuse() {
 # after `--`. Flag names may use hyphens or underscores. (The locals start with
 # an underscore, because a local `name` would hide the variable of --name.)
 parse_flags() {
-  local _names=" ${1//$'\n'/ } " _switches=" $2 " _argument _flag
+  local _names=" ${1//$'\n'/ } " _switches=" ${2//$'\n'/ } " _argument _flag
   shift 2
   COMMAND=
   REST=()

@@ -32,12 +32,24 @@
 #   --service_account=     Kubernetes service account that can write to the
 #                          bucket
 #   --max_restarts=10      restarts after lost hosts; preemptions do not count
+#   --spot                 run on a pool of Spot VMs, which can be preempted at
+#                          any time
+#   --grace=120            seconds from SIGTERM to SIGKILL, for saving (default
+#                          with --spot: 15, the most that such a node gives
+#                          unless its pool says otherwise; see README.md)
+#   --queue=               Kueue's LocalQueue, to wait there for its quota
+#   --priority_class=      PriorityClass of the pods
+#   --max_hours=0          end the Job this many hours after it has started,
+#                          finished or not; 0 for no limit
+#   --ttl_hours=168        delete the Job, and its logs, this long after its end
+#   --cpu=8 --memory=16Gi  requests of each pod
 #   --worker=0 --follow    for logs
 #   --dry_run              only print the commands
 #   --help                 print this text
 #
 # Requires kubectl with access to a cluster running Kubernetes 1.31 or newer,
-# and a TPU node pool with the given accelerator and topology.
+# and a TPU node pool with the given accelerator and topology. All pods of the
+# Job run in one such pool, which is one slice.
 #
 # examples:
 #   launch/gke.sh manifest --image=IMAGE --workdir=gs://BUCKET/pod
@@ -51,18 +63,28 @@ source "$root/launch/common.sh"
 
 name=empdg namespace='' image='' accelerator=tpu-v5-lite-podslice topology=4x4
 chips_per_host=4 workdir='' shared_disk='' config='' service_account=''
-max_restarts=10 worker=0 follow='' dry_run=''
+max_restarts=10 worker=0 follow='' dry_run='' spot='' grace='' queue=''
+priority_class='' max_hours=0 ttl_hours=168 cpu=8 memory=16Gi
 parse_flags 'name namespace image accelerator topology chips_per_host workdir
- config service_account max_restarts worker' 'shared_disk follow dry_run' "$@"
+ config service_account max_restarts worker grace queue priority_class max_hours
+ ttl_hours cpu memory' 'shared_disk spot follow dry_run' "$@"
 if ! [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]]; then
   refuse "--topology=$topology: expected a topology such as 4x4 or 2x2x4"
 fi
 need_number 1 chips_per_host
-need_number 0 max_restarts worker
+: "${grace:=${spot:+15}}" "${grace:=120}"
+need_number 0 max_restarts worker max_hours ttl_hours
+need_number 1 grace
+[[ $cpu =~ ^[1-9][0-9]*m?$ ]] ||
+  refuse "--cpu=$cpu: expected cores, such as 8 or 500m"
+[[ $memory =~ ^[1-9][0-9]*[KMGT]i$ ]] ||
+  refuse "--memory=$memory: expected a size such as 16Gi"
 if ! [[ $name =~ ^[a-z]([-a-z0-9]{0,50}[a-z0-9])?$ ]]; then
   refuse "--name=$name: expected lowercase letters, digits and hyphens"
 fi
 
+deadline=
+((max_hours == 0)) || deadline=$((max_hours * 3600))
 chips=$((${topology//x/ * }))
 ((chips % chips_per_host == 0)) ||
   refuse "--topology=$topology has $chips chips, not a multiple of" \
@@ -98,6 +120,8 @@ kind: Job
 metadata:
   name: $name
 ${namespace:+  namespace: $(yaml "$namespace")
+}${queue:+  labels:
+    kueue.x-k8s.io/queue-name: $(yaml "$queue")
 }spec:
   completionMode: Indexed
   completions: $hosts
@@ -106,7 +130,9 @@ ${namespace:+  namespace: $(yaml "$namespace")
   successPolicy:
     rules:
       - succeededIndexes: "0"
-  # A lost host makes all others fail too, and each failure counts.
+  ttlSecondsAfterFinished: $((ttl_hours * 3600))
+${deadline:+  activeDeadlineSeconds: $deadline
+}  # A lost host makes all others fail too, and each failure counts.
   backoffLimit: $((hosts * max_restarts))
   # A new pod needs the place of the old one in the slice, so wait for its end.
   podReplacementPolicy: Failed
@@ -132,14 +158,42 @@ ${namespace:+  namespace: $(yaml "$namespace")
     metadata:
       labels:
         job-name: $name
+        empdg-slice: $name
     spec:
       subdomain: $name
       restartPolicy: Never
-      terminationGracePeriodSeconds: 120
-${service_account:+      serviceAccountName: $(yaml "$service_account")
+      terminationGracePeriodSeconds: $grace
+${priority_class:+      priorityClassName: $(yaml "$priority_class")
+}${service_account:+      serviceAccountName: $(yaml "$service_account")
 }      nodeSelector:
         cloud.google.com/gke-tpu-accelerator: $(yaml "$accelerator")
         cloud.google.com/gke-tpu-topology: $(yaml "$topology")
+${spot:+        cloud.google.com/gke-spot: 'true'
+      tolerations:
+        - key: cloud.google.com/gke-spot
+          operator: Equal
+          value: 'true'
+          effect: NoSchedule
+}      affinity:
+        # A node pool is a slice. Pods in two pools would never meet, and those
+        # of two Jobs in one pool would each wait for the other's place.
+        podAffinity:
+          requiredDuringSchedulingIgnoredDuringExecution:
+            - topologyKey: cloud.google.com/gke-nodepool
+              labelSelector:
+                matchLabels:
+                  empdg-slice: $name
+        podAntiAffinity:
+          requiredDuringSchedulingIgnoredDuringExecution:
+            - topologyKey: cloud.google.com/gke-nodepool
+              namespaceSelector: {}
+              labelSelector:
+                matchExpressions:
+                  - key: empdg-slice
+                    operator: Exists
+                  - key: empdg-slice
+                    operator: NotIn
+                    values: [$name]
       securityContext:
         runAsUser: 0  # Root owns the TPU's device files.
       containers:
@@ -156,6 +210,8 @@ YAML
             - containerPort: 8482  # JAX coordinator.
           resources:
             requests:
+              cpu: $(yaml "$cpu")
+              memory: $memory
               google.com/tpu: $chips_per_host
             limits:
               google.com/tpu: $chips_per_host

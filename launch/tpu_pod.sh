@@ -19,6 +19,8 @@
 #            preemption or lost host until training has finished. Retries failed
 #            calls; gives up after three failed starts in a row. Ctrl-C only
 #            ends the polling; `resume` or `run` picks it up again
+#   evaluate run `empdg evaluate` on all workers, as train does
+#   export   run `empdg export` on worker 0; give --out after `--`
 #   delete   delete the slice; until then you pay for it, training or not
 #
 # flags:
@@ -31,11 +33,28 @@
 #                     v5litepod, v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for
 #                     v6e, tpu-ubuntu2204-base for v4)
 #   --spot            cheaper, but can be preempted at any time
+#   --reserved        use your reservation
+#   --slices=1        several slices of the type, which train together
+#   --service_account=    service account of the workers (default: the project's
+#                     Compute Engine account)
+#   --network= --subnetwork=    network of the workers
+#   --internal_ips    no external addresses: run this script in that network,
+#                     which needs Cloud NAT or another way to the packages
+#   --labels=         KEY=VALUE,... for the bill
+#   --valid_until=    give the request up if it is not granted within this time,
+#                     such as 6h or 90m
 #   --workdir=        gs://BUCKET/PATH (required by train, resume and run)
 #   --shared_disk     --workdir is a path on a disk that all workers share
 #   --config=         configuration (default: configs/pod.py:CHIPS)
 #   --poll=30         seconds between polls or retries
 #   --max_restarts=20 how many times `run` resumes
+#   --max_hours=0     `run` stops training, which saves, after this many hours,
+#                     those in the queue included; 0 for no limit
+#   --delete_at_end   `run` deletes the slice when training has finished, was
+#                     refused or is given up; not after Ctrl-C
+#   --detach          `run` goes on without this terminal, with its output in
+#                     NAME.log; prints how to do that on another machine
+#   --skip_checks     do not check the ssh key and the bucket before `create`
 #   --worker=0 --follow   for logs
 #   --dry_run         only print the commands
 #   --help            print this text
@@ -55,42 +74,60 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/common.sh"
 
 name='' zone='' project='' type='' runtime='' spot='' workdir='' shared_disk=''
-config='' poll=30 max_restarts=20 worker=0 follow='' dry_run=''
+config='' poll=30 max_restarts=20 worker=0 follow='' dry_run='' slices=1
+service_account='' network='' subnetwork='' labels='' valid_until='' max_hours=0
+internal_ips='' reserved='' delete_at_end='' detach='' skip_checks=''
 parse_flags 'name zone project type runtime workdir config poll max_restarts
- worker' 'spot shared_disk follow dry_run' "$@"
+ worker slices service_account network subnetwork labels valid_until max_hours' \
+  'spot shared_disk follow dry_run internal_ips reserved delete_at_end detach
+ skip_checks' "$@"
 
 [[ -n $COMMAND ]] || refuse "no command given; see $SCRIPT --help"
 case $COMMAND in
   create) need name zone type ;;
-  train | resume | run) need name zone type workdir ;;
+  train | resume | run | evaluate) need name zone type workdir ;;
+  export) need name zone workdir ;;
   wait | setup | status | logs | stop | delete) need name zone ;;
   *) refuse "unknown command '$COMMAND'; see $SCRIPT --help" ;;
 esac
-need_number 0 poll max_restarts
+need_number 0 poll max_restarts max_hours
+need_number 1 slices
+[[ -z $spot || -z $reserved ]] ||
+  refuse "--spot and --reserved exclude each other"
+[[ $valid_until =~ ^([1-9][0-9]*[smhd])?$ ]] ||
+  refuse "--valid_until=$valid_until: expected a time such as 6h or 90m"
+[[ $labels =~ ^([a-z][-_a-z0-9]*=[-_a-z0-9]*(,|$))*$ ]] ||
+  refuse "--labels=$labels: expected KEY=VALUE,... in lowercase"
 [[ $worker == all ]] || need_number 0 worker
 
 trap 'exit 130' INT  # gcloud's own status after Ctrl-C varies.
 
 several_hosts=
 if [[ -n $type ]]; then
-  if ! [[ $type =~ ^(v[0-9]+[a-z]*)-([0-9]+)$ ]]; then
+  if ! [[ $type =~ ^(v[0-9]+[a-z]*|tpu7x)-([0-9]+)$ ]]; then
     refuse "--type=$type: expected a type such as v5litepod-16"
   fi
   generation=${BASH_REMATCH[1]}
   chips=$((10#${BASH_REMATCH[2]}))
   # In all generations, types up to 8 (chips or cores) have a single host.
-  ((chips <= 8)) || several_hosts=1
+  ((chips <= 8 && slices == 1)) || several_hosts=1
   # The v4 and v5p types count cores, two per chip.
   case $generation in
     v4 | v5p) chips=$((chips / 2)) ;;
   esac
-  : "${config:=configs/pod.py:$chips}"
+  # Those of tpu7x are devices of their own to JAX.
+  : "${config:=configs/pod.py:$((chips * slices))}"
   if [[ -z $runtime ]]; then
     case $generation in
       v5litepod) runtime=v2-alpha-tpuv5-lite ;;
       v5p) runtime=v2-alpha-tpuv5 ;;
       v6e) runtime=v2-alpha-tpuv6e ;;
       v4) runtime=tpu-ubuntu2204-base ;;
+      tpu7x)
+        refuse "--type=$type: these slices come through Kubernetes; use" \
+          "launch/gke.sh with --accelerator=tpu7x, or give --runtime if your" \
+          "project has them as queued resources"
+        ;;
       *) refuse "--runtime is missing: no default for --type=$type" ;;
     esac
   fi
@@ -104,11 +141,17 @@ fi
 
 place=("--zone=$zone" ${project:+"--project=$project"})
 queued=(gcloud compute tpus queued-resources)
+# A request for several slices has nodes, which only this command knows.
+workers=(gcloud compute tpus tpu-vm) ssh_flags=()
+if ((slices > 1)); then
+  workers=("${queued[@]}") ssh_flags=(--node=all)
+fi
+[[ -z $internal_ips ]] || ssh_flags+=(--internal-ip)
 
 # on_workers WORKER COMMAND: runs a command on one worker, or on `all`.
 on_workers() {
-  run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" "--worker=$1" \
-    "--command=$2"
+  run "${workers[@]}" ssh "$name" "${place[@]}" "${ssh_flags[@]}" \
+    "--worker=$1" "--command=$2"
 }
 
 # get_state DRY_RUN_STATE: sets `state` to the state of the queued resource, or
@@ -146,9 +189,44 @@ get_state_or_retry() {
   done
 }
 
+# Checks before the slice is queued what would otherwise fail once it bills.
+check() {
+  [[ -z $skip_checks ]] || return 0
+  local object=$workdir/.write-check tier=on-demand
+  if [[ -n $several_hosts ]]; then
+    if [[ -n $dry_run ]]; then
+      show ssh-add -l
+    elif ! ssh-add -l >/dev/null 2>&1; then
+      refuse "ssh-agent holds no key, which gcloud needs for several workers:" \
+        "eval \"\$(ssh-agent)\"; ssh-add ~/.ssh/google_compute_engine"
+    fi
+  fi
+  if [[ $workdir == gs://* ]]; then
+    # Of this account; the slice's own cannot be tried before it exists.
+    if [[ -n $dry_run ]]; then
+      show gcloud storage cp --quiet /dev/null "$object"
+    elif ! gcloud storage cp --quiet /dev/null "$object" >/dev/null 2>&1; then
+      refuse "--workdir=$workdir: cannot write to the bucket; give" \
+        "yourself${service_account:+ and $service_account} the role" \
+        "roles/storage.objectAdmin, or --skip_checks"
+    fi
+  fi
+  [[ -z $spot ]] || tier='preemptible (spot)'
+  [[ -z $reserved ]] || tier=reserved
+  echo "# Quota: $((chips * slices)) $generation chips, $tier, of" \
+    "tpu.googleapis.com in $zone"
+}
+
 create() {
-  run "${queued[@]}" create "$name" "--node-id=$name" "${place[@]}" \
-    "--accelerator-type=$type" "--runtime-version=$runtime" ${spot:+--spot}
+  local nodes=("--node-id=$name")
+  ((slices == 1)) || nodes=("--node-count=$slices")
+  run "${queued[@]}" create "$name" "${nodes[@]}" "${place[@]}" \
+    "--accelerator-type=$type" "--runtime-version=$runtime" ${spot:+--spot} \
+    ${reserved:+--reserved} ${internal_ips:+--internal-ips} \
+    ${service_account:+"--service-account=$service_account"} \
+    ${network:+"--network=$network"} ${subnetwork:+"--subnetwork=$subnetwork"} \
+    ${labels:+"--labels=$labels"} \
+    ${valid_until:+"--valid-until-duration=$valid_until"}
 }
 
 # Waits for the slice. Fails if it can no longer become ACTIVE.
@@ -188,15 +266,17 @@ setup() {
     echo "$SCRIPT: sending HEAD, without the uncommitted changes" >&2
   fi
   run git -C "$root" archive --format=tar.gz "--output=$archive" HEAD
-  run gcloud compute tpus tpu-vm scp "$archive" "$name:" "${place[@]}" \
-    --worker=all
+  run "${workers[@]}" scp "$archive" "$name:" "${place[@]}" \
+    "${ssh_flags[@]}" --worker=all
   [[ -n $dry_run ]] || rm -r "$folder"
   # The images have Python 3.10; `uv` installs 3.12.
   on_workers all "set -e
 mkdir -p empdg
 tar -xzf empdg.tar.gz -C empdg
 cd empdg
-python3 -m pip install --quiet --user uv
+python3 -m pip install --quiet --user uv 2> pip.log ||
+python3 -m pip install --quiet --user --break-system-packages uv ||
+{ cat pip.log >&2; exit 1; }
 [ -x .venv/bin/python ] || python3 -m uv venv --quiet --python 3.12 .venv
 python3 -m uv pip install --quiet --python .venv/bin/python \
 -c constraints/python3.12.txt -e '.[tpu,gcs]'"
@@ -232,7 +312,8 @@ train() {
     exit 1
   fi
   local command=(
-    launch/train.sh "--config=$config" "--workdir=$workdir"
+    launch/train.sh
+    "${1:---config=$config}" "--workdir=$workdir"
     ${several_hosts:+--coordinator_address=auto}
     ${REST[@]+"${REST[@]}"}
   )
@@ -299,11 +380,24 @@ attempt() {
   set -e
 }
 
-# Polls until training has finished (0), its input was bad (2), or it must be
-# restarted (75).
+stop() {
+  # shellcheck disable=SC2016
+  on_workers all 'cd empdg
+if flock -n train.lock true; then echo "training is not running"
+else kill -TERM "$(cat train.pid)" && echo "asked to save and stop"; fi'
+}
+
+# Polls until training has finished (0), its input was bad (2), it must be
+# restarted (75), or --max_hours are over (3).
 watch() {
   local unreachable=0 shown='' now
   while :; do
+    if ((max_hours && SECONDS >= max_hours * 3600)); then
+      echo "$SCRIPT: reached --max_hours=$max_hours; training saves and stops" >&2
+      stop
+      sleep "$poll"
+      return 3
+    fi
     get_state_or_retry ACTIVE || return "$TEMPORARY"
     if [[ $state != ACTIVE ]]; then
       echo "$SCRIPT: $name is $state" >&2
@@ -344,8 +438,7 @@ run_until_finished() {
       case $status in
         0)
           [[ -n $dry_run ]] ||
-            echo "Training has finished. Next: $SCRIPT delete --name=$name" \
-              "--zone=$zone"
+            echo "Training has finished"
           return
           ;;
         "$BAD_INPUT")
@@ -353,6 +446,7 @@ run_until_finished() {
           return "$BAD_INPUT"
           ;;
         "$TEMPORARY") ;;
+        3) return 1 ;;
         *) return "$status" ;;
       esac
     else
@@ -384,10 +478,60 @@ run_until_finished() {
   done
 }
 
+# Runs this command in a session of its own, and exits.
+detach() {
+  local argument again=()
+  for argument; do
+    [[ $argument == --detach ]] || again+=("$argument")
+  done
+  local log=$name.log
+  if [[ -z $dry_run ]]; then
+    nohup setsid "$0" "${again[@]}" >"$log" 2>&1 </dev/null &
+    echo "Goes on without this terminal, as process $!, until this machine is" \
+      "switched off; its output is in $log"
+  fi
+  echo "On another machine, in a clone of this commit:"
+  echo "  nohup setsid $(show launch/tpu_pod.sh "${again[@]}") > $log 2>&1 &"
+  echo "  tail -F $log"
+  exit 0
+}
+
+# Deletes the slice if that was asked for, or says that it bills.
+at_end() {
+  local ended=$?
+  trap - EXIT
+  [[ -z $dry_run ]] || return 0
+  if [[ -n $delete_at_end && $COMMAND == run ]] && ((ended != 130)); then
+    if (delete); then
+      echo "Deleted $name: nothing is billed any more"
+      exit "$ended"
+    fi
+  fi
+  if [[ ${state:-} != NONE || $ended == 0 ]]; then
+    echo "Billed from its grant until it is deleted: $slices x $type" \
+      "${spot:+(spot) }as $name in $zone: $SCRIPT delete --name=$name" \
+      "--zone=$zone"
+  fi
+  exit "$ended"
+}
+
 case $COMMAND in
   wait) wait_until_active ;;
-  resume) resume SUSPENDED ;;
-  run) run_until_finished ;;
+  evaluate) train evaluate ;;
+  export)
+    on_workers 0 "cd empdg && JAX_PLATFORMS=cpu $(show launch/train.sh export \
+      "--workdir=$workdir" ${REST[@]+"${REST[@]}"})"
+    ;;
+  create | resume | run)
+    [[ -z $detach || $COMMAND != run ]] || detach "$@"
+    check
+    trap at_end EXIT
+    case $COMMAND in
+      create) create ;;
+      resume) resume SUSPENDED ;;
+      run) run_until_finished ;;
+    esac
+    ;;
   status)
     get_state ACTIVE
     [[ -n $dry_run ]] || echo "$name: $state"
@@ -396,11 +540,6 @@ case $COMMAND in
   logs)
     on_workers "$worker" "tail -n 100${follow:+ -F} empdg/train.log"
     ;;
-  stop)
-    # shellcheck disable=SC2016
-    on_workers all 'cd empdg
-if flock -n train.lock true; then echo "training is not running"
-else kill -TERM "$(cat train.pid)" && echo "asked to save and stop"; fi'
-    ;;
+  stop) stop ;;
   *) "$COMMAND" ;;
 esac

@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
 # Runs `empdg train` for a scheduler that must know whether training has
-# finished.
+# finished, or another command of `empdg` on all hosts.
 #
-# usage: launch/train.sh [--dry_run] EMPDG_TRAIN_FLAG...
+# usage: launch/train.sh [--dry_run] [COMMAND] FLAG...
+#
+# COMMAND is train (the default), evaluate, export or any other of `empdg`.
 #
 # exit status:
 #   0   training has finished
 #   75  training was asked to stop (SIGTERM) and has saved: restart it
 #   2   bad input: do not restart it
-#   *   the status of `empdg train`; 1 or an abort after a lost host: restart it
+#   1   a disk, a bucket or a host has failed: restart it. With several hosts,
+#       the last line names the lost one and the step that training resumes from
+#   *   the status of the command
 #
 # flags:
 #   --dry_run   only print the command
@@ -18,7 +22,11 @@
 #   EMPDG           the command to run (default: the clone's .venv/bin/empdg, or
 #                   else empdg)
 #   EMPDG_MEETINGS  how many times the hosts try to connect to each other, two
-#                   minutes each (default: 5)
+#                   minutes each (default: 5; two tries, and status 2, if
+#                   nothing answers at the first host's port)
+#   EMPDG_LOG_COPY  file or gs:// object to which the output is copied when the
+#                   command ends (default: train-N.log in a run folder in a
+#                   bucket, N being the host; "none" for no copy)
 #
 # examples:
 #   launch/train.sh --config=configs/quickstart.py --workdir=runs/quickstart
@@ -30,15 +38,30 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/common.sh"
 
 dry_run=
+subcommand=train
 arguments=()
+if (($#)) && [[ $1 == --dry?run ]]; then
+  dry_run=1
+  shift
+fi
+if (($#)) && [[ $1 != -* ]]; then
+  subcommand=$1
+  shift
+fi
+workdir='' several_hosts=
 for argument; do
+  case $argument in
+    --workdir=*) workdir=${argument#*=} ;;
+    --coordinator_address=?*) several_hosts=1 ;;
+  esac
   case $argument in
     -h | --help) help_and_exit ;;
     --dry_run | --dry-run) dry_run=1 ;;
     *) arguments+=("$argument") ;;
   esac
 done
-command=("$(find_empdg "$root")" train ${arguments[@]+"${arguments[@]}"})
+empdg=$(find_empdg "$root")
+command=("$empdg" "$subcommand" ${arguments[@]+"${arguments[@]}"})
 if [[ -n $dry_run ]]; then
   show "${command[@]}"
   exit 0
@@ -98,9 +121,14 @@ printed() { grep -q "^$1" "$folder/log"; }
 # The hosts of a pod do not start at the same time: waiting for the others is
 # not bad input.
 meetings=$((10#${EMPDG_MEETINGS:-5}))
+unreachable=0
 while :; do
   train_once
-  if ((status != BAD_INPUT)) || ! printed '.*the hosts have not met'; then
+  if ((status == BAD_INPUT)) && printed '.*: process 0 cannot be reached'; then
+    unreachable=$((unreachable + 1))
+    # More tries would bill for a slice on which a closed port stays closed.
+    ((unreachable < 2)) || break
+  elif ((status != BAD_INPUT)) || ! printed '.*the hosts have not met'; then
     break
   fi
   status=1
@@ -108,9 +136,67 @@ while :; do
   if ((meetings <= 0)) || [[ -n $stopping ]]; then break; fi
 done
 
-if ((status == 0)) && ! printed 'Next: empdg evaluate'; then
+# Prints the step that training resumes from, in words.
+resumed_step() {
+  local steps=
+  if [[ -n $workdir ]]; then
+    steps=$(JAX_PLATFORMS=cpu timeout 60 "$empdg" checkpoints \
+      "--workdir=$workdir" --format=json 2>/dev/null </dev/null |
+      grep -oE '"step": *[0-9]+' | grep -oE '[0-9]+' | sed -n 1p) || :
+  fi
+  if [[ -n $steps ]]; then
+    echo "step $steps"
+  else
+    echo 'its latest checkpoint'
+  fi
+}
+
+# Prints which host is lost, as far as the output tells.
+lost_host() {
+  local log=$folder/log found
+  local joined='([0-9]+) unexpectedly tried to connect with a different'
+  local silent='stopped sending heartbeats[^0-9]*([^ ]*task:)?([0-9]+)'
+  if [[ $(grep -m 1 -E "$joined" "$log") =~ $joined ]]; then
+    found=${BASH_REMATCH[1]}
+    echo "id $found is taken: host $found was restarted alone, or two" \
+      "processes have --process_id=$found"
+  elif [[ $(tr '\n' ' ' <"$log") =~ $silent ]]; then
+    echo "host ${BASH_REMATCH[2]} is lost"
+  elif grep -qE 'Failed to send RPC to coord|UNAVAILABLE' "$log"; then
+    echo 'host 0 is lost, or the network to it'
+  else
+    echo 'this host failed, or another is lost'
+  fi
+}
+
+if ((status == 0)) && [[ $subcommand == train ]] &&
+  ! printed 'Next: empdg evaluate'; then
   status=$TEMPORARY
 elif [[ -n $stopping ]] && ((status == 143)); then
   status=$TEMPORARY  # Stopped before there was anything to save.
+elif [[ -n $several_hosts && $subcommand == train ]] &&
+  ((status == 1 || status > 130)); then
+  # JAX ends the others with an abort, below forty lines of stack.
+  echo "$SCRIPT: $(lost_host); training resumes from $(resumed_step) as soon" \
+    "as all hosts are started again: status 1 asks the scheduler to do so" |
+    tee -a "$folder/log" >&2
+  status=1
 fi
+
+# The output must outlive the machine.
+copy=${EMPDG_LOG_COPY:-}
+number=$(sed -n 's/^--process_id=//p' \
+  <<<"$(printf '%s\n' ${arguments[@]+"${arguments[@]}"})")
+: "${number:=${TPU_WORKER_ID:-${JOB_COMPLETION_INDEX:-${SLURM_PROCID:-0}}}}"
+[[ -n $copy || $workdir != gs://* ]] || copy=$workdir/$subcommand-$number.log
+case $copy in
+  '' | none) ;;
+  gs://*)
+    if command -v gcloud >/dev/null; then
+      timeout 60 gcloud storage cp --quiet "$folder/log" "$copy" \
+        >/dev/null 2>&1 || echo "$SCRIPT: cannot copy the log to $copy" >&2
+    fi
+    ;;
+  *) cp "$folder/log" "$copy" || : ;;
+esac
 exit "$status"

@@ -6,10 +6,94 @@ They import little, because the tests start them hundreds of times.
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
+
+# The flags of the commands, and patterns of their values, None for a switch:
+# from `--help` of Google Cloud SDK 528.0.0 and of kubectl 1.32.4. A command
+# that is not here, or another flag or value, is refused, as the real one does.
+_NAME = "[a-z]([-a-z0-9]*[a-z0-9])?"
+_PLACE = {"zone": "[a-z]+-[a-z]+[0-9]-[a-z]", "project": "[a-z][-a-z0-9]*"}
+_SSH = {
+  "worker": "all|[0-9]+", "internal-ip": None, "dry-run": None, "plain": None,
+  "ssh-key-file": ".+", "ssh-flag": ".+", "force-key-file-overwrite": None,
+}  # fmt: skip
+_NODES = {"node": "all|[0-9]+", "tunnel-through-iap": None, "batch-size": ".+"}
+_QUEUED, _VM = "compute tpus queued-resources ", "compute tpus tpu-vm "
+_SELECTOR = {"selector": ".+=.+", "output": "name|wide|json|yaml"}
+FLAGS: dict[str, dict[str, str | None]] = {
+  "gcloud " + _QUEUED + "create": {
+    **_PLACE,
+    "accelerator-type": "(v[23456]|v5litepod|v5p|v6e|tpu7x)-[1-9][0-9]*",
+    "runtime-version": "[a-z0-9][-a-z0-9.]*",
+    "node-id": _NAME,
+    "node-count": "[2-9]|[1-9][0-9]+",
+    "node-prefix": _NAME,
+    "async": None, "spot": None, "reserved": None, "guaranteed": None,
+    "internal-ips": None, "shielded-secure-boot": None,
+    "service-account": "[^@ ]+@[^@ ]+", "network": ".+", "subnetwork": ".+",
+    "labels": "([a-z][-_a-z0-9]*=[-_a-z0-9]*,?)+", "tags": ".+",
+    "valid-until-duration": "([1-9][0-9]*[smhd])+",
+    "valid-after-duration": "([1-9][0-9]*[smhd])+",
+  },
+  "gcloud " + _QUEUED + "describe": {**_PLACE, "format": "value\\(.+\\)"},
+  "gcloud " + _QUEUED + "delete": {
+    **_PLACE, "force": None, "async": None, "quiet": None,
+  },
+  "gcloud " + _QUEUED + "ssh": {**_PLACE, **_SSH, **_NODES, "command": None},
+  "gcloud " + _QUEUED + "scp": {
+    **_PLACE, **_SSH, **_NODES, "recurse": None, "compress": None,
+  },
+  "gcloud " + _VM + "ssh": {**_PLACE, **_SSH, "command": None},
+  "gcloud " + _VM + "scp": {
+    **_PLACE, **_SSH, "recurse": None, "compress": None,
+  },
+  "gcloud storage cp": {"quiet": None, "recursive": None, "no-clobber": None},
+  "kubectl apply": {"filename": ".+", "namespace": _NAME, "wait": None},
+  "kubectl delete": {
+    "namespace": _NAME, "ignore-not-found": None, "wait": None,
+    "cascade": "background|orphan|foreground", "force": None, "now": None,
+    "selector": ".+",
+  },
+  "kubectl get": {
+    **_SELECTOR, "namespace": _NAME, "sort-by": "[.].+", "watch": None,
+  },
+  "kubectl logs": {
+    "namespace": _NAME, "tail": "-?[0-9]+", "follow": None, "selector": ".+",
+    "container": ".+", "previous": None,
+  },
+}  # fmt: skip
+
+
+def check(name: str, argv: list[str]) -> None:
+  """Exits with 2 unless the real command knows all of these arguments."""
+  line = " ".join([name, *(a for a in argv if not a.startswith("-"))])
+  found = [c for c in FLAGS if f"{line} ".startswith(f"{c} ")]
+  if not found:
+    sys.exit(print(f"{name}: no such command: {line}", file=sys.stderr) or 2)
+  flags = FLAGS[max(found, key=len)]
+  for argument in argv:
+    if not argument.startswith("-") or argument == "-":
+      continue
+    flag, equals, value = argument.lstrip("-").partition("=")
+    flag = {"f": "filename"}.get(flag, flag)
+    known = flag in flags
+    pattern = flags.get(flag)
+    if known and flag != "command" and flag != "filename":
+      known = bool(equals) == (pattern is not None)
+      known = known and (not equals or re.fullmatch(pattern or "", value))
+    if not known:
+      print(f"{name}: unrecognized arguments: {argument}", file=sys.stderr)
+      sys.exit(2)
+  if found[0].endswith("create"):
+    given = [a for a in argv if a.startswith(("--node-id", "--node-count"))]
+    if len(given) != 1:
+      print("Exactly one of (--node-count | --node-id)", file=sys.stderr)
+      sys.exit(2)
+
 
 # The commands that tpu_pod.sh sends to the workers: verb, and a part of each.
 SENT = {
@@ -28,6 +112,8 @@ def verb_of(name: str, argv: list[str]) -> str:
     return next(word for word in argv if not word.startswith("--"))
   if name != "gcloud":
     return name
+  if argv[0] == "storage":
+    return "storage"
   if argv[3] == "ssh":
     return next(verb for verb, mark in SENT.items() if mark in argv[-1])
   return argv[3]
@@ -60,10 +146,12 @@ def follow(transcript: pathlib.Path, verb: str) -> str:
 
 def cloud(folder: pathlib.Path, name: str, argv: list[str]) -> None:
   """Stands in for gcloud, kubectl, git, srun and scontrol."""
+  if name in ("gcloud", "kubectl"):
+    check(name, argv)
   verb = verb_of(name, argv)
   record(folder / "calls", verb, [name, *argv])
-  if name == "git":
-    return
+  if name in ("git", "ssh-add") or verb == "storage":
+    sys.exit((folder / f"{verb}-fails").exists())
   if "ssh" in argv and (folder / "worker").exists():
     command = argv[-1].removeprefix("--command=")
     sys.exit(subprocess.call(["bash", "-c", command], cwd=folder / "worker"))
@@ -79,6 +167,9 @@ def cloud(folder: pathlib.Path, name: str, argv: list[str]) -> None:
 def empdg(folder: pathlib.Path, argv: list[str]) -> None:
   """Records its arguments for each process, then does what --play says."""
   flags = dict(a[2:].split("=", 1) for a in argv if a.startswith("--"))
+  if argv[0] == "checkpoints":
+    print('[{"kind": "latest", "step": 40}, {"kind": "latest", "step": 35}]')
+    return
   process = flags.get("process_id", "0")
   play = flags.get("play" + process, flags["play"])
 
@@ -92,6 +183,12 @@ def empdg(folder: pathlib.Path, argv: list[str]) -> None:
     print("Finished training\nNext: empdg evaluate --workdir=w --split=test")
   elif play == "stop":
     stop()
+  elif play == "unreachable":
+    print("empdg: --coordinator_address=a:1: process 0 cannot be reached")
+    sys.exit(2)
+  elif play.startswith("says:"):
+    print(play[5:], file=sys.stderr, flush=True)
+    os.abort()
   elif play == "alone":
     print("empdg: the hosts have not met within 120 s", file=sys.stderr)
     sys.exit(2)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Generator
 
 import fake_commands
+import kubernetes_validate
 import pytest
 import yaml
 from fake_cloud import LAUNCH, Cloud
@@ -63,6 +64,13 @@ def test_help(cloud: Cloud, path: pathlib.Path) -> None:
     ("tpu_pod.sh create --name=a --zone=b --type=h100", "--type=h100"),
     ("tpu_pod.sh create --name=a --zone=b --type=v3-8", "--runtime is missing"),
     (f"tpu_pod.sh train {PLACE} --type=v4-16 --workdir=w/w", "--workdir=w/w"),
+    ("tpu_pod.sh create --name=a --zone=b --type=tpu7x-8", "launch/gke.sh"),
+    ("tpu_pod.sh wait --name=a --zone=b --valid_until=soon", "--valid_until"),
+    ("tpu_pod.sh wait --name=a --zone=b --labels=A", "--labels=A"),
+    ("tpu_pod.sh wait --name=a --zone=b --slices=0", "--slices=0"),
+    ("tpu_pod.sh wait --name=a --zone=b --spot --reserved", "exclude"),
+    ("gke.sh manifest --cpu=many", "--cpu=many"),
+    ("gke.sh manifest --memory=16", "--memory=16"),
     ("gke.sh", "no command given"),
     ("gke.sh manifest --workdir=gs://b/run", "--image is missing"),
     ("gke.sh manifest --topology=4y4", "--topology=4y4"),
@@ -103,9 +111,11 @@ def test_slice_types(
 ) -> None:
   create = f"tpu_pod.sh create {PLACE} {flags}"
   dry = cloud.run(f"{create} --dry_run").output
-  assert dry.strip().endswith(f"--runtime-version={runtime}")
+  *checks, dry = dry.strip().splitlines()
+  assert dry.endswith(f"--runtime-version={runtime}")
+  assert ("ssh-add -l" in checks) == several_hosts
   assert cloud.run(create).status == 0
-  assert cloud.calls() == [dry.split()]
+  assert cloud.calls("create") == [dry.split()]
   train = f"tpu_pod.sh train {PLACE} {flags} --workdir=gs://b/run"
   assert cloud.follow(train, "probe=none train").status == 0
   command = cloud.calls()[-1][-1]
@@ -262,7 +272,10 @@ def test_tpu_pod(cloud: Cloud, case: str) -> None:
     f"restart {i + 1} of 20" for i in range(transcript.count("/"))
   ]
   finished = command.startswith("run") and status == 0
-  assert ("tpu_pod.sh delete --name=pod" in output) == finished
+  assert ("Training has finished" in output) == finished
+  if command.split()[0] in ("create", "resume", "run"):
+    granted = "create refused" not in case
+    assert ("tpu_pod.sh delete --name=pod" in output) == granted
   # A restart repeats the same commands.
   assert all(call == cloud.calls("train")[0] for call in cloud.calls("train"))
   for call in cloud.calls("create"):
@@ -354,6 +367,41 @@ def test_train_waits_for_other_hosts(cloud: Cloud, meetings: str) -> None:
   cloud.env["EMPDG_MEETINGS"] = meetings
   assert cloud.run("train.sh --play=alone").status == 1  # Not bad input.
   assert len(cloud.empdg()) == int(meetings)
+
+
+def test_train_tells_of_a_closed_port(cloud: Cloud) -> None:
+  """After two tries; another start cannot help."""
+  ended = cloud.run("train.sh --play=unreachable")
+  assert ended.status == 2
+  assert len(cloud.empdg()) == 2
+  assert "process 0 cannot be reached" in ended.output
+
+
+@pytest.mark.parametrize(
+  ("says", "told"),
+  [
+    ("UNAVAILABLE: tasks stopped sending heartbeats: task:3", "host 3 is lost"),
+    ("1 unexpectedly tried to connect with a different incarnation.",
+     "id 1 is taken: host 1 was restarted alone, or two processes have"),
+    ("Failed to send RPC to coordination service", "host 0 is lost"),
+    ("Fatal", "this host failed, or another is lost"),
+  ],
+)  # fmt: skip
+def test_train_tells_of_a_lost_host(cloud: Cloud, says: str, told: str) -> None:
+  """The last line, below the stack of JAX's abort; with status 1."""
+  line = f"train.sh --coordinator_address=auto --workdir=w '--play=says:{says}'"
+  status, _, errors = cloud.run(line)
+  assert status == 1
+  last = errors.strip().splitlines()[-1]
+  assert last.startswith(f"train.sh: {told}")
+  assert "training resumes from step 40 as soon as all hosts" in last
+
+
+def test_train_runs_other_commands(cloud: Cloud) -> None:
+  status, _, _ = cloud.run("train.sh evaluate --play=0 --workdir=w")
+  assert status == 0  # Not 75: only training can be unfinished.
+  (started,) = cloud.empdg()
+  assert started["argv"] == ["evaluate", "--play=0", "--workdir=w"]
 
 
 def test_train_forwards_sigterm(cloud: Cloud) -> None:
@@ -494,6 +542,22 @@ def test_gke_manifest(
     "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
     "cloud.google.com/gke-tpu-topology": topology,
   }
+  for document in (service, job):
+    kubernetes_validate.validate(document, "1.36", strict=True)
+  terms = pod["affinity"]
+  affinity, anti = (
+    terms[name]["requiredDuringSchedulingIgnoredDuringExecution"]
+    for name in ("podAffinity", "podAntiAffinity")
+  )
+  # All pods in one pool, which no other Job of this program shares.
+  own = {"matchLabels": {"empdg-slice": "pod"}}
+  pool = "cloud.google.com/gke-nodepool"
+  assert affinity == [{"topologyKey": pool, "labelSelector": own}]
+  assert anti[0]["topologyKey"] == pool
+  assert template["metadata"]["labels"]["empdg-slice"] == "pod"
+  assert spec["ttlSecondsAfterFinished"] == 168 * 3600
+  assert "activeDeadlineSeconds" not in spec
+  assert container["resources"]["requests"]["memory"] == "16Gi"
   assert pod["terminationGracePeriodSeconds"] == 120
   assert pod["restartPolicy"] == "Never"
   assert pod["serviceAccountName"] == "writer"
@@ -509,6 +573,122 @@ def test_gke_manifest(
   codes = {rule["action"]: rule["onExitCodes"]["values"] for rule in rules[1:]}
   assert codes == {"Ignore": [75], "FailJob": [2]}
   assert rules[1]["onExitCodes"]["containerName"] == container["name"]
+
+
+def test_gke_options(cloud: Cloud) -> None:
+  line = f"gke.sh manifest {GKE} --spot --queue=team --priority_class=low"
+  output = cloud.run(f"{line} --max_hours=2 --cpu=4 --memory=8Gi").output
+  _, job = yaml.safe_load_all(output)
+  kubernetes_validate.validate(job, "1.36", strict=True)
+  pod = job["spec"]["template"]["spec"]
+  assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
+  assert job["spec"]["activeDeadlineSeconds"] == 7200
+  assert pod["priorityClassName"] == "low"
+  assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+  assert pod["tolerations"][0]["key"] == "cloud.google.com/gke-spot"
+  assert pod["terminationGracePeriodSeconds"] == 15
+  requests = pod["containers"][0]["resources"]["requests"]
+  assert (requests["cpu"], requests["memory"]) == ("4", "8Gi")
+  output = cloud.run(f"{line} --grace=90").output
+  assert "terminationGracePeriodSeconds: 90" in output
+
+
+def test_strict_stand_ins(cloud: Cloud) -> None:
+  """They refuse what the real commands refuse."""
+  create = "gcloud compute tpus queued-resources create a --zone=us-west4-a"
+  kind = "--accelerator-type=v5litepod-16 --runtime-version=r"
+  for line, status in (
+    (f"{create} {kind} --node-id=a --spot", 0),
+    (f"{create} {kind} --node-id=a --sopt", 2),
+    (f"{create} {kind} --node-id=a --zone=west", 2),
+    (f"{create} {kind} --node-id=a --node-count=2", 2),
+    (f"{create} {kind} --node-count=1", 2),
+    (f"{create} {kind} --node-id=a --max-run-duration=3h", 2),
+    ("gcloud compute tpus tpu-vm ssh a --node=all", 2),
+    ("kubectl delete job a --cascade=yes", 2),
+    ("kubectl annotate job a", 2),
+  ):
+    assert finish(cloud.shell(line)).status == status, line
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    ("--service_account=a@b.c --network=n --subnetwork=s",
+     "--service-account=a@b.c --network=n --subnetwork=s"),
+    ("--internal_ips --reserved", "--internal-ips --reserved"),
+    ("--labels=team=a,use=b", "--labels=team=a,use=b"),
+    ("--valid_until=6h", "--valid-until-duration=6h"),
+    ("--slices=2", "--node-count=2"),
+  ],
+)  # fmt: skip
+def test_flags_of_create(cloud: Cloud, flags: str, words: str) -> None:
+  assert cloud.run(f"tpu_pod.sh create {SLICE} {flags}").status == 0
+  (call,) = cloud.calls("create")
+  assert set(words.split()) <= set(call)
+
+
+def test_several_slices(cloud: Cloud) -> None:
+  line = f"tpu_pod.sh run {SLICE} --slices=2"
+  assert cloud.follow(line, f"{NEW} {DONE}").status == 0
+  for call in cloud.calls("ssh") + cloud.calls("scp") + cloud.calls("train"):
+    assert call[3] == "queued-resources"
+    assert "--node=all" in call
+  assert "configs/pod.py:32" in cloud.calls("train")[0][-1]
+
+
+@pytest.mark.parametrize("ended", ["0,0", "2,2"])
+def test_deletes_at_the_end(cloud: Cloud, ended: str) -> None:
+  line = f"tpu_pod.sh run {SLICE} --delete_at_end"
+  play = f"{NEW} ACTIVE probe={ended} delete"
+  status, output, _ = cloud.follow(line, play)
+  assert status == int(ended[0])
+  assert output.endswith("Deleted pod: nothing is billed any more\n")
+
+
+def test_deletes_when_given_up(cloud: Cloud) -> None:
+  line = f"tpu_pod.sh run {SLICE} --delete_at_end --max_restarts=0"
+  play = f"{NEW} ACTIVE probe=1,1 delete"
+  assert cloud.follow(line, play).status == 1
+
+
+@pytest.mark.parametrize(
+  ("fails", "message"),
+  [
+    ("ssh-add", "ssh-agent holds no key"),
+    ("storage", "--workdir=gs://b/run: cannot write to the bucket"),
+  ],
+)
+def test_checks_before_it_queues(
+  cloud: Cloud, fails: str, message: str
+) -> None:
+  (cloud.folder / f"{fails}-fails").touch()
+  status, _, errors = cloud.run(f"tpu_pod.sh run {SLICE}")
+  assert status == 2
+  assert message in errors
+  assert cloud.calls("create") == []
+  line = f"tpu_pod.sh create {SLICE} --skip_checks"
+  assert cloud.run(line).status == 0
+
+
+def test_detach(cloud: Cloud) -> None:
+  """The loop goes on by itself; two lines start it on another machine."""
+  cloud.expect(f"{NEW} {DONE}")
+  status, output, _ = cloud.run(f"tpu_pod.sh run {SLICE} --detach")
+  assert status == 0
+  assert "nohup setsid launch/tpu_pod.sh run --name=pod" in output
+  assert "--detach" not in output
+  log = cloud.folder / "pod.log"
+  wait_until(
+    lambda: log.exists() and "has finished" in log.read_text(), "the run", 30
+  )
+
+
+def test_other_commands_on_the_slice(cloud: Cloud) -> None:
+  line = f"tpu_pod.sh evaluate {SLICE} -- --split=test"
+  assert cloud.follow(line, "probe=none train").status == 0
+  command = cloud.calls("train")[0][-1].replace("\\", "")
+  assert "launch/train.sh evaluate --workdir=gs://b/run" in command
 
 
 @pytest.mark.parametrize(
@@ -695,5 +875,7 @@ def test_dockerignore() -> None:
   assert {line[1:] for line in ignored if line.startswith("!")} == copied
   for name in copied:
     assert (LAUNCH.parent / name).exists()
+  # Builders without BuildKit read only the one in the root.
+  assert (LAUNCH.parent / ".dockerignore").read_text().splitlines() == ignored
   assert "ARG EXTRAS=tpu,gcs" in lines
   assert [line for line in lines if line.startswith("USER")] == ["USER empdg"]

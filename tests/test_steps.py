@@ -4,6 +4,8 @@ As a program, `test_steps.py FILE` writes what `take_three` returns to FILE.
 """
 
 import dataclasses
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -279,6 +281,8 @@ def take_three(compiled: Steps) -> dict[str, Any]:
   Returns:
     The parameters before and after, and the last metrics.
   """
+  # A step donates its copies of the state, never the caller's own arrays.
+  take(compiled, compiled.state, make_batch(0))
   state, metrics = compiled.state, {}
   for step in range(3):
     state, metrics = take(compiled, state, make_batch(step, real=ROWS - 1))
@@ -334,6 +338,23 @@ def test_any_number_of_devices_gives_the_same_update(
     assert relative_difference(other["end"] - one["start"], moved) <= 1e-5
     for name in ("loss", "nll", "tokens", "examples"):
       assert other[name] == pytest.approx(one[name], rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_all_of_these_on_eight_devices() -> None:
+  """The other tests again, in a process with 8 devices."""
+  flags = "--xla_force_host_platform_device_count=8"
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "pytest", "-n0", "-q", "-pno:cacheprovider"),
+      *(__file__, "-k", "not any_number_of_devices"),
+    ],
+    env={**os.environ, "XLA_FLAGS": flags},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stdout
 
 
 if __name__ == "__main__":

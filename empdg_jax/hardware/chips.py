@@ -1,5 +1,6 @@
 """Published rates of TPU chips, and the slices that they come in."""
 
+import math
 from typing import NamedTuple
 
 
@@ -33,6 +34,24 @@ CHIPS = {
   "v5p": Chip(95 * 2**30, 459e12, 2.765e12, 1.2e12, _CUBES),
   "v6e": Chip(32 * 2**30, 918e12, 1.64e12, 8e11, _FLAT),
 }
+
+
+def topology_of(accelerator: str) -> str:
+  """Returns the slice of an accelerator type; anything else as it is.
+
+  >>> topology_of("v5litepod-8"), topology_of("v5p-32"), topology_of("v5e:2x2")
+  ('v5e:2x4', 'v5p:2x2x4', 'v5e:2x2')
+  """
+  generation, _, number = accelerator.partition("-")
+  version = {"v5litepod": "v5e"}.get(generation, generation)
+  if version not in CHIPS or not number.isdecimal() or len(number) > 9:
+    return accelerator
+  # The types v4 and v5p count cores, of which a chip has two.
+  chips = int(number) // (2 if version in ("v4", "v5p") else 1)
+  for layout in CHIPS[version].layouts:
+    if math.prod(map(int, layout.split("x"))) == chips:
+      return f"{version}:{layout}"
+  return accelerator
 
 
 def known_slices() -> list[str]:

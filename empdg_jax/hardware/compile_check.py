@@ -48,11 +48,13 @@ def describe_topology(name: str) -> Slice:
   """Returns a slice by its name.
 
   Args:
-    name: The chip and the layout, as in `v5e:4x4`.
+    name: The chip and the layout, as in `v5e:4x4`, or an accelerator type, as
+      in `v5litepod-16`.
 
   Raises:
     InputError: There is no such slice, or the TPU compiler is not installed.
   """
+  name = chips.topology_of(name)
   version, _, layout = name.partition(":")
   chip = chips.CHIPS.get(version)
   if chip is None or layout not in chip.layouts:

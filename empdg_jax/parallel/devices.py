@@ -67,9 +67,13 @@ def replicate(tree: Any) -> Any:
   """Copies every array to every local device."""
   mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
   sharding = NamedSharding(mesh, PartitionSpec())
-  # A copy in any case: a step that donates its state would otherwise overwrite
-  # the caller's arrays.
-  return jax.device_put(tree, sharding, may_alias=False)
+  # A copy in any case: a step that donates its state would otherwise delete the
+  # caller's arrays. Despite `may_alias=False`, `device_put` gives the first of
+  # several devices the array itself.
+  tree = jax.tree.map(
+    lambda x: x.copy() if isinstance(x, jax.Array) else x, tree
+  )
+  return jax.device_put(tree, sharding)
 
 
 def unreplicate(tree: Any) -> Any:

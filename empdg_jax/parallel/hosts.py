@@ -1,10 +1,12 @@
 """Several hosts: joining, refusing and failing together."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import pathlib
 import secrets
+import socket
 import sys
 import threading
 import time
@@ -14,6 +16,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed  # For the address that a cluster tells.
 from jax.experimental import multihost_utils
 
 from empdg_jax import config as config_lib
@@ -25,6 +28,7 @@ INITIALIZATION_SECONDS = 120  # The hosts of a pod do not start all at once.
 SHARED_SECONDS = 60  # The longest wait until all hosts see a new file.
 _HEARTBEAT_SECONDS = 60  # A host silent for so long counts as lost.
 _LEAVE_SECONDS = 10  # The longest wait until all hosts have refused an input.
+_CONNECT_SECONDS = 10  # The longest wait for a port that does not answer.
 
 
 def initialize(
@@ -65,6 +69,8 @@ def initialize(
       raise InputError(
         f"--process_id={process_id}: expected 0 to {num_processes - 1}"
       )
+    if process_id == 0:
+      _check_port_is_free(coordinator_address)
   jax.config.update("jax_enable_preemption_service", preemptible)
   # When JAX's own time is up, it aborts the process without a message for
   # people. This timer ends it first, and JAX waits twice as long.
@@ -78,12 +84,51 @@ def initialize(
       heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
   except (RuntimeError, ValueError) as error:
+    if "different incarnation" in str(error):
+      taken = distributed.global_state.process_id
+      raise InputError(
+        f"--process_id={taken}: id {taken} is taken: another process with it "
+        f"has joined at {coordinator_address}; give each process its own"
+      ) from error
     raise InputError(
       f"--coordinator_address={coordinator_address}: the hosts cannot meet "
       f"({error})"
     ) from error
   finally:
     timer.cancel()
+
+
+def _check_port_is_free(address: str) -> None:
+  """Raises InputError if another process listens on process 0's port."""
+  port = address.rpartition(":")[2]
+  if not port.isdecimal() or int(port) > 65535:
+    raise InputError(f"--coordinator_address={address}: expected HOST:PORT")
+  with socket.socket(socket.AF_INET6 if socket.has_ipv6 else 2) as listener:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      listener.bind(("", int(port)))
+    except OSError as error:
+      if error.errno != errno.EADDRINUSE:
+        return  # JAX may know better, as without IPv6.
+      raise InputError(
+        f"--process_id=0: id 0 is taken: port {port} of this machine is in "
+        "use, by a process 0 that already runs or by another program; end it, "
+        "or give each process its own id, or another port"
+      ) from error
+
+
+def _unreachable(address: str | None) -> str:
+  """Returns why nobody can connect to an address, "" if somebody can."""
+  host, _, port = (address or "").rpartition(":")
+  if not host or not port.isdecimal():
+    return ""
+  try:
+    with socket.create_connection(
+      (host.strip("[]"), int(port)), _CONNECT_SECONDS
+    ):
+      return ""
+  except OSError as error:
+    return error.strerror or str(error)
 
 
 def _start_timer(
@@ -100,10 +145,20 @@ def _start_timer(
 
 def _give_up(coordinator_address: str) -> None:
   """Ends the process because the other hosts have not come."""
+  state = distributed.global_state
+  why = state.process_id and _unreachable(state.coordinator_address)
+  # launch/train.sh looks for "cannot be reached" and "have not met".
+  line = (
+    f"process 0 cannot be reached at {state.coordinator_address} ({why}): "
+    f"within {INITIALIZATION_SECONDS} s it has not started there, or a "
+    "firewall closes the port"
+    if why
+    else f"the hosts have not met within {INITIALIZATION_SECONDS} s; is "
+    "process 0 running there, are all --num_processes started, and is the "
+    "port open?"
+  )
   print(
-    f"empdg: --coordinator_address={coordinator_address}: the hosts have not "
-    f"met within {INITIALIZATION_SECONDS} s; is process 0 running there, are "
-    "all --num_processes started, and is the port open?",
+    f"empdg: --coordinator_address={coordinator_address}: {line}",
     file=sys.stderr,
     flush=True,
   )

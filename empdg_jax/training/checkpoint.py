@@ -6,7 +6,7 @@ import pathlib
 import re
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -77,10 +77,10 @@ def _warn(line: str) -> None:
   )
 
 
-def _ignore_late_reads() -> None:
-  """Keeps Python from printing tracebacks of reads that no one waits for."""
-  # Orbax closes its event loop at the first array that cannot be read; the
-  # others then find it closed.
+def _ignore_late_arrays() -> None:
+  """Keeps Python from printing tracebacks of what no one waits for."""
+  # Orbax closes its event loop at the first array that cannot be read or
+  # written; the others then find it closed.
   previous = sys.unraisablehook
 
   def hook(failure: Any) -> None:
@@ -104,6 +104,9 @@ class Checkpoints:
     create: bool = False,
     keep: int = 1,
     warn: Callable[[str], None] = _warn,
+    expecting: Callable[[str], contextlib.AbstractContextManager[Any]] = (
+      contextlib.nullcontext
+    ),
   ) -> None:
     """Opens `workdir/checkpoints`.
 
@@ -112,7 +115,12 @@ class Checkpoints:
       create: Whether to create a missing folder.
       keep: The number of latest checkpoints kept.
       warn: Prints a line that names damaged or unchecked checkpoints.
+      expecting: Limits the time of a wait, named in words, for a disk, a bucket
+        or other hosts; see `Watchdog.expecting`.
     """
+    self._expecting = expecting
+    if create:
+      _ignore_late_arrays()
     self._root = storage.absolute(workdir) / "checkpoints"
     self._warn = warn
     self._managers = {
@@ -182,13 +190,14 @@ class Checkpoints:
       for manager in self._managers.values():
         manager.wait_until_finished()
 
-  def _writing(self) -> contextlib.AbstractContextManager[None]:
+  @contextlib.contextmanager
+  def _writing(self) -> Generator[None]:
     """Converts any error into a `SaveError`, those of earlier saves as well."""
-    # Orbax writes in a thread and raises its errors in the next call.
-    return storage.errors(
-      f"{self._root}: cannot write a checkpoint; the last whole one stays",
-      SaveError,
-    )
+    # Orbax writes in a thread and raises its errors in the next call, but hangs
+    # in it after some errors, such as a full disk.
+    what = f"{self._root}: cannot write a checkpoint; the last whole one stays"
+    with self._expecting("a checkpoint"), storage.errors(what, SaveError):
+      yield
 
   def close(self) -> None:
     """Waits as `wait` does, then frees the managers' resources."""
@@ -270,7 +279,7 @@ class Checkpoints:
           value = read(one)
       except InputError as error:
         damaged.append(error)
-        _ignore_late_reads()
+        _ignore_late_arrays()
         continue
       for error in damaged:
         self._warn(f"Warning: {error}; using {self.folder(one)} instead")
@@ -386,7 +395,10 @@ class Checkpoints:
       if like is None
       else ocp.args.StandardRestore(_arrays(like))
     )
-    with storage.errors(f"{where}: cannot read", SaveError):
+    with (
+      self._expecting(f"reading {where}"),
+      storage.errors(f"{where}: cannot read", SaveError),
+    ):
       former = _FORMER_NAMES.get(item)
       if former and (where / former).exists():
         item = former

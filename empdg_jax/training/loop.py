@@ -43,11 +43,13 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
     trainer = _Trainer(config, workdir, opened)
     try:
       finished = trainer.run()
-    except BaseException:
+    except BaseException as error:
       # With several hosts, closing waits for all of them, and the others may
-      # never come: they go on training, or are lost.
-      if jax.process_count() == 1:
+      # never come: they go on training, or are lost. A disk that has failed may
+      # never finish the writes that closing waits for.
+      if jax.process_count() == 1 and not isinstance(error, OSError):
         opened.close()
+      opened.watchdog.close()
       raise
     opened.close()
   return finished
@@ -136,9 +138,12 @@ class _Trainer:
     ):
       task = bar.add_task(phase.title, total=phase.total, rate="")
       self._window_start = time.perf_counter()
+      # Other hosts may still compile the phase's steps.
+      self.session.watchdog.feed(patient=True)
       while progress.done < phase.total and progress.worse < phase.patience:
         before = progress.updates
         self._take_round(phase)
+        self.session.watchdog.feed()
         after, last = progress.updates, progress.done == phase.total
 
         preempted = hosts.preempted(range(before + 1, after + 1))
@@ -168,7 +173,8 @@ class _Trainer:
               train_log.line(after, values, left * every.batch_size)
             )
         if validated:
-          self._validate(phase)
+          with self.session.watchdog.expecting("a validation"):
+            self._validate(phase)
         # Last, so that the checkpoint holds the validation's outcome: a resumed
         # run neither repeats it nor forgets how many came without a better one.
         if saved:

@@ -15,6 +15,7 @@ _NOT_OF_THE_RUN = (
   "train.profile_steps",
   "train.keep_checkpoints",
   "train.lease_seconds",
+  "train.stall_minutes",
 )
 
 # Fields that give a generator's parameters their meaning. Equal shapes do not

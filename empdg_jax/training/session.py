@@ -20,6 +20,7 @@ from empdg_jax.training.phases import DISCRIMINATOR, MLE
 from empdg_jax.training.profiling import InputWait
 from empdg_jax.training.run_lock import RunLock
 from empdg_jax.training.train_log import TrainLog
+from empdg_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass
@@ -93,6 +94,7 @@ class Session:
   progress: Progress
   batches: TrainBatches
   valid_batches: list[Batch]
+  watchdog: Watchdog
 
   def save(self, kind: str) -> None:
     """Begins to write a checkpoint of this position; see `Checkpoints.save`."""
@@ -112,6 +114,7 @@ class Session:
     """Waits for background writes, then closes logs and checkpoints."""
     self.log.close()
     self.checkpoints.close()
+    self.watchdog.close()
 
 
 def open_session(
@@ -162,11 +165,13 @@ def open_session(
     if hosts.is_main_process():
       run_folder.write_run(run)
   # 4. its latest checkpoint, if any, over the states and the position;
+  watchdog = Watchdog(workdir, config.train.stall_minutes)
   checkpoints = checkpoint.Checkpoints(
     workdir,
     create=True,
     keep=config.train.keep_checkpoints,
     warn=log.say,
+    expecting=watchdog.expecting,
   )
   if checkpoints.step(checkpoint.LATEST) is not None:
     progress = Progress(**learner.restore(checkpoints))
@@ -188,7 +193,7 @@ def open_session(
   # 7. the devices, once the states on the host are final.
   learner.start()
   return Session(
-    lock, log, learner, checkpoints, progress, batches, valid_batches
+    lock, log, learner, checkpoints, progress, batches, valid_batches, watchdog
   )
 
 

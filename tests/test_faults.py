@@ -1,0 +1,179 @@
+"""Faults of disks and of other hosts, in real processes; see `watchdog.py`."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+
+import pytest
+from helpers import refused
+from test_hosts import (
+  ROOT,
+  TINY,
+  assert_same_run,
+  finish,
+  start,
+  wait_for_step,
+)
+
+from empdg_jax import main
+from empdg_jax.config import Config
+
+_HANGS = """
+import pathlib, sys, time
+from empdg_jax.training.watchdog import Watchdog
+watchdog = Watchdog(pathlib.Path(sys.argv[1]), 0.5 / 60)
+time.sleep(1)  # Not fed yet: nothing is expected.
+for _ in range(10):
+  watchdog.feed()
+  time.sleep(0.1)
+with watchdog.expecting("a checkpoint"):
+  time.sleep(20)
+"""
+
+
+def hang(folder: pathlib.Path) -> str:
+  """Runs a process whose watchdog ends it; returns its one line."""
+  done = subprocess.run(
+    [sys.executable, "-c", _HANGS, folder],
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=60,
+  )
+  assert done.returncode == 1, done.stderr
+  (line,) = done.stderr.strip().splitlines()
+  assert line.startswith("empdg: gave up after 0.0")
+  assert "minutes without a checkpoint: " in line
+  return line
+
+
+def test_a_hanging_process_is_ended(tmp_path: pathlib.Path) -> None:
+  assert f"are in {tmp_path / 'stacks-0.txt'};" in hang(tmp_path)
+  stacks = (tmp_path / "stacks-0.txt").read_text()
+  assert 'File "<string>", line 10' in stacks
+  assert stacks.count("most recent call first") >= 2
+
+
+def test_stacks_of_a_folder_that_is_gone(tmp_path: pathlib.Path) -> None:
+  line = hang(tmp_path / "missing")
+  stacks = pathlib.Path(line.split("are in ")[1].split(";")[0])
+  assert 'File "<string>", line 10' in stacks.read_text()
+
+
+@pytest.fixture
+def full_disk(tmp_path: pathlib.Path) -> Generator[pathlib.Path]:
+  """A file system of 3 MiB."""
+  folder = tmp_path / "disk"
+  folder.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+  try:
+    subprocess.run(mount, check=True, capture_output=True)
+  except (OSError, subprocess.CalledProcessError):
+    pytest.skip("needs the right to mount a file system")
+  yield folder
+  subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def argv_of(config: Config, workdir: pathlib.Path, *more: str) -> list[str]:
+  return [
+    "train", *TINY, f"--config.data.data_dir={config.data.data_dir}",
+    f"--workdir={workdir}", *more,
+  ]  # fmt: skip
+
+
+# A size of which the disk holds one checkpoint, but not two.
+LARGE = ("--config.model.emb_dim=64", "--config.train.stall_minutes=0.1")
+
+
+@pytest.mark.slow
+def test_a_full_disk(sample_config: Config, full_disk: pathlib.Path) -> None:
+  argv = argv_of(sample_config, full_disk / "run", *LARGE)
+  done = subprocess.run(
+    [sys.executable, "-m", "empdg_jax.main", *argv],
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=120,
+  )
+  assert done.returncode == 1, done.stderr
+  line = done.stderr.strip().splitlines()[-1]
+  assert "No space left" in line or "without a checkpoint" in line
+  assert "Event loop is closed" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_two_hosts(
+  sample_config: Config, full_disk: pathlib.Path
+) -> None:
+  hosts = start(*argv_of(sample_config, full_disk / "run", *LARGE))
+  said = [host.communicate(timeout=150)[1] for host in hosts]
+  assert any(host.returncode == 1 for host in hosts)
+  assert all(host.returncode not in (0, 2, None) for host in hosts), said
+  # TensorBoard's writer may print one of its own.
+  assert "Event loop is closed" not in "".join(said)
+
+
+@pytest.mark.slow
+def test_a_stalled_host(sample_config: Config, tmp_path: pathlib.Path) -> None:
+  """SIGSTOP: its connections stay open, and nothing comes over them."""
+  assert main.main(argv_of(sample_config, tmp_path / "one")) == 0
+  workdir = tmp_path / "run"
+  argv = argv_of(sample_config, workdir)
+  hosts = start(*argv, "--config.train.stall_minutes=0.2")
+  wait_for_step(workdir, 25)
+  hosts[1].send_signal(signal.SIGSTOP)
+  began = time.monotonic()
+  _, errors = hosts[0].communicate(timeout=120)
+  assert time.monotonic() - began < 100
+  assert hosts[0].returncode == 1, errors
+  last = errors.strip().splitlines()[-1]
+  assert "gave up after" in last or "another host is lost" in last
+  if "gave up" in last:
+    assert "most recent call first" in (workdir / "stacks-0.txt").read_text()
+  hosts[1].kill()
+  hosts[1].communicate()
+  finish(start(*argv))
+  assert_same_run(tmp_path / "one", workdir)
+
+
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("--workdir=az://container/run", "gs://BUCKET/FOLDER, or s3://"),
+    ("--config=pod:0", "expected a number of devices, such as :8, not 0"),
+    ("--config=pod:abc", "expected a number of devices, such as :8, not abc"),
+  ],
+)
+def test_refusals(
+  flag: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+  config = () if "config" in flag else ("--config=quickstart",)
+  said = refused(capsys, "train", *config, flag)
+  assert message in said
+  assert "InputError" not in said
+
+
+def test_id_0_is_taken(
+  tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  with socket.socket(socket.AF_INET6) as taken:
+    taken.bind(("", 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    said = refused(
+      capsys,
+      "train",
+      f"--config={ROOT}/configs/quickstart.py",
+      f"--workdir={tmp_path / 'run'}",
+      f"--coordinator_address=127.0.0.1:{port}",
+      "--num_processes=2",
+      "--process_id=0",
+    )
+  assert f"id 0 is taken: port {port} of this machine is in use" in said
