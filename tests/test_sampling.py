@@ -1,6 +1,5 @@
 """Sampling and chosen emotions, through systems, commands and exports."""
 
-import copy
 import json
 import os
 import pathlib
@@ -8,35 +7,22 @@ import subprocess
 import sys
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import SMALL, refused
+from untrained import make_system
 
 from empdg_jax import config as config_lib
 from empdg_jax import main
 from empdg_jax.config import Config, InputError
 from empdg_jax.data.prepare import Dataset
 from empdg_jax.inference import evaluate, respond
-from empdg_jax.inference.system import System, create_model
+from empdg_jax.inference.system import System
 from empdg_jax.models.encoder_decoder import Inputs
 from empdg_jax.training import steps
-from empdg_jax.training.run_folder import Run
-from empdg_jax.training.train_state import init_params
 
 SAMPLED = ("--config.eval.temperature=0.9", "--config.eval.top_p=0.9")
-
-
-def make_system(config: Config, dataset: Dataset, **fields: Any) -> System:
-  """Returns an untrained system, whose distributions are almost flat."""
-  config = copy.deepcopy(config)
-  config.eval.max_decode_steps = 6
-  for name, value in fields.items():
-    section, _, field = name.partition("__")
-    setattr(getattr(config, section), field, value)
-  run = Run(pathlib.Path(), config, dataset.vocabulary, dataset.corpus.emotions)
-  return System(run, init_params(create_model(run), jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")

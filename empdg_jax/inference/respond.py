@@ -44,6 +44,10 @@ class Responder:
       else system.lexicon
     )
 
+  def annotate(self, utterance: str) -> Utterance:
+    """Tokenises a turn and marks its emotional words."""
+    return annotate(utterance, self._lexicon)
+
   def encode(self, utterances: Sequence[str]) -> EncodedExample:
     """Turns a dialogue's turns into ids, with an empty target.
 
@@ -65,7 +69,7 @@ class Responder:
       raise InputError(
         f"{utterances[:60]!r}: expected a list of turns, the user's last"
       )
-    turns = [annotate(u, self._lexicon) for u in utterances]
+    turns = [self.annotate(utterance) for utterance in utterances]
     # The listener began: an empty turn keeps the user's turns at even numbers.
     if len(turns) % 2 == 0:
       turns.insert(0, Utterance((), ()))

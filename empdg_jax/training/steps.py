@@ -15,7 +15,7 @@ import optax
 from empdg_jax import decoding, losses
 from empdg_jax.config import EvalConfig, ModelConfig
 from empdg_jax.data import vocab
-from empdg_jax.data.pipeline import Batch
+from empdg_jax.data.pipeline import Array, Batch
 from empdg_jax.models import adversary as adversary_lib
 from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.encoder_decoder import EncoderDecoder, Inputs
@@ -54,11 +54,11 @@ class Choices(NamedTuple):
       dialogue: examples of one seed differ in it, `[B]` int32.
   """
 
-  emotion: jax.Array
-  temperature: jax.Array
-  top_p: jax.Array
-  seed: jax.Array
-  position: jax.Array
+  emotion: Array
+  temperature: Array
+  top_p: Array
+  seed: Array
+  position: Array
 
 
 def example_keys(key: jax.Array, step: jax.Array, batch: Batch) -> jax.Array:
