@@ -60,7 +60,9 @@ def _show(demo: Demo, dialogue: Dialogue, said: str, error: str = "") -> list:
 def _handlers(demo: Demo) -> dict[str, Callable[..., Awaitable[Any]]]:
   """Returns the functions behind the page's buttons, by the buttons' names."""
 
-  async def send(dialogue: Dialogue, said: str, *controls: Any) -> list:
+  # A page that outlives a restart of the server brings no dialogue.
+  async def send(kept: Dialogue | None, said: str, *controls: Any) -> list:
+    dialogue = kept or demo.new_dialogue()
     try:
       settings = demo.settings(*controls)
       return _show(demo, await demo.say(dialogue, said, settings), "")
@@ -70,22 +72,20 @@ def _handlers(demo: Demo) -> dict[str, Callable[..., Awaitable[Any]]]:
   async def open_page() -> list:
     return _show(demo, demo.new_dialogue(), "")
 
-  async def undo(dialogue: Dialogue, said: str) -> list:
+  async def undo(kept: Dialogue | None, said: str) -> list:
+    dialogue = kept or demo.new_dialogue()
     # Its words come back, to be changed and said again.
     if dialogue.turns:
       said = dialogue.turns[-1].said
     shorter = dataclasses.replace(dialogue, turns=dialogue.turns[:-1])
     return _show(demo, shorter, said)
 
-  async def new(dialogue: Dialogue, said: str) -> list:
-    del dialogue, said
-    return _show(demo, demo.new_dialogue(), "")
+  async def name(kept: Dialogue | None, said: str) -> list:
+    dialogue = kept or demo.new_dialogue()
+    return _show(demo, dataclasses.replace(dialogue, named=True), said)
 
-  async def name(dialogue: Dialogue, said: str) -> list:
-    named = dataclasses.replace(dialogue, named=True)
-    return _show(demo, named, said)
-
-  async def attend(dialogue: Dialogue, turn: str | None) -> str:
+  async def attend(kept: Dialogue | None, turn: str | None) -> str:
+    dialogue = kept or demo.new_dialogue()
     try:
       number = int(turn) if turn and turn.isdecimal() else 0
       return await asyncio.to_thread(demo.attention, dialogue, number)
@@ -93,8 +93,8 @@ def _handlers(demo: Demo) -> dict[str, Callable[..., Awaitable[Any]]]:
       return demo_html.error(str(error))
 
   return {
-    "open": open_page, "send": send, "undo": undo, "new": new, "name": name,
-    "show": attend,
+    "open": open_page, "send": send, "undo": undo, "new": open_page,
+    "name": name, "show": attend,
   }  # fmt: skip
 
 
@@ -178,6 +178,7 @@ def build_page(demo: Demo) -> Any:
       page.attention,
     ]  # fmt: skip
     inputs = {name: [page.dialogue, page.said] for name in functions}
+    inputs["new"] = []
     inputs["send"] = [page.dialogue, page.said, *page.settings]
     inputs["show"] = [page.dialogue, page.turn]
     for name, button in buttons.items():
