@@ -218,6 +218,7 @@ def test_three_turns_side_by_side(
   person.wait_for(".empdg-reply", 4)
   person.click("Show attention")
   person.wait_for("#attention table", 2)
+  page.get_by_label("You", exact=True).fill("")
   page.screenshot(path=picture, full_page=True)
   assert picture.stat().st_size > 20_000
   person.close()

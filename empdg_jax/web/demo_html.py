@@ -38,7 +38,8 @@ STYLE = """
   padding-right: 0.4rem}
 .empdg-attention .emotional {color: #b2182b; font-weight: 700}
 .dark .empdg-attention .emotional {color: #f4a582}
-.empdg-attention td {width: 1.3rem; min-width: 1.3rem; height: 1.3rem;
+.empdg-attention th, .empdg-attention thead td {border: none}
+.empdg-attention tbody td {width: 1.3rem; min-width: 1.3rem; height: 1.3rem;
   border: 1px solid var(--border-color-primary)}
 .empdg-attention .gap {border: none; min-width: 0.8rem}
 .empdg-error {color: #b2182b; font-weight: 600}
