@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import ipaddress
+import os
 import socket
 from typing import Any
 
@@ -52,9 +53,11 @@ def open_socket(host: str, port: int) -> socket.socket:
       raise InputError(
         f"--host={host}: expected an address of this machine, such as 0.0.0.0"
       ) from error
+    # Python's own text repeats the address.
+    reason = os.strerror(error.errno or 0)
     raise InputError(
-      f"--host={host} --port={port}: cannot listen there "
-      f"({error.strerror}); give another port, or 0 for any that is free"
+      f"--host={host} --port={port}: cannot listen there ({reason}); give "
+      "another port, or 0 for any that is free"
     ) from error
 
 
