@@ -306,6 +306,69 @@ def chat(values: Any) -> None:
   respond.chat(respond.Responder(system), console, sys.stdin)
 
 
+def demo(values: Any) -> None:
+  """Opens a page in the browser to talk with one system or to compare three.
+
+  Examples:
+    empdg demo --workdir=runs/quickstart
+    empdg demo --workdir=runs/moel --workdir=runs/empdg --bundle=empdg-export
+  """
+  given = [("workdir", name) for name in values.workdir]
+  given += [("bundle", name) for name in values.bundle]
+  if not 0 < len(given) <= 3:
+    found = "; give a run folder, or an export as --bundle"
+    if given:
+      found = f" {len(given)} times, with --bundle; up to 3 fit side by side"
+    raise InputError(
+      "--workdir is " + ("given" if given else "missing") + found
+    )
+  from empdg_jax.web import demo_server
+
+  demo_server.require_extra()
+  listening = demo_server.open_socket(values.host, values.port)
+  with contextlib.closing(listening):
+    loopback = demo_server.is_loopback(values.host)
+    app = _load_demo(given, loopback)
+    from empdg_jax.training import terminal
+
+    terminal.say(f"Open {demo_server.url(listening)} (Ctrl-C ends it)")
+    if not loopback:
+      terminal.say(
+        f"Warning: --host={values.host} lets everyone who reaches this machine "
+        "use the page, without a password or encryption"
+      )
+    demo_server.serve(app, listening)
+
+
+def _load_demo(given: list[tuple[str, str]], loopback: bool) -> Any:
+  """Loads and compiles systems; returns the page that shows them."""
+  from empdg_jax.training import terminal
+
+  console = Console()
+  terminal.say("Loading ...", console, "dim")
+  _start_jax()
+  from empdg_jax.inference import export_files, respond
+  from empdg_jax.inference.system import load_system
+  from empdg_jax.web import demo, demo_server
+  from empdg_jax.web.demo_replies import DECODINGS, Replies
+
+  responders = []
+  for flag, name in given:
+    folder = storage.run_path(name, flag)
+    if flag == "bundle":
+      export_files.require_export(folder)
+    responders.append(respond.Responder(load_system(folder)))
+  names = [f"--{flag}={name}" for flag, name in given]
+  demo.check_systems(responders, names)
+  replies = Replies(responders)
+  for index, name in enumerate(names):
+    for decoding in DECODINGS:
+      terminal.say(f"Compiling {decoding} of {name} ...", console, "dim")
+      replies.warm_up(index, decoding)
+  titles = demo.titles(responders, [name for _, name in given])
+  return demo_server.make_app(demo.Demo(replies, titles), loopback=loopback)
+
+
 def export(values: Any) -> None:
   """Writes a checkpoint as one folder that needs neither run nor data.
 

@@ -213,6 +213,14 @@ class EvalConfig:
   beam_size: int = 1  # Beams; 1 is greedy decoding.
   # Length penalty of beam search (alpha of eq. 14, Wu et al., 2016).
   length_penalty: float = 0.6
+  # Temperature of sampling, which divides log-probabilities; 0 samples nothing:
+  # greedy decoding or beam search.
+  temperature: float = 0.0
+  # Draw from the likeliest tokens whose probabilities add up to this (Holtzman
+  # et al., 2020); 1 for all.
+  top_p: float = 1.0
+  # Seed of sampling; a response depends on it and on its example's position.
+  sampling_seed: int = 0
 
 
 @dataclasses.dataclass
@@ -230,6 +238,7 @@ _MAY_BE_ZERO = {
   "train.gradient_penalty_weight", "train.generator_signal_weight",
   "model.dropout_rate", "model.emotion_loss_weight", "model.label_smoothing",
   "model.listener_top_k", "model.listener_teacher_ratio", "eval.length_penalty",
+  "eval.temperature", "eval.sampling_seed",
 }  # fmt: skip
 
 
@@ -346,6 +355,10 @@ def validate(config: Config) -> None:
     check(values[name] < 1, name, "less than 1")
   fits = model.listener_teacher_ratio <= 1
   check(fits, "model.listener_teacher_ratio", "at most 1")
+  check(config.eval.top_p <= 1, "eval.top_p", "at most 1")
+  fits = not config.eval.temperature or config.eval.beam_size == 1
+  wanted = f"0, with config.eval.beam_size={config.eval.beam_size}; sampling "
+  check(fits, "eval.temperature", wanted + "needs a beam of 1")
   check(model.emb_dim % 2 == 0, "model.emb_dim", "an even number")
   fits = model.key_value_depth % model.num_heads == 0
   wanted = f"a multiple of config.model.num_heads={model.num_heads}"

@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from empdg_jax.decoding import beam_search, greedy_search
+from empdg_jax.decoding import (
+  beam_search,
+  greedy_search,
+  nucleus,
+  sample_search,
+)
 
 EOS, PAD = 0, 1
 VOCAB = 5
@@ -254,3 +259,96 @@ def test_beam_stops_when_all_have_ended() -> None:
   sequences, _, cache = beam(table[None], 9, 2, alpha=0.6)
   assert sequences.tolist() == [[2, EOS, *[PAD] * 7]]
   assert_cache_belongs(sequences, cache, calls=2)
+
+
+# Sampling.
+
+
+@functools.partial(jax.jit, static_argnames="max_steps")
+def sample(
+  table: jax.Array,
+  seeds: jax.Array,
+  max_steps: int,
+  temperature: float = 1.0,
+  top_p: float = 1.0,
+) -> tuple[jax.Array, Any]:
+  """Returns sequences and cache of sampling, a seed for each row."""
+  rows = len(table)
+  return sample_search(
+    make_step(table),
+    make_cache(rows, 1, max_steps),
+    jax.vmap(jax.random.key)(seeds),
+    jnp.full(rows, temperature),
+    jnp.full(rows, top_p),
+    max_steps,
+    eos=EOS,
+    pad=PAD,
+  )
+
+
+@pytest.mark.parametrize(
+  ("top_p", "kept"),
+  [
+    (1e-6, [0]),
+    (0.49, [0]),  # Nothing is likelier than .5.
+    (0.51, [0, 3]),  # .5 is likelier than .3, and below .51.
+    (0.79, [0, 3]),
+    (0.81, [0, 2, 3]),  # .5 + .3 are likelier than .15.
+    (0.96, [0, 1, 2, 3]),
+    (1.0, [0, 1, 2, 3]),
+  ],
+)
+def test_nucleus_by_hand(top_p: float, kept: list[int]) -> None:
+  """Of the probabilities .5, .3, .15 and .05, and one that is impossible."""
+  probs = jnp.log(jnp.array([[0.5, 0.05, 0.15, 0.3, 0.0]])).at[0, 4].set(-1e9)
+  found = nucleus(probs, jnp.array([top_p]))[0]
+  is_kept = np.isin(np.arange(4), kept)
+  np.testing.assert_array_equal(np.isfinite(found[:4]), is_kept)
+  np.testing.assert_array_equal(found[np.array(kept)], probs[0, np.array(kept)])
+
+
+def test_nucleus_keeps_ties_together() -> None:
+  """Half of .4, .3 and .3 takes one of the two .3, and so both of them."""
+  probs = jnp.log(jnp.array([[0.3, 0.4, 0.3], [0.2, 0.7, 0.1]]))
+  found = np.isfinite(nucleus(probs, jnp.array([0.5, 0.5])))
+  np.testing.assert_array_equal(found, [[1, 1, 1], [0, 1, 0]])
+
+
+@pytest.mark.parametrize(
+  ("temperature", "top_p", "wanted"),
+  [
+    (1.0, 1.0, [0.5, 0.3, 0.2]),
+    (1.0, 0.7, [0.625, 0.375, 0.0]),  # .5 / .8 and .3 / .8.
+    # Square roots of .5, .3 and .2 over their sum, 1.702.
+    (2.0, 1.0, [0.4155, 0.3218, 0.2627]),
+  ],
+)
+def test_sampling_follows_the_distribution(
+  temperature: float, top_p: float, wanted: list[float]
+) -> None:
+  """10,000 draws; three standard errors are at most .015."""
+  table = np.full((VOCAB + 1, VOCAB), IMPOSSIBLE)
+  table[START, [2, 3, 4]] = np.log([0.5, 0.3, 0.2])
+  tables = np.broadcast_to(table, (10_000, *table.shape))
+  found, _ = sample(tables, jnp.arange(10_000), 1, temperature, top_p)
+  shares = np.bincount(found[:, 0], minlength=VOCAB) / len(found)
+  np.testing.assert_allclose(shares[2:], wanted, atol=0.015)
+  assert shares[:2].sum() == 0
+
+
+def test_sampled_words_depend_on_the_seed_alone() -> None:
+  """In any order and batch; another seed draws other words."""
+  tables, seeds = make_table(12, seed=5), jnp.arange(12)
+  all_rows, cache = sample(tables, seeds, 6)
+  assert_cache_belongs(all_rows, cache, int(cache["calls"][0]))
+  order = np.array([7, 2, 11])
+  some, _ = sample(tables[order], seeds[order], 6)
+  np.testing.assert_array_equal(some, all_rows[order])
+  others, _ = sample(tables, seeds + 12, 6)
+  assert np.any(others != all_rows)
+
+
+def test_the_smallest_nucleus_is_greedy() -> None:
+  tables = make_table(12, seed=6)
+  sampled, _ = sample(tables, jnp.arange(12), 6, 1.0, 1e-6)
+  np.testing.assert_array_equal(sampled, greedy(tables, 6)[0])

@@ -1,10 +1,12 @@
 """A picture of the attention of a response (the paper's Table 4)."""
 
+import functools
 import heapq
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,10 +14,11 @@ from matplotlib.figure import Figure
 
 from empdg_jax import storage
 from empdg_jax.config import InputError
-from empdg_jax.data import vocab
+from empdg_jax.data import pipeline, vocab
+from empdg_jax.data.pipeline import EncodedExample
 from empdg_jax.inference.respond import Responder
-from empdg_jax.models.encoder_decoder import Inputs
-from empdg_jax.parallel import devices
+from empdg_jax.inference.system import Response, System
+from empdg_jax.models.encoder_decoder import EncoderDecoder, Inputs
 
 _EMOTIONS_SHOWN = 8
 _EMOTIONAL = "#b2182b"  # The colour of emotional words.
@@ -42,8 +45,87 @@ class Attended(NamedTuple):
   emotions: dict[str, float] | None
 
 
+def attention_step(
+  params: Any, inputs: Inputs, target: jax.Array, *, model: EncoderDecoder
+) -> jax.Array:
+  """Returns the attention of targets to their contexts (eq. 11), `[B, N, M]`.
+
+  Args:
+    params: The model's parameters.
+    inputs: The contexts.
+    target: The responses' ids, `[B, N]`.
+    model: The system.
+  """
+  outputs: Any = model.apply({"params": params}, inputs, target)
+  return outputs.attention
+
+
+class Attender:
+  """The attention of one system's responses, compiled at the first of them."""
+
+  def __init__(self, system: System) -> None:
+    """Compiles nothing yet.
+
+    Args:
+      system: The system that responds.
+    """
+    self._system = system
+    self._step = jax.jit(functools.partial(attention_step, model=system.model))
+
+  def attend(
+    self,
+    encoded: EncodedExample,
+    response: Response,
+    emotion: int = -1,
+    limit: int | None = None,
+  ) -> Attended:
+    """Computes a response's attention with teacher forcing.
+
+    Args:
+      encoded: The dialogue.
+      response: The system's response to it.
+      emotion: The emotion that the response was to respond to, -1 for the one
+        perceived.
+      limit: The most tokens of the response; None for the configuration's.
+
+    Returns:
+      The response with its attention (eq. 11).
+    """
+    system = self._system
+    longest = system.config.eval.max_decode_steps
+    tokens = list(response.tokens)
+    # A response of the full length was cut off before its EOS.
+    if len(tokens) < min(longest, limit or longest):
+      tokens.append("EOS")
+    # Decoding keeps no attention, hence a second pass. It must read the same
+    # tokens: a copied word outside the vocabulary was fed back as UNK.
+    known = system.vocabulary.ids
+    token_ids = [known.get(token, vocab.UNK) for token in tokens]
+    shape = system.shapes[-1]._replace(target=longest, feedback=1)
+    example = encoded._replace(target=token_ids, feedback=[])
+    batch = pipeline.collate([example], np.arange(1), shape, 1)
+    inputs = Inputs(batch.context, batch.state, batch.emotion_context)
+    if emotion >= 0:
+      inputs = inputs._replace(emotion=jnp.array([emotion]))
+    (weights,) = np.asarray(self._step(system.params, inputs, batch.target))
+    semantic = ("CLS", *encoded.words)
+    emotional = ("LAB", *encoded.emotion_words)
+    # Without columns for them, the decoder attends to no emotional words.
+    if weights.shape[1] == shape.context:
+      emotional = ()
+    columns = [
+      *range(len(semantic)),
+      *range(shape.context, shape.context + len(emotional)),
+    ]
+    emotions = response.emotions
+    if emotions is not None:
+      emotions = dict(zip(system.emotions, emotions.tolist(), strict=True))
+    weights = weights[: len(tokens), columns]
+    return Attended(semantic, emotional, tuple(tokens), weights, emotions)
+
+
 def attend(responder: Responder, context: Sequence[str]) -> Attended:
-  """Responds, then computes the response's attention with teacher forcing.
+  """Responds, then computes the response's attention.
 
   Args:
     responder: The system that responds.
@@ -55,33 +137,9 @@ def attend(responder: Responder, context: Sequence[str]) -> Attended:
   Raises:
     InputError: The system cannot respond to the context.
   """
-  system = responder.system
   encoded = responder.encode(context)
   (response,) = responder.respond_encoded([encoded])
-  tokens = list(response.tokens)
-  # A response of the full length was cut off before its EOS.
-  if len(tokens) < system.config.eval.max_decode_steps:
-    tokens.append("EOS")
-  # Decoding keeps no attention, hence a second pass. It must read the same
-  # tokens: a copied word outside the vocabulary was fed back as UNK.
-  known = system.vocabulary.ids
-  token_ids = [known.get(token, vocab.UNK) for token in tokens]
-  read = encoded.context, encoded.state, encoded.emotion_context
-  outputs: Any = system.model.apply(
-    {"params": devices.unreplicate(system.params)},
-    Inputs(*(jnp.array([ids]) for ids in read)),
-    jnp.array([token_ids]),
-  )
-  weights = np.asarray(outputs.attention[0])
-  semantic = ("CLS", *encoded.words)
-  emotional = ("LAB", *encoded.emotion_words)
-  # Without a column for them, the decoder attends to no emotional words.
-  if weights.shape[1] == len(semantic):
-    emotional = ()
-  emotions = response.emotions
-  if emotions is not None:
-    emotions = dict(zip(system.emotions, emotions.tolist(), strict=True))
-  return Attended(semantic, emotional, tuple(tokens), weights, emotions)
+  return Attender(responder.system).attend(encoded, response)
 
 
 def draw(attended: Attended, stem: pathlib.Path) -> list[pathlib.Path]:

@@ -100,10 +100,16 @@ def origin(config: Config, step: int | None) -> dict[str, Any]:
     config: The configuration of the evaluation.
     step: The number of updates before the checkpoint.
   """
-  return {
+  values = {
     "step": step,
     "source": config.data.source,
     "max_decode_steps": config.eval.max_decode_steps,
     "beam_size": config.eval.beam_size,
     "length_penalty": config.eval.length_penalty,
   }
+  # Sampling came later: evaluations without it stay what they were.
+  if config.eval.temperature:
+    values["temperature"] = config.eval.temperature
+    values["top_p"] = config.eval.top_p
+    values["sampling_seed"] = config.eval.sampling_seed
+  return values

@@ -111,8 +111,8 @@ def lower_respond_step(run: Run, params: dict[str, np.ndarray]) -> bytes:
   step = functools.partial(
     respond_step,
     model=create_model(run),
-    # Always greedy: beam search stays with the package.
-    config=dataclasses.replace(run.config.eval, beam_size=1),
+    # Always greedy: beam search and sampling stay with the package.
+    config=dataclasses.replace(run.config.eval, beam_size=1, temperature=0.0),
   )
   shapes = jax.eval_shape(lambda arrays: arrays, params)
   exported = jax_export.export(jax.jit(step), platforms=_PLATFORMS)(
@@ -292,7 +292,8 @@ def _metrics_of(
     if path.exists():
       try:
         values = json.loads(storage.read_text(path))
-        if origin.items() <= values.items():
+        sampled = "temperature" in values, "temperature" in origin
+        if origin.items() <= values.items() and len({*sampled}) == 1:
           found[split] = values
       except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(

@@ -44,6 +44,10 @@ class Responder:
       else system.lexicon
     )
 
+  def annotate(self, utterance: str) -> Utterance:
+    """Tokenises a turn and marks its emotional words."""
+    return annotate(utterance, self._lexicon)
+
   def encode(self, utterances: Sequence[str]) -> EncodedExample:
     """Turns a dialogue's turns into ids, with an empty target.
 
@@ -65,7 +69,7 @@ class Responder:
       raise InputError(
         f"{utterances[:60]!r}: expected a list of turns, the user's last"
       )
-    turns = [annotate(u, self._lexicon) for u in utterances]
+    turns = [self.annotate(utterance) for utterance in utterances]
     # The listener began: an empty turn keeps the user's turns at even numbers.
     if len(turns) % 2 == 0:
       turns.insert(0, Utterance((), ()))
@@ -90,29 +94,37 @@ class Responder:
   def respond(self, context: Sequence[str]) -> Response:
     """Returns the response to a dialogue.
 
+    Where the configuration samples, every turn of a dialogue draws anew.
+
     Args:
       context: The turns, as in `encode`.
 
     Raises:
       InputError: The context cannot be used; see `encode`.
     """
-    return self.respond_batch([context])[0]
+    encoded = self.encode(context)
+    return self.respond_encoded([encoded], first=len(context) // 2)[0]
 
   def respond_batch(self, contexts: Sequence[Sequence[str]]) -> list[Response]:
     """Returns the responses to several dialogues, in their order."""
     return self.respond_encoded([self.encode(context) for context in contexts])
 
   def respond_encoded(
-    self, encoded: Sequence[EncodedExample]
+    self, encoded: Sequence[EncodedExample], first: int = 0
   ) -> list[Response]:
-    """Returns the responses to encoded dialogues, in their order."""
+    """Returns the responses to encoded dialogues, in their order.
+
+    Args:
+      encoded: The dialogues.
+      first: The position of the first one, for sampling.
+    """
     if not encoded:
       return []
     # A single response need not wait for a whole batch: one row a device.
     batch_size = self.system.config.eval.batch_size
     if len(encoded) == 1:
       batch_size = jax.local_device_count()
-    responses = dict(self.system.respond(encoded, batch_size))
+    responses = dict(self.system.respond(encoded, batch_size, first))
     return [responses[index] for index in range(len(encoded))]
 
 
@@ -151,6 +163,7 @@ def generate(
     a line that cannot be used.
   """
   numbered = ((n, s) for n, s in enumerate(lines, start=1) if s.strip())
+  first = 0
   # Batch by batch, so that a pipe gets responses while its input still comes.
   while group := list(itertools.islice(numbered, batch_size)):
     found: list[dict[str, Any]] = []
@@ -162,7 +175,8 @@ def generate(
         found.append({"context": context})
       except InputError as error:
         found.append({"error": f"line {number}: {error}"})
-    responses = iter(responder.respond_encoded(encoded))
+    responses = iter(responder.respond_encoded(encoded, first))
+    first += len(encoded)
     for values in found:
       yield values if "error" in values else values | _fields(next(responses))
 

@@ -1,5 +1,6 @@
 """A trained system, loaded from a run folder or an export."""
 
+import copy
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from empdg_jax import config as config_lib
 from empdg_jax.config import Config
 from empdg_jax.data import pipeline, text, vocab
 from empdg_jax.data.lexicon import Lexicon
@@ -129,18 +131,39 @@ class System:
     self.model = create_model(run)
     self.parameters = count_parameters(self.model)
     self.p_eval_step = steps.compile_step(steps.eval_step, model=self.model)
-    self.p_predict_step = steps.compile_step(
-      steps.predict_step, model=self.model, config=config.eval
-    )
+    self._compile()
+
+  def _compile(self) -> None:
+    """Makes the steps that depend on how to decode."""
+    static = {"model": self.model, "config": self.config.eval}
+    self.p_predict_step = steps.compile_step(steps.predict_step, **static)
+    self.p_choose_step = steps.compile_step(steps.choose_step, **static)
+
+  def with_decoding(self, **fields: Any) -> "System":
+    """Returns this system, its parameters shared, with other `eval` fields."""
+    other = copy.copy(self)
+    evaluation = dataclasses.replace(self.config.eval, **fields)
+    other.config = dataclasses.replace(self.config, eval=evaluation)
+    config_lib.validate(other.config)
+    other._compile()
+    return other
 
   def respond(
-    self, encoded: Sequence[EncodedExample], batch_size: int
+    self,
+    encoded: Sequence[EncodedExample],
+    batch_size: int,
+    first: int = 0,
+    choices: steps.Choices | None = None,
   ) -> Iterator[tuple[int, Response]]:
     """Generates a response to each context.
 
     Args:
       encoded: The contexts; targets are ignored.
       batch_size: Contexts a step, over all devices.
+      first: The position of the first context in its file or dialogue, for
+        sampling.
+      choices: What the users chose for each context, `[len(encoded)]`; None for
+        what the configuration says.
 
     Yields:
       Each example's index and response, batch by batch.
@@ -150,9 +173,15 @@ class System:
     blank = [e._replace(target=[vocab.EOS], feedback=[]) for e in encoded]
     shapes = sorted({Shape(s.context, s.emotion, 1) for s in self.eval_shapes})
     for batch in self._batches(blank, shapes, batch_size):
-      prediction = devices.unshard(
-        self.p_predict_step(self.params, devices.shard(batch))
-      )
+      sharded = devices.shard(batch._replace(index=batch.index + first))
+      if choices is None:
+        predicted = self.p_predict_step(self.params, sharded)
+      else:
+        chosen = jax.tree.map(lambda x, rows=batch.index: x[rows], choices)
+        predicted = self.p_choose_step(
+          self.params, sharded, devices.shard(chosen)
+        )
+      prediction = devices.unshard(predicted)
       shape = Shape(batch.context.shape[1], batch.emotion_context.shape[1], 1)
       # Every host needs all rows, not its own alone: metrics are of the split.
       prediction, indices, mask = devices.gather(

@@ -10,7 +10,12 @@ from empdg_jax.config import ModelConfig
 from empdg_jax.data import vocab
 from empdg_jax.models import decoder, encoders, layers
 from empdg_jax.models.decoder import DecoderLayer, LayerCache
-from empdg_jax.models.encoder_decoder import EncoderDecoder, Encoding, Inputs
+from empdg_jax.models.encoder_decoder import (
+  EncoderDecoder,
+  Encoding,
+  Inputs,
+  choose_emotion,
+)
 
 
 class Transformer(EncoderDecoder):
@@ -71,6 +76,7 @@ class EmoPrepend(EncoderDecoder):
     mask = inputs.context != vocab.PAD
     semantic = self.encoder(words + states, mask, keys)
     emotion_logits = self.emotion(semantic[:, 0])
+    emotion_logits = choose_emotion(emotion_logits, inputs.emotion)
     return Encoding(
       semantic[:, 0],
       self.emotion_embedding(emotion_logits),
@@ -257,6 +263,7 @@ class MoEL(Transformer):
     """Encodes the dialogue's words; see `EncoderDecoder.read`."""
     encoded = super().read(inputs, embedded, keys)
     emotion_logits = self.emotion(encoded.semantic)
+    emotion_logits = choose_emotion(emotion_logits, inputs.emotion)
     weights = listener_weights(emotion_logits, self.config.listener_top_k)
     if inputs.listener is not None:
       gold = jax.nn.one_hot(inputs.listener, self.num_emotions)

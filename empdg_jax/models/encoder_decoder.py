@@ -29,12 +29,15 @@ class Inputs(NamedTuple):
     emotion_context: `[batch, E]`.
     listener: MoEL's forced listener in training, -1 where the predicted emotion
       weights the listeners, `[batch]`; None forces none.
+    emotion: The emotion to respond to, -1 for the one perceived, `[batch]`;
+      None for the perceived ones.
   """
 
   context: jax.Array
   state: jax.Array
   emotion_context: jax.Array
   listener: jax.Array | None = None
+  emotion: jax.Array | None = None
 
 
 class Encoding(NamedTuple):
@@ -57,6 +60,29 @@ class Encoding(NamedTuple):
   source: jax.Array
   emotion_logits: jax.Array | None = None
   emotional: jax.Array | None = None
+
+
+def choose_emotion(logits: jax.Array, emotion: jax.Array | None) -> jax.Array:
+  """Makes a chosen emotion the likeliest.
+
+  Its logit and the largest change places, so that the logits stay as peaked as
+  those the decoder was trained with.
+
+  Args:
+    logits: The logits of the emotions, `[batch, emotions]`.
+    emotion: The emotion, -1 for the likeliest, `[batch]`; None changes none.
+
+  >>> choose_emotion(jnp.array([[3.0, 1.0, 2.0]]), jnp.array([1]))
+  Array([[1., 3., 2.]], dtype=float32)
+  """
+  if emotion is None:
+    return logits
+  likeliest = jnp.argmax(logits, axis=-1)
+  chosen = jnp.where(emotion < 0, likeliest, emotion)
+  ids = jnp.arange(logits.shape[-1])
+  order = jnp.where(ids == chosen[:, None], likeliest[:, None], ids)
+  order = jnp.where(ids == likeliest[:, None], chosen[:, None], order)
+  return jnp.take_along_axis(logits, order, axis=-1)
 
 
 class Outputs(NamedTuple):

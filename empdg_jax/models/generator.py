@@ -6,7 +6,12 @@ import jax.numpy as jnp
 
 from empdg_jax.data import vocab
 from empdg_jax.models import encoders
-from empdg_jax.models.encoder_decoder import EncoderDecoder, Encoding, Inputs
+from empdg_jax.models.encoder_decoder import (
+  EncoderDecoder,
+  Encoding,
+  Inputs,
+  choose_emotion,
+)
 
 
 class Generator(EncoderDecoder):
@@ -42,6 +47,7 @@ class Generator(EncoderDecoder):
     emotion_logits = self.emotion(
       jnp.concatenate([emotional[:, 0], semantic[:, 0]], axis=-1)
     )
+    emotion_logits = choose_emotion(emotion_logits, inputs.emotion)
     # The decoder attends to one memory, C = [Cu ; Ce]. Its parts keep their
     # padding between them: the mask hides it and no shape depends on lengths.
     memory = self.decoder.project_memory(

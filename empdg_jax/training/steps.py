@@ -15,7 +15,7 @@ import optax
 from empdg_jax import decoding, losses
 from empdg_jax.config import EvalConfig, ModelConfig
 from empdg_jax.data import vocab
-from empdg_jax.data.pipeline import Batch
+from empdg_jax.data.pipeline import Array, Batch
 from empdg_jax.models import adversary as adversary_lib
 from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.encoder_decoder import EncoderDecoder, Inputs
@@ -40,6 +40,25 @@ class Prediction(NamedTuple):
   tokens: jax.Array
   copied_from: jax.Array
   emotion_probs: jax.Array | None
+
+
+class Choices(NamedTuple):
+  """What users choose for each response.
+
+  Attributes:
+    emotion: The emotion to respond to, -1 for the one perceived, `[B]` int32.
+    temperature: The temperature of sampling, `[B]`.
+    top_p: The probability of the nucleus that sampling draws from, `[B]`.
+    seed: The seed of sampling, `[B]` int32.
+    position: The example's position in a split or file, or the turn in a
+      dialogue: examples of one seed differ in it, `[B]` int32.
+  """
+
+  emotion: Array
+  temperature: Array
+  top_p: Array
+  seed: Array
+  position: Array
 
 
 def example_keys(key: jax.Array, step: jax.Array, batch: Batch) -> jax.Array:
@@ -393,12 +412,46 @@ def predict_step(
     params: The model's parameters.
     batch: This device's examples; only their contexts are used.
     model: The system.
-    config: Greedy or beam search, and its limits.
+    config: Greedy search, beam search or sampling, and its limits.
+  """
+  choices = None
+  if config.temperature:
+    like = batch.index
+    choices = Choices(
+      jnp.full_like(like, -1),
+      jnp.full(like.shape, config.temperature),
+      jnp.full(like.shape, config.top_p),
+      jnp.full_like(like, config.sampling_seed),
+      batch.index,
+    )
+  return choose_step(params, batch, choices, model=model, config=config)
+
+
+def choose_step(
+  params: Any,
+  batch: Batch,
+  choices: Choices | None,
+  *,
+  model: EncoderDecoder,
+  config: EvalConfig,
+) -> Prediction:
+  """Responds to contexts as their users chose.
+
+  Args:
+    params: The model's parameters.
+    batch: This device's examples; only their contexts are used.
+    choices: The choices for each example; None for none.
+    model: The system.
+    config: Greedy search, beam search or, if its temperature is not 0,
+      sampling; `choices` has the temperatures that count.
   """
   variables = {"params": params}
   rows, beams = batch.context.shape[0], config.beam_size
   steps = config.max_decode_steps
-  encoded: Any = model.apply(variables, _inputs(batch), None, method="encode")
+  inputs = _inputs(batch)
+  if choices is not None:
+    inputs = inputs._replace(emotion=choices.emotion)
+  encoded: Any = model.apply(variables, inputs, None, method="encode")
   # As a tree, so that the None of a system without emotions stays None.
   emotion_probs = jax.tree.map(jax.nn.softmax, encoded.emotion_logits)
   # Contexts are encoded once; the hypotheses of a row share copies.
@@ -411,7 +464,15 @@ def predict_step(
     )
 
   ids = {"eos": vocab.EOS, "pad": vocab.PAD}
-  if beams == 1:
+  if choices is not None and config.temperature:
+    # From seed and position alone: the same words on any number of devices.
+    keys = jax.vmap(jax.random.key)(choices.seed)
+    keys = jax.vmap(jax.random.fold_in)(keys, choices.position)
+    drawn = choices.temperature, choices.top_p
+    tokens, cache = decoding.sample_search(
+      step, cache, keys, *drawn, steps, **ids
+    )
+  elif beams == 1:
     tokens, cache = decoding.greedy_search(step, cache, rows, steps, **ids)
   else:
     tokens, _, cache = decoding.beam_search(
@@ -431,6 +492,7 @@ _AXES: dict[Callable[..., Any], tuple[Any, Any, bool]] = {
   adversarial_generator_step: _PLAYER,
   eval_step: ((None, 0), (None, 0), False),
   predict_step: ((None, 0), 0, False),
+  choose_step: ((None, 0, 0), 0, False),
 }
 
 
