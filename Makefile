@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: help quickstart test test-slow test-package test-fuzz test-tpu docs check format
+.PHONY: help quickstart test test-slow test-package test-fuzz test-study test-tpu docs check format
 help:
 	@echo "make quickstart   train, score and talk on the embedded corpus (5 min)"
 	@echo "make test         lint, types, layers, spelling and the fast tests"
 	@echo "make test-slow    tests of every system, of kills and of two hosts"
 	@echo "make test-package tests of the installed package, notebook and docs"
 	@echo "make test-fuzz    hundreds of damaged and hostile inputs"
+	@echo "make test-study   a study in a browser; installs the extra study"
 	@echo "make test-tpu     tests with the TPU compiler, which it installs"
 	@echo "make docs         build the documentation in site/"
 	@echo "make format       format the code"
@@ -55,6 +56,12 @@ test-package: $(VENV)/installed-dev $(VENV)/installed-docs
 
 test-fuzz: $(VENV)/installed-dev
 	$(BIN)/pytest -m fuzz -n 2
+
+# The browser is Debian's package chromium, or Playwright's own.
+test-study: $(VENV)/installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[study]' playwright
+	JAX_PLATFORMS=cpu $(BIN)/pytest -m study
 
 test-tpu: $(VENV)/installed-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check \

@@ -34,6 +34,7 @@ TITLES = {
   "inference": "Inference",
   "analysis": "Analysis",
   "hardware": "Hardware",
+  "web": "Pages for people",
   "parallel": "Parallelism",
 }
 

@@ -1,0 +1,1 @@
+"""Pages for people, in a browser: the demo and the human evaluation."""
