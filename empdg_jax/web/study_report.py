@@ -108,8 +108,13 @@ def _published(name: str) -> registry.SystemSpec | None:
   return next((spec for spec in specs if spec.title == title), None)
 
 
-def _means(content: Study, lines: _LINES) -> dict[str, dict[str, Figure]]:
-  """Returns every system's mean ratings over dialogues."""
+def means(content: Study, lines: _LINES) -> dict[str, dict[str, Figure]]:
+  """Returns every system's mean ratings over dialogues, by metric.
+
+  Args:
+    content: The study, with its key.
+    lines: The lines of its `answers.jsonl`.
+  """
   values: dict[tuple[str, str], dict[str, list[int]]]
   values = defaultdict(lambda: defaultdict(list))
   for line in lines:
@@ -117,18 +122,18 @@ def _means(content: Study, lines: _LINES) -> dict[str, dict[str, Figure]]:
     for name in key.get("systems", ()) if line["part"] == "rating" else ():
       for metric, value in line["answers"].items():
         values[name, metric][key["example"]].append(value)
-  means: dict[str, dict[str, Figure]] = {}
+  found: dict[str, dict[str, Figure]] = {}
   for name in (system["name"] for system in content.key["systems"]):
     spec = _published(name)
     paper = spec.ratings if spec else ()
     published = dict(zip(study.METRICS, paper, strict=bool(paper)))
-    means[name] = {}
+    found[name] = {}
     for metric in study.METRICS:
       if rated := values[name, metric]:
         by_dialogue = [float(np.mean(own)) for own in rated.values()]
         figures = study_statistics.mean_interval(by_dialogue)
-        means[name][metric] = Figure(*figures, paper=published.get(metric))
-  return means
+        found[name][metric] = Figure(*figures, paper=published.get(metric))
+  return found
 
 
 def _score(content: Study, line: Mapping[str, Any]) -> int:
@@ -293,7 +298,7 @@ def report(folder: pathlib.Path) -> Report:
   }
   return Report(
     content.about["dialogues"],
-    _means(content, lines),
+    means(content, lines),
     agreement,
     _pairs(content, lines),
     _annotators(content, lines, tokens, tables),

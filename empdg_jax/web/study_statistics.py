@@ -1,6 +1,7 @@
 """Statistics of the human evaluation: agreement, intervals and tests."""
 
 import contextlib
+import functools
 import math
 import statistics
 import warnings
@@ -76,6 +77,12 @@ def fleiss_kappa(table: np.ndarray) -> float | None:
   return float(inter_rater.fleiss_kappa(counts))
 
 
+@functools.lru_cache(maxsize=4)
+def _draw(dialogues: int) -> np.ndarray:
+  # Every system's and metric's mean is over as many dialogues.
+  return significance.draw(dialogues)
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
   """Returns the mean over dialogues and its 95% bootstrap interval.
 
@@ -83,7 +90,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     values: One value for each dialogue, `[dialogues]`.
   """
   array = np.array(values)
-  counts = significance.draw(len(array))
+  counts = _draw(len(array))
   mean = float(array.mean())
   return (mean, *significance.interval(mean, counts @ array / len(array)))
 
