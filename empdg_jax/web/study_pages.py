@@ -1,4 +1,4 @@
-"""What annotators see: items, instructions and consent as HTML."""
+"""Items, instructions and consent of a study as HTML for annotators."""
 
 import html
 from collections.abc import Mapping
