@@ -13,7 +13,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check \
 RUN := runs/quickstart
 
 .PHONY: help quickstart test test-slow test-package test-fuzz test-browser \
-  test-tpu test-peer docs check format constraints
+  test-study test-tpu test-peer docs check format constraints
 help:
 	@echo "make quickstart   train, score and talk on the embedded corpus (5 min)"
 	@echo "make check        lint, types, layers, spelling and security"
@@ -21,7 +21,8 @@ help:
 	@echo "make test-slow    tests of every system, of kills and of two hosts"
 	@echo "make test-package tests of the installed package, notebook and docs"
 	@echo "make test-fuzz    hundreds of damaged and hostile inputs"
-	@echo "make test-browser tests of the pages, in a headless Chromium"
+	@echo "make test-browser tests of the demo's page, in a headless Chromium"
+	@echo "make test-study   a study in a browser; installs the extra study"
 	@echo "make test-tpu     tests with the TPU compiler, which it installs"
 	@echo "make test-peer    PyTorch's version of the steps; installs PyTorch"
 	@echo "make docs         build the documentation in site/"
@@ -70,8 +71,13 @@ test-package: $(INSTALLED)-dev $(INSTALLED)-docs
 test-fuzz: $(INSTALLED)-dev
 	$(BIN)/pytest -m fuzz -n 2
 
+# The browser is Debian's package chromium, or Playwright's own.
 test-browser: $(INSTALLED)-dev
 	$(BIN)/pytest -m browser
+
+test-study: $(INSTALLED)-dev
+	$(INSTALL) --editable '.[study]'
+	JAX_PLATFORMS=cpu $(BIN)/pytest -m study
 
 test-tpu: $(INSTALLED)-dev
 	$(INSTALL) --editable '.[tpu]'

@@ -94,8 +94,9 @@ def _file_page(path: pathlib.Path) -> str:
     # Other files of the repository are no part of the pages.
     return f"[{text}]({name}.md{anchor})" if name else text
 
-  link = r"\[([^]]*)\]\((?!\w+:)([^)#]+)(#[^)]*|)\)"
-  return re.sub(link, page, path.read_text())
+  link = r"(?<!!)\[([^]]*)\]\((?!\w+:)([^)#]+)(#[^)]*|)\)"
+  pages = re.sub(link, page, path.read_text())
+  return pages.replace("](docs/images/", "](../images/")
 
 
 def _write_pages(app: Sphinx) -> None:

@@ -344,7 +344,7 @@ def _load_demo(given: list[tuple[str, str]], loopback: bool) -> Any:
   """Loads and compiles systems; returns the page that shows them."""
   from empdg_jax.training import terminal
 
-  console = Console()
+  console = _console()
   terminal.say("Loading ...", console, "dim")
   _start_jax()
   from empdg_jax.inference import export_files, respond
@@ -417,6 +417,7 @@ def compare(values: Any) -> None:
   Examples:
     empdg compare runs/transformer runs/moel runs/empdg --cases=2
     empdg compare runs/* --split=valid --format=markdown
+    empdg compare runs/moel runs/empdg --study=study
   """
   if not values.dir:
     raise InputError(
@@ -426,7 +427,120 @@ def compare(values: Any) -> None:
 
   folders = [storage.run_path(folder, "dir") for folder in values.dir]
   comparison = compare.compare(folders, values.split, values.cases)
+  if values.study:
+    from empdg_jax.web import study_report
+
+    human = study_report.report(_study(values))
+    comparison = study_report.beside(comparison, human)
   tables.print_comparison(comparison, values.format, _console())
+
+
+def _study(values: Any) -> pathlib.Path:
+  """Returns the folder of --study."""
+  advice = "give the folder that 'empdg study create' wrote"
+  return storage.disk_path(_given(values, "study", advice), "--study")
+
+
+def study_create(values: Any) -> None:
+  r"""Writes a human evaluation of two or more systems as a folder.
+
+  Annotators rate every system's responses and compare the first system's with
+  each other one's, without seeing which is whose. A system is an evaluated run
+  or export, or a NAME.jsonl with id, context and response in each line
+  (reference and emotion if known).
+
+  Examples:
+    empdg study create runs/empdg runs/moel runs/transformer --out=study
+    empdg study create runs/empdg theirs.jsonl --out=study --dialogues=50 \
+      --annotators=5 --controls=0.2 --seed=1
+  """
+  if not values.dir:
+    raise InputError(
+      "no system is given; write empdg study create runs/empdg runs/moel"
+    )
+  out = storage.disk_path(
+    _given(values, "out", "give the folder to write"), "--out"
+  )
+  from empdg_jax.training import terminal
+  from empdg_jax.web import study, study_answers, study_sources
+
+  folders = [storage.run_path(folder, "dir") for folder in values.dir]
+  sources = study_sources.read(folders, values.split)
+  plan = study.Plan(
+    values.dialogues,
+    values.annotators,
+    values.controls,
+    values.seed,
+    values.split,
+  )
+  content = study.build(sources, plan)
+  study_answers.write(content, out)
+  for part, orders in content.orders.items():
+    terminal.say(
+      f"{part}: {len(orders[0])} items for each of {len(orders)} annotators"
+    )
+  terminal.say(f"Written to {out}. Next: empdg study serve --study={out}")
+
+
+def study_serve(values: Any) -> None:
+  """Serves a study with Potato; prints links and progress.
+
+  Examples:
+    empdg study serve --study=study
+    empdg study serve --study=study --part=pairwise --port=8001
+  """
+  folder = _study(values)
+  from empdg_jax.training import terminal
+  from empdg_jax.web import study, study_potato
+
+  content = study.read(folder)
+  if values.host not in ("127.0.0.1", "localhost", "::1"):
+    terminal.say(
+      f"Warning: --host={values.host} lets everyone who reaches this machine "
+      "answer, without encryption; put a proxy with HTTPS before it."
+    )
+  study_potato.serve(
+    content, folder, values.part, values.host, values.port, terminal.say
+  )
+
+
+def study_import(values: Any) -> None:
+  """Reads answers back, under random tokens, into the study's answers.jsonl.
+
+  Potato's answers, which are in the folder, replace those of an earlier import;
+  those of other platforms are added.
+
+  Examples:
+    empdg study import --study=study
+    empdg study import --study=study --platform=mturk --file=Batch_results.csv
+  """
+  folder = _study(values)
+  from empdg_jax.training import terminal
+  from empdg_jax.web import study, study_answers
+
+  content = study.read(folder)
+  file = storage.disk_path(values.file, "--file") if values.file else None
+  found = study_answers.read_platform(folder, values.platform, file)
+  added, partial = study_answers.add(content, folder, found, values.platform)
+  left = f"; {partial} incomplete ones left out" if partial else ""
+  terminal.say(
+    f"{added} answers in {folder / study_answers.ANSWERS}{left}. "
+    f"Next: empdg study report --study={folder}"
+  )
+
+
+def study_report(values: Any) -> None:
+  """Prints ratings, comparisons, agreement and annotators of a study.
+
+  Examples:
+    empdg study report --study=study
+    empdg study report --study=study --format=latex
+  """
+  folder = _study(values)
+  from empdg_jax.web import study_report, study_tables
+
+  found = study_report.report(folder)
+  study_tables.print_report(found, values.format, _console())
 
 
 def attention(values: Any) -> None:

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import platform
+import re
 import signal
 import sys
 import typing
@@ -55,6 +56,26 @@ _FLAGS: dict[str, tuple[Any, Any, str]] = {
   "dtype": (Literal["float32", "bfloat16"], "float32", "Type of parameters."),
   "format": (Literal["terminal", "json"], "terminal", "Format to print."),
   "compare.format": (_TableFormat, "terminal", "Format to print."),
+  "study": (str, "", "Folder of a human evaluation."),
+  "study create.dir": (
+    list[str], [], "Run, export or NAME.jsonl; --dir= may be left out.",
+  ),
+  "dialogues": (int, 100, "Dialogues to sample, by their share of emotions."),
+  "annotators": (int, 3, "Annotators; each sees every dialogue."),
+  "controls": (float, 0.1, "Share of items with a known answer, 0 to 0.5."),
+  "seed": (int, 0, "Seed of the sample and of all orders."),
+  "part": (Literal["rating", "pairwise"], "rating", "What to serve."),
+  "study serve.host": (str, "127.0.0.1", "Address to listen on."),
+  "study serve.port": (int, 8000, "Port to listen on."),
+  "platform": (
+    Literal["potato", "mturk", "label_studio"], "potato",
+    "Where the answers come from.",
+  ),
+  "file": (str, "", "Answers as the platform exported them; none for Potato."),
+  "study report.format": (
+    Literal["terminal", "markdown", "latex", "json"], "terminal",
+    "Format to print.",
+  ),
   "topology": (str, "", "TPU slice, such as v5e:4x4 or v5litepod-16."),
   "dir": (list[str], [], "Run folder or export; --dir= may be left out."),
   "context": (list[str], [], "A turn; repeat for each turn, the user's last."),
@@ -79,15 +100,25 @@ _COMMANDS = {
   "train": ("workdir", *_HOSTS, *_CONFIG),
   "evaluate": ("split", "out", "samples", *_HOSTS, *_SYSTEM),
   "metrics": ("predictions", "vocab_size"),
-  "compare": ("dir", "split", "format", "cases"),
+  "compare": ("dir", "split", "format", "cases", "study"),
   "generate": ("input", *_SYSTEM),
   "chat": _SYSTEM,
   "demo": ("workdir", "bundle", "host", "port"),
+  "study create": (
+    "dir", "out", "split", "dialogues", "annotators", "controls", "seed",
+  ),
+  "study serve": ("study", "part", "host", "port"),
+  "study import": ("study", "platform", "file"),
+  "study report": ("study", "format"),
   "attention": ("context", "image", *_SYSTEM),
   "checkpoints": ("workdir", "format"),
   "export": ("workdir", "out", "checkpoint", "average", "dtype"),
   "compile-check": ("topology", "vocab_size", "format", "find_batch", *_CONFIG),
   "benchmark": ("output", *_CONFIG),
+}  # fmt: skip
+# Commands of commands; the text is the help of each.
+_GROUPS = {
+  "study": "Runs the paper's human evaluation: create, serve, import, report.",
 }
 _RULES = tyro.constructors.ConstructorRegistry()
 
@@ -129,7 +160,7 @@ def _flags(name: str) -> dict[str, tuple[Any, Any, str]]:
 
 def _function(name: str) -> Callable[[Any], None]:
   """Returns the function that runs a command."""
-  return getattr(commands, name.replace("-", "_"))
+  return getattr(commands, re.sub(r"\W", "_", name))
 
 
 def _options(name: str) -> Callable[..., Any]:
@@ -144,7 +175,28 @@ def _options(name: str) -> Callable[..., Any]:
     field = dataclasses.field(default_factory=lambda default=default: default)
     fields.append((flag, Annotated[kind, settings], field))
   about = {"__doc__": inspect.getdoc(_function(name))}
-  return dataclasses.make_dataclass(name, fields, namespace=about)
+  return dataclasses.make_dataclass(
+    re.sub(r"\W", "_", name), fields, namespace=about
+  )
+
+
+def _group(name: str) -> Any:
+  """Returns a dataclass of a group of commands, such as `empdg study`."""
+  defaults = {
+    command.partition(" ")[2]: _options(command)()
+    for command in _COMMANDS
+    if command.startswith(f"{name} ")
+  }
+  texts = {
+    word: inspect.getdoc(type(given)) or "" for word, given in defaults.items()
+  }
+  kind = tyro.extras.subcommand_type_from_defaults(
+    defaults,
+    descriptions={w: text.splitlines()[0] for w, text in texts.items()},
+    prefix_names=False,
+  )
+  about = {"__doc__": _GROUPS[name]}
+  return dataclasses.make_dataclass(name, [("command", kind)], namespace=about)
 
 
 def _spelled_out(name: str, argv: Sequence[str]) -> list[str]:
@@ -256,7 +308,8 @@ def _print_overview(*argv: str) -> None:
   """Prints the help of all commands, or a script that completes them."""
   with contextlib.suppress(SystemExit):
     tyro.extras.subcommand_cli_from_dict(
-      {name: _options(name) for name in _COMMANDS},
+      {name: _options(name) for name in _COMMANDS if " " not in name}
+      | {name: _group(name) for name in _GROUPS},
       prog="empdg",
       description="'empdg COMMAND --help' explains a command; --version prints "
       "the version,\n--completion=SHELL a script for bash, fish or zsh.",
@@ -286,6 +339,24 @@ def _use_large_pages() -> None:
   )
 
 
+def _in_group(name: str, rest: Sequence[str]) -> list[str]:
+  """Returns the command of a group, its name in one piece, and its flags.
+
+  Raises:
+    InputError: There is no such command in the group.
+  """
+  word, *flags = rest or ["--help"]
+  if word in ("-h", "--help", "help"):
+    tyro.cli(_group(name), prog=f"empdg {name}", args=["--help"], **_SETTINGS)
+  if f"{name} {word}" not in _COMMANDS:
+    known = [c.partition(" ")[2] for c in _COMMANDS if c.startswith(f"{name} ")]
+    near = difflib.get_close_matches(word, known, n=1)
+    hint = f"did you mean 'empdg {name} {near[0]}'?" if near else "expected one"
+    hint += "" if near else " of " + ", ".join(known)
+    raise InputError(f"unknown command 'empdg {name} {word}'; {hint}")
+  return [f"{name} {word}", *flags]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line.
 
@@ -298,6 +369,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   """
   name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
   try:
+    if name in _GROUPS:
+      name, *rest = _in_group(name, rest)
     if name in _COMMANDS:
       _function(name)(_parse(name, rest))
     elif name == "--version":
@@ -310,9 +383,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--completion={shell}: expected {wanted}")
       _print_overview("--tyro-write-completion", shell, "-")
     else:
-      near = difflib.get_close_matches(name, _COMMANDS, n=1)
+      known = [*(c for c in _COMMANDS if " " not in c), *_GROUPS]
+      near = difflib.get_close_matches(name, known, n=1)
       hint = f"did you mean {near[0]!r}?" if near else "expected one of "
-      hint += "" if near else ", ".join(_COMMANDS)
+      hint += "" if near else ", ".join(known)
       raise InputError(f"unknown command {name!r}; {hint}")
     return 0
   except (InputError, OSError) as error:

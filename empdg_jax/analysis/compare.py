@@ -59,6 +59,7 @@ class Row:
     runs: The run folders.
     parameters: The generator's number of parameters.
     figures: The figures by metric; None where the system lacks the metric.
+    human: The mean ratings of a study by metric, if one was given.
   """
 
   name: str
@@ -66,6 +67,7 @@ class Row:
   runs: tuple[str, ...]
   parameters: int
   figures: dict[str, Figure | None]
+  human: dict[str, Figure] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ _TERMINAL_COLUMNS = 4  # Columns of figures in a table.
 _TESTS = "Paired tests: difference (p after Holm's correction)"
 
 
-def _cell(figure: Figure | None, decimals: int) -> str:
+def cell(figure: Figure | None, decimals: int) -> str:
   """Returns `value [low, high] (paper)` or `value ± deviation (paper)`."""
   if figure is None:
     return "-"
@@ -58,8 +58,11 @@ def _tables(comparison: Comparison) -> dict[str, list[list[str]]]:
   for title, rows in _members(comparison.rows).items():
     cells = [["", *(row.title for row in rows)]]
     for name, metric in METRICS.items():
-      figures = (_cell(row.figures[name], metric.decimals) for row in rows)
+      figures = (cell(row.figures[name], metric.decimals) for row in rows)
       cells.append([metric.title, *figures])
+    for name in dict.fromkeys(n for row in rows for n in row.human):
+      figures = (cell(row.human.get(name), 2) for row in rows)
+      cells.append([name.title(), *figures])
     cells.append(["parameters", *(f"{row.parameters:,}" for row in rows)])
     if any(len(row.runs) > 1 for row in rows):
       cells.append(["seeds", *(str(len(row.runs)) for row in rows)])
@@ -96,7 +99,7 @@ def _as_csv(comparison: Comparison) -> str:
   writer = csv.writer(file, lineterminator="\n")
   writer.writerow(("system", "runs", "parameters", "metric", *fields))
   for row in comparison.rows:
-    for metric, figure in row.figures.items():
+    for metric, figure in (row.figures | row.human).items():
       values = dataclasses.astuple(figure) if figure else ("",) * len(fields)
       writer.writerow(
         (row.title, len(row.runs), row.parameters, metric, *values)

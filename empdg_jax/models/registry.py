@@ -29,6 +29,9 @@ class SystemSpec(NamedTuple):
     paper: The metrics that the paper reports, by their names in `metrics.json`.
     discriminators: The names of its discriminators, `"semantic"` before
       `"emotional"`; a system without any has no phases 2 and 3.
+    ratings: The paper's human ratings: empathy, relevance and fluency.
+    preferences: The per cent of the paper's comparisons in which EmpDG won,
+      lost and tied against it.
   """
 
   generator: type[EncoderDecoder]
@@ -37,6 +40,8 @@ class SystemSpec(NamedTuple):
   tables: tuple[str, ...] = (TABLE_1,)
   paper: Mapping[str, float] = {}
   discriminators: tuple[str, ...] = ()
+  ratings: tuple[float, ...] = ()
+  preferences: tuple[float, ...] = ()
 
 
 # The columns of the paper's Tables 1 and 2.
@@ -61,18 +66,24 @@ SYSTEMS: dict[str, SystemSpec] = {
     "Transformer",
     "a Transformer (Vaswani et al., 2017)",
     paper=_paper(None, 33.91, 1.17, 4.70),
+    ratings=(3.15, 3.42, 3.64),
+    preferences=(40.2, 27.5, 32.3),
   ),
   "emoprepend": SystemSpec(
     EmoPrepend,
     "EmoPrepend-1",
     "EmoPrepend-1 (Rashkin et al., 2019)",
     paper=_paper(0.3328, 33.35, 1.06, 4.29),
+    ratings=(3.29, 3.59, 3.71),
+    preferences=(38.7, 29.4, 31.9),
   ),
   "moel": SystemSpec(
     MoEL,
     "MoEL",
     "the mixture of empathetic listeners (Lin et al., 2019)",
     paper=_paper(0.3200, 33.58, 1.38, 4.66),
+    ratings=(3.47, 3.88, 3.68),
+    preferences=(35.7, 31.2, 33.1),
   ),
   "empdg": SystemSpec(
     Generator,
@@ -80,6 +91,7 @@ SYSTEMS: dict[str, SystemSpec] = {
     "EmpDG with both interactive discriminators (Li et al., 2020)",
     tables=(TABLE_1, TABLE_2),
     paper=_paper(0.3431, 34.18, 1.81, 6.94),
+    ratings=(3.58, 3.91, 3.67),
     discriminators=("semantic", "emotional"),
   ),
   "empdg_wo_g": SystemSpec(
