@@ -255,6 +255,8 @@ def test_refuses_what_cannot_be_compared(
   assert "example sets, 'empdg' and 'all_turns'" in _refused(
     capsys, first, turns
   )
+  rules = make_run(tmp_path / "rules", "moel", 1, data__text_rules=1)
+  assert "rules, of the versions 2 and 1" in _refused(capsys, first, rules)
   words = make_run(tmp_path / "words", "moel", 1)
   fewer = build_vocabulary([WORDS[:5]])
   (words / "vocab.txt").write_text(fewer.to_text())

@@ -12,7 +12,7 @@ import numpy as np
 
 from empdg_jax import metrics, storage
 from empdg_jax.analysis import significance
-from empdg_jax.config import InputError
+from empdg_jax.config import InputError, text_rules
 from empdg_jax.data import text
 from empdg_jax.inference import export_files, predictions
 from empdg_jax.inference.system import create_model
@@ -160,6 +160,12 @@ def _check_comparable(evaluations: Sequence[_Evaluation]) -> None:
     if sets[0] != sets[1]:
       raise InputError(
         f"{pair} have different example sets, {sets[0]!r} and {sets[1]!r}"
+      )
+    versions = [text_rules(e.run.config.data) for e in (first, other)]
+    if versions[0] != versions[1]:
+      raise InputError(
+        f"{pair} read text by different rules, of the versions {versions[0]} "
+        f"and {versions[1]}; train both with the same config.data.text_rules"
       )
     if first.run.vocabulary != other.run.vocabulary:
       raise InputError(

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import jax
 from rich.console import Console
 
-from empdg_jax.config import InputError
+from empdg_jax.config import InputError, text_rules
 from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data import pipeline
 from empdg_jax.data.examples import Example, Utterance, annotate
@@ -65,7 +65,8 @@ class Responder:
       raise InputError(
         f"{utterances[:60]!r}: expected a list of turns, the user's last"
       )
-    turns = [annotate(u, self._lexicon) for u in utterances]
+    rules = text_rules(self.system.config.data)
+    turns = [annotate(u, self._lexicon, rules) for u in utterances]
     # The listener began: an empty turn keeps the user's turns at even numbers.
     if len(turns) % 2 == 0:
       turns.insert(0, Utterance((), ()))

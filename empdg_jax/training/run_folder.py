@@ -106,6 +106,25 @@ def check_same_config(workdir: pathlib.Path, config: Config) -> None:
     )
 
 
+def with_text_rules(config: Config, workdir: pathlib.Path) -> Config:
+  """Returns a configuration that names its version of the rules of text.
+
+  Args:
+    config: The configuration of a training.
+    workdir: Its folder. The version is that of the run that it holds, if any.
+
+  Raises:
+    InputError: The folder holds a malformed configuration.
+  """
+  rules = config.data.text_rules
+  if not rules:
+    rules = config_lib.TEXT_RULES
+    if (workdir / "config.json").exists():
+      rules = config_lib.text_rules(read_config(workdir).data)
+  data = dataclasses.replace(config.data, text_rules=rules)
+  return dataclasses.replace(config, data=data)
+
+
 def read_config(workdir: pathlib.Path) -> Config:
   """Reads a run folder's configuration.
 
@@ -154,6 +173,12 @@ def check_same_generator(run: Run, workdir: pathlib.Path) -> None:
   """
   where = f"config.train.mle_checkpoint={str(workdir)!r}"
   other = open_run(workdir)
+  rules = [config_lib.text_rules(r.config.data) for r in (other, run)]
+  if rules[0] != rules[1]:
+    raise InputError(
+      f"{where}: that run reads text by version {rules[0]} of the rules, this "
+      f"one by version {rules[1]}; both need the same config.data.text_rules"
+    )
   if other.vocabulary != run.vocabulary:
     raise InputError(
       f"{where}: its vocabulary of {len(other.vocabulary):,} tokens is not "

@@ -134,6 +134,7 @@ def open_session(
   # other, one that gives up alone would leave them waiting;
   with hosts.refusing_together():
     log = TrainLog(config.train, workdir)
+    config = run_folder.with_text_rules(config, workdir)
     dataset = _load_dataset(config, workdir)
     embeddings = _load_vectors(config, dataset, log)
     run = run_folder.Run(
