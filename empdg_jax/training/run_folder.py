@@ -90,7 +90,7 @@ def check_same_config(workdir: pathlib.Path, config: Config) -> None:
       )
     return
   theirs = config_lib.flatten(read_config(workdir))
-  ours = config_lib.flatten(config)
+  ours = config_lib.flatten(with_text_rules(config, workdir))
   different = [
     name
     for name in ours
