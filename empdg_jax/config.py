@@ -16,6 +16,10 @@ from typing import Any, Literal
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 # Devices count and draw random numbers in int32.
 MAX_INT = 2**31 - 1
+# The newest rules of `data/text.py`, `data/lexicon.py` and `data/examples.py`.
+# Raise it when one of them changes, and keep the former rules: a trained system
+# goes on reading text as it learned it.
+TEXT_RULES = 2
 
 
 class InputError(ValueError):
@@ -76,6 +80,9 @@ class DataConfig(SourceConfig):
   # Pre-trained word vectors in GloVe's text format, optionally gzipped; "" for
   # none.
   vectors: str = ""
+  # Version of the rules that tokenise text and mark emotional words; 0 for the
+  # newest, or for those of the run that is resumed.
+  text_rules: int = 0
   # Splits whose words form the vocabulary: "train", or "all" (the published
   # protocol).
   vocab_scope: Literal["train", "all"] = "train"
@@ -234,7 +241,8 @@ class Config:
 
 
 _MAY_BE_ZERO = {
-  "train.seed", "train.discriminator_steps", "train.adversarial_rounds",
+  "data.text_rules", "train.seed", "train.discriminator_steps",
+  "train.adversarial_rounds",
   "train.gradient_penalty_weight", "train.generator_signal_weight",
   "model.dropout_rate", "model.emotion_loss_weight", "model.label_smoothing",
   "model.listener_top_k", "model.listener_teacher_ratio", "eval.length_penalty",
@@ -351,6 +359,8 @@ def validate(config: Config) -> None:
       fits = value > 0 or (value == 0 and name in _MAY_BE_ZERO)
       check(fits, name, "more than 0")
   model, shapes = config.model, config.data.shapes
+  wanted = f"a version of at most {TEXT_RULES}; a newer one needs an update"
+  check(config.data.text_rules <= TEXT_RULES, "data.text_rules", wanted)
   for name in ("model.dropout_rate", "model.label_smoothing"):
     check(values[name] < 1, name, "less than 1")
   fits = model.listener_teacher_ratio <= 1
@@ -374,6 +384,15 @@ def validate(config: Config) -> None:
   longest = tuple(map(max, zip(*shapes, strict=True)))
   check(shapes[-1] == longest, "data.shapes", "the longest lengths last")
   profile_range(config.train)
+
+
+def text_rules(config: DataConfig) -> int:
+  """Returns the version of the rules by which text is read.
+
+  >>> text_rules(DataConfig(text_rules=1))
+  1
+  """
+  return config.text_rules or TEXT_RULES
 
 
 def profile_range(config: TrainConfig) -> tuple[int, int] | None:
@@ -490,7 +509,9 @@ def from_json(text: str, where: str) -> Config:
   """
   try:
     values = _with_tuples(parse_json(text))
-    # Runs from before this field computed in float32.
+    # Runs had no such fields while there was one version of the rules for text,
+    # and while they computed in float32.
+    values["data"].setdefault("text_rules", 1)
     values["train"].setdefault("compute_dtype", "float32")
     given = {f"{s}.{name}" for s, fields in values.items() for name in fields}
     if unknown := given - field_types().keys():

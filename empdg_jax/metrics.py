@@ -1,7 +1,8 @@
 """The registry of metrics: one record for each, read by everything else."""
 
 import dataclasses
-from collections import ChainMap
+import re
+from collections import ChainMap, Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -34,6 +35,8 @@ class Metric:
     rank: Its place in `metrics.json`; equal ranks follow the tables.
     null: Whether `metrics.json` has a null if a line lacks a field. Other
       metrics are left out.
+    share_of: If the metric is the share of examples with some property, the
+      name of the sum that counts them.
   """
 
   title: str
@@ -46,6 +49,7 @@ class Metric:
   )
   rank: int = 3
   null: bool = False
+  share_of: str = ""
 
 
 def ngrams(response: str, n: int) -> list[tuple[str, ...]]:
@@ -102,17 +106,111 @@ def _expectation_adjusted(distinct: Any, total: Any, vocab_size: int) -> Any:
   return 100.0 * distinct / (vocab_size * seen)
 
 
-def _ngram_metric(title: str, n: int, finish: Callable[..., Any]) -> Metric:
-  """Returns the metric of n-grams that `finish` computes from their counts."""
-  total, distinct = f"ngrams_{n}", f"distinct_ngrams_{n}"
+def _ngram_metric(
+  title: str, n: int, finish: Callable[..., Any], most: int | None = None
+) -> Metric:
+  """Returns the metric of n-grams that `finish` computes from their counts.
+
+  Args:
+    title: The metric's name without its n.
+    n: The length of the n-grams.
+    finish: `_distinct` or `_expectation_adjusted`.
+    most: The number of tokens after which a response is cut; None for none. A
+      greedy response cut there is what decoding with fewer steps gives.
+  """
+  cut = "" if most is None else f"_at_{most}"
+  total, distinct = f"ngrams_{n}{cut}", f"distinct_ngrams_{n}{cut}"
+
+  def items(line: Line) -> list[tuple[str, ...]]:
+    # A response has at most as many n-grams as it has tokens.
+    found = ngrams(line["response"], n)
+    return found if most is None else found[: max(0, most - n + 1)]
+
   return Metric(
-    f"{title}-{n}",
+    f"{title}-{n}" + ("" if most is None else f" at {most} tokens"),
     2,
     (),
-    {total: lambda line: len(ngrams(line["response"], n))},
+    {total: lambda line: len(items(line))},
     lambda t: finish(t[distinct], t[total], t["vocab_size"]),
-    {distinct: lambda line: ngrams(line["response"], n)},
+    {distinct: items},
   )
+
+
+def _share(
+  title: str,
+  needs: tuple[str, ...],
+  name: str,
+  fits: Callable[[Line], bool],
+  **settings: Any,
+) -> Metric:
+  """Returns the share of examples that fit, in [0, 1]."""
+  return Metric(
+    title,
+    4,
+    needs,
+    {name: fits},
+    lambda t: t[name] / t["examples"],
+    share_of=name,
+    **settings,
+  )
+
+
+def repeats_trigram(response: str) -> bool:
+  """Returns whether some 3-gram of a response occurs twice.
+
+  >>> repeats_trigram("i am so sorry i am so"), repeats_trigram("so so so")
+  (True, False)
+  """
+  found = ngrams(response, 3)
+  return len(set(found)) < len(found)
+
+
+def repeats_sentence(response: str) -> bool:
+  """Returns whether some sentence of a response occurs twice.
+
+  >>> repeats_sentence("oh no ! i see . oh no ."), repeats_sentence("no . oh !")
+  (True, False)
+  """
+  found = [s.strip() for s in re.split(r"(?:^| )[.!?]+(?= |$)", response)]
+  found = [sentence for sentence in found if sentence]
+  return len(set(found)) < len(found)
+
+
+def _is_among(first: int) -> Callable[[Line], bool]:
+  """Returns a check that the label is among the likeliest ones."""
+  return lambda line: line["emotion"] in line["likeliest_emotions"][:first]
+
+
+def confusion(lines: Sequence[Line]) -> dict[str, dict[str, int]]:
+  """Counts the predicted emotions of each gold emotion.
+
+  Args:
+    lines: Predictions with `emotion` and `predicted_emotion`.
+
+  Returns:
+    By gold label and predicted label, both in alphabetical order, the number of
+    examples; zeros are left out.
+
+  >>> confusion([{"emotion": "sad", "predicted_emotion": "proud"}])
+  {'sad': {'proud': 1}}
+  """
+  pairs = Counter((x["emotion"], x["predicted_emotion"]) for x in lines)
+  found: dict[str, dict[str, int]] = {}
+  for (gold, predicted), count in sorted(pairs.items()):
+    found.setdefault(gold, {})[predicted] = count
+  return found
+
+
+def accuracy_by_emotion(lines: Sequence[Line]) -> dict[str, float]:
+  """Returns the share of each gold label's examples that it is predicted for.
+
+  >>> accuracy_by_emotion([{"emotion": "sad", "predicted_emotion": "proud"}])
+  {'sad': 0.0}
+  """
+  return {
+    gold: predicted.get(gold, 0) / sum(predicted.values())
+    for gold, predicted in confusion(lines).items()
+  }
 
 
 def _bleu_counts(line: Line) -> np.ndarray:
@@ -131,27 +229,29 @@ def _bleu_counts(line: Line) -> np.ndarray:
 
 def _bleu(counts: npt.ArrayLike) -> np.ndarray:
   """Returns corpus BLEU of summed counts, `[..., 10]` -> `[...]`."""
-
-  def score(row: np.ndarray) -> float:
-    found = row.astype(int).tolist()
-    # compute_bleu does not smooth by default, but corpus_bleu does.
-    return BLEU.compute_bleu(
-      found[:4], found[4:8], found[8], found[9], smooth_method="exp"
-    ).score
-
-  return np.apply_along_axis(score, -1, counts)
+  # sacrebleu's `compute_bleu` with the smoothing of its `corpus_bleu`, for all
+  # replicates at once: a call for each would take most of a comparison's time.
+  counts = np.asarray(counts, float)
+  found, total = counts[..., :4], counts[..., 4:8]
+  length, wanted = counts[..., 8], counts[..., 9]
+  halvings = 2.0 ** np.cumsum(found == 0, axis=-1)
+  precisions = np.where(found > 0, found, 1 / halvings) / np.maximum(total, 1)
+  score = 100 * np.exp(np.log(precisions).mean(axis=-1))
+  shortness = np.exp(np.minimum(0.0, 1 - wanted / np.maximum(length, 1)))
+  return np.where((found[..., 0] > 0) & (total[..., 3] > 0), score, 0.0) * (
+    shortness
+  )
 
 
 # Tables show metrics in this order. Validation during training sums `nll`,
 # `tokens`, `mean_nll`, `emotion_correct` and `examples` on the devices, under
 # these names, and finishes them with the same functions.
 METRICS: dict[str, Metric] = {
-  "emotion_accuracy": Metric(
+  "emotion_accuracy": _share(
     "accuracy",
-    4,
     ("emotion", "predicted_emotion"),
-    {"emotion_correct": lambda x: x["emotion"] == x["predicted_emotion"]},
-    lambda t: t["emotion_correct"] / t["examples"],
+    "emotion_correct",
+    lambda x: x["emotion"] == x["predicted_emotion"],
     rank=2,
     null=True,
   ),
@@ -189,6 +289,41 @@ METRICS: dict[str, Metric] = {
     (),
     {"words": lambda line: len(line["response"].split())},
     lambda t: t["words"] / t["examples"],
+  ),
+  # The published figures of EmpDG are of replies cut at different lengths.
+  "distinct_1_at_30": _ngram_metric("Distinct", 1, _distinct, 30),
+  "distinct_2_at_30": _ngram_metric("Distinct", 2, _distinct, 30),
+  "repetition": _share(
+    "repeated 3-gram",
+    (),
+    "repeated_trigram",
+    lambda line: repeats_trigram(line["response"]),
+  ),
+  "sentence_repetition": _share(
+    "repeated sentence",
+    (),
+    "repeated_sentence",
+    lambda line: repeats_sentence(line["response"]),
+  ),
+  "different_responses": Metric(
+    "different responses",
+    4,
+    (),
+    {},
+    lambda t: t["distinct_responses"] / np.maximum(t["examples"], 1),
+    {"distinct_responses": lambda line: [line["response"]]},
+  ),
+  "top3_accuracy": _share(
+    "accuracy, top 3",
+    ("emotion", "likeliest_emotions"),
+    "emotion_in_top3",
+    _is_among(3),
+  ),
+  "top5_accuracy": _share(
+    "accuracy, top 5",
+    ("emotion", "likeliest_emotions"),
+    "emotion_in_top5",
+    _is_among(5),
   ),
 }
 

@@ -77,6 +77,172 @@ def test_interval_equals_scipys_bootstrap() -> None:
   assert high - low > 0.05
 
 
+def test_permutations_swap_whole_dialogues() -> None:
+  """Every metric equals that of the lines after the swaps."""
+  lines = make_lines(1), make_lines(3)
+  dialogues = significance.dialogues_of(lines[0])
+  swaps = np.random.default_rng(2).random((4, 40)) < 0.5
+  swaps[0] = False
+  swaps[1] = True
+  numbers: significance.Numbers = {}
+  corpora = [significance.summarize(x, 18, numbers) for x in lines]
+  permuted = significance.permute(corpora[0], corpora[1], swaps)
+  for number, swap in enumerate(swaps):
+    pairs = zip(*lines, dialogues, strict=True)
+    swapped = [(b, a) if swap[d] else (a, b) for a, b, d in pairs]
+    one, two = (
+      metrics.text_metrics(x, 18) for x in map(list, zip(*swapped, strict=True))
+    )
+    for name, values in permuted.items():
+      difference = one[name] - two[name]
+      assert values[number] == pytest.approx(difference, abs=1e-9), name
+
+
+def test_jackknife_leaves_out_each_dialogue() -> None:
+  lines = make_lines(2, dialogues=5)
+  dialogues = significance.dialogues_of(lines)
+  without = significance.jackknife(significance.summarize(lines, 18))
+  assert {"distinct_1", "ead_2", "different_responses"} <= without.keys()
+  for left_out in range(5):
+    rest = [x for x, d in zip(lines, dialogues, strict=True) if d != left_out]
+    expected = metrics.text_metrics(rest, 18)
+    for name, values in without.items():
+      assert values[left_out] == pytest.approx(expected[name])
+
+
+def test_accuracy_has_mcnemars_exact_test() -> None:
+  """30 examples right only in one run, 15 only in the other: scipy's."""
+  differences = [1] * 30 + [-1] * 15 + [0] * 40
+  expected = scipy.stats.binomtest(15, 45).pvalue
+  assert significance.exact_p_value(differences) == pytest.approx(expected)
+  # Sums of several examples and runs, against all 2 ** 10 swaps.
+  differences = np.array([3, -1, 2, 2, 0, 1, -2, 1, 1, 3])
+  signs = 1 - 2 * ((np.arange(1024)[:, None] >> np.arange(10)) & 1)
+  expected = np.mean(np.abs(signs @ differences) >= differences.sum())
+  assert significance.exact_p_value(differences) == pytest.approx(expected)
+
+
+def test_runs_of_a_system_swap_together(tmp_path: pathlib.Path) -> None:
+  """Copies of a run under other seeds add nothing to its evidence."""
+  p_values = []
+  for count in (1, 3):
+    folders = []
+    for name, lines in (("moel", 1), ("empdg", 2)):
+      for seed in range(count):
+        folder = make_run(tmp_path / f"{count}{name}{seed}", name, seed)
+        written = "".join(json.dumps(x) + "\n" for x in make_lines(lines))
+        (folder / "eval/test/predictions.jsonl").write_text(written)
+        folders.append(folder)
+    tests = compare.compare(folders, "test").tests
+    assert {t.runs for t in tests} == {count}
+    p_values.append({t.metric: t.p_value for t in tests})
+  assert p_values[0] == pytest.approx(p_values[1])
+
+
+def _drawn_pool(dialogues: int) -> list[list[dict[str, Any]]]:
+  """Draws dialogues whose words, word pairs and replies follow Zipf's law."""
+  rng = np.random.default_rng(0)
+
+  def zipf(count: int, power: float) -> np.ndarray:
+    chances = 1 / np.arange(1, count + 1) ** power
+    return chances / chances.sum()
+
+  names = np.array([*map(str, range(2_000))])
+  names[3] = "."
+  followers = rng.choice(2_000, (2_000, 60), p=zipf(2_000, 1.4))
+  ranks = zipf(60, 1.5)
+
+  def reply() -> list[str]:
+    words = [int(rng.integers(2_000))]
+    for rank in rng.choice(60, int(rng.integers(5, 16)), p=ranks):
+      words.append(int(followers[words[-1], rank]))
+    return names[words].tolist()
+
+  stock = [reply() for _ in range(400)]
+  pool = []
+  for dialogue in range(dialogues):
+    lines = []
+    shared = rng.normal()  # What the examples of a dialogue have in common.
+    for turn in range(int(rng.integers(1, 3))):
+      response = reply()
+      if rng.random() < 0.4:
+        response = stock[int(400 * rng.random() ** 2)]
+      kept = int(rng.integers(1, 6))
+      reference = response[:kept] + reply()
+      tokens = len(reference) + 1
+      felt = shared + rng.normal()
+      lines.append(
+        {
+          "id": f"c:{dialogue}:{turn}",
+          "response": " ".join(response),
+          "reference": " ".join(reference),
+          "emotion": "sad",
+          "predicted_emotion": "sad" if felt > 0 else "proud",
+          "likeliest_emotions": ["sad"] * (felt > -1),
+          "nll": float(tokens * (3 + 0.3 * shared + 0.3 * rng.normal())),
+          "tokens": tokens,
+        }
+      )
+    pool.append(lines)
+  return pool
+
+
+def _renamed(dialogues: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+  """Returns the dialogues' lines, numbered from 0."""
+  return [
+    {**line, "id": f"c:{number}:{turn}"}
+    for number, lines in enumerate(dialogues)
+    for turn, line in enumerate(lines)
+  ]
+
+
+@pytest.mark.slow
+def test_tests_and_intervals_hold_what_they_promise() -> None:
+  """2,000 null pairs, and 1,000 disjoint samples of a large pool.
+
+  In a null pair the predictions of two systems are exchangeable dialogue by
+  dialogue. All tests at .05 and all 95% intervals.
+  """
+  size, count = 100, 1_000
+  pool, numbers = _drawn_pool(size * count), {}
+  samples = [
+    significance.summarize(_renamed(pool[first : first + size]), 2_000, numbers)
+    for first in range(0, size * count, size)
+  ]
+  counts = significance.draw(size)[:1_000]
+  figures: dict[str, list[float]] = {}
+  ends: dict[str, list[tuple[float, float]]] = {}
+  for corpus in samples:
+    values = significance.replicate(corpus, np.ones((1, size), int))
+    drawn = significance.replicate(significance.means_of(corpus), counts)
+    without = significance.jackknife(corpus)
+    for name, metric in corpus.metrics.items():
+      value = float(values[name][0])
+      figures.setdefault(name, []).append(value)
+      ends.setdefault(name, []).append(
+        significance.jackknife_interval(value, without[name])
+        if metric.types
+        else significance.interval(value, drawn[name])
+      )
+  swaps = significance.draw_swaps(size)[:999]
+  p_values: dict[str, list[float]] = {}
+  for apart in (1, 2):
+    for index, corpus in enumerate(samples):
+      other = samples[(index + apart) % count]
+      tested = significance.compare_runs([(corpus, other)], swaps)
+      for name, (_, p_value) in tested.items():
+        p_values.setdefault(name, []).append(p_value)
+  covered = {
+    name: np.mean(
+      [low <= np.mean(figures[name]) <= high for low, high in pairs]
+    )
+    for name, pairs in ends.items()
+  }
+  rejected = {n: np.mean(np.less(p, 0.05)) for n, p in p_values.items()}
+  for n in covered:
+    print(n, np.mean(figures[n]), covered[n], rejected[n])
+
+
 def test_interval_of_distinct_lies_around_the_figure() -> None:
   """A replicate holds about 1 - 1/e of the dialogues, some repeatedly."""
   lines = [
@@ -102,15 +268,18 @@ def test_comparison_equals_a_direct_computation(
   ]  # fmt: skip
   rng = np.random.default_rng(0)
   counts = rng.multinomial(40, np.full(40, 1 / 40), size=2_000)
-  p_values, perplexities, draws = [], [], []
+  p_values, perplexities, sums = [], [], []
   for seed in (3, 2, 1):
     lines = make_lines(seed)
     dialogues = significance.dialogues_of(lines)
     nll = np.bincount(dialogues, [x["nll"] for x in lines])
     tokens = np.bincount(dialogues, [x["tokens"] for x in lines])
     perplexities.append(np.exp(nll.sum() / tokens.sum()))
-    draws.append(np.exp((counts @ nll) / (counts @ tokens)))
-  for row, value, drawn in zip(compared.rows, perplexities, draws, strict=True):
+    sums.append((nll, tokens))
+  for row, value, (nll, tokens) in zip(
+    compared.rows, perplexities, sums, strict=True
+  ):
+    drawn = np.exp((counts @ nll) / (counts @ tokens))
     figure = row.figures["perplexity"]
     assert figure is not None
     assert figure.value == pytest.approx(value, rel=1e-9)
@@ -119,9 +288,12 @@ def test_comparison_equals_a_direct_computation(
     assert figure.paper is None
   for i, j in ((0, 1), (0, 2), (1, 2)):
     difference = perplexities[i] - perplexities[j]
-    drawn = draws[i] - draws[j]
-    beyond = np.abs(drawn - drawn.mean()) >= abs(difference)
-    p_values.append((beyond.sum() + 1) / 2_001)
+    (one, tokens), (two, _) = sums[i], sums[j]
+    swaps = np.random.default_rng(0).integers(0, 2, (10_000, 40), np.uint8)
+    drawn = np.exp((one.sum() + swaps @ (two - one)) / tokens.sum())
+    drawn -= np.exp((two.sum() + swaps @ (one - two)) / tokens.sum())
+    beyond = np.abs(drawn) >= abs(difference)
+    p_values.append((beyond.sum() + 1) / 10_001)
   # Holm: the smallest times 3, the next times 2, the largest; never falling.
   order = np.argsort(p_values)
   corrected, highest = np.zeros(3), 0.0
@@ -154,11 +326,15 @@ def test_seeds_are_pooled(tmp_path: pathlib.Path) -> None:
     for seed in (1, 2, 3)
   ]
   for name, figure in moel.figures.items():
-    of_name = [v[name] for v in values]
+    of_name = [v.get(name) for v in values]
+    if None in of_name:  # Invented predictions have no ranking.
+      assert figure is None
+      continue
     assert figure is not None
     assert figure.value == pytest.approx(np.mean(of_name))
     assert figure.deviation == pytest.approx(np.std(of_name, ddof=1))
-    assert figure.low is None
+    assert figure.low is not None
+    assert figure.low <= figure.value <= (figure.high or 0.0)
   assert empdg.figures["bleu"].deviation is None
   # A run with another setting is a system of its own.
   folders[1] = make_run(tmp_path / "top", "moel", 2, model__listener_top_k=5)
@@ -224,7 +400,7 @@ def test_formats(
   if form == "latex":
     assert said.count(r"\begin{tabular}") == said.count(r"\end{tabular}") == 3
     body = [line for line in said.splitlines() if line.endswith(r"\\")]
-    assert all(line.count("&") in (2, 3, 9) for line in body)
+    assert all(line.count("&") in (2, 3, len(metrics.METRICS)) for line in body)
   if form in ("markdown", "terminal"):
     reply = make_lines(1)[0]["response"]
     assert f"EmpDG, {make_lines(1)[0]['predicted_emotion']}: {reply}" in said
@@ -255,6 +431,8 @@ def test_refuses_what_cannot_be_compared(
   assert "example sets, 'empdg' and 'all_turns'" in _refused(
     capsys, first, turns
   )
+  rules = make_run(tmp_path / "rules", "moel", 1, data__text_rules=1)
+  assert "rules, of the versions 2 and 1" in _refused(capsys, first, rules)
   words = make_run(tmp_path / "words", "moel", 1)
   fewer = build_vocabulary([WORDS[:5]])
   (words / "vocab.txt").write_text(fewer.to_text())

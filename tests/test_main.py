@@ -79,8 +79,11 @@ def test_evaluation_files(evaluated: pathlib.Path) -> None:
   assert [line["id"] for line in lines[:2]] == ["test:0:1", "test:1:1"]
   assert set(lines[0]) == {
     "id", "emotion", "predicted_emotion", "context", "emotion_words",
-    "reference", "response", "nll", "tokens",
+    "reference", "response", "nll", "tokens", "likeliest_emotions",
   }  # fmt: skip
+  for line in lines:
+    assert len(line["likeliest_emotions"]) == 5
+    assert line["likeliest_emotions"][0] == line["predicted_emotion"]
   for line in lines:
     assert line["tokens"] == len(line["reference"].split()) + 1
     assert len(line["response"].split()) <= 5

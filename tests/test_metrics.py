@@ -99,8 +99,57 @@ def test_metrics_json_keeps_its_order() -> None:
   assert list(metrics.text_metrics(lines, 18)) == [
     "examples", "perplexity", "perplexity_per_example", "emotion_accuracy",
     "distinct_1", "distinct_2", "ead_1", "ead_2", "bleu", "average_length",
-    "vocab_size",
+    "distinct_1_at_30", "distinct_2_at_30", "repetition",
+    "sentence_repetition", "different_responses", "vocab_size",
   ]  # fmt: skip
+
+
+def test_repetition_and_different_responses_by_hand() -> None:
+  responses = [
+    "no . yes . no .",  # A sentence, but no 3-gram.
+    "i see you . i see you , too",
+    "oh no !",
+    "oh no !",
+    "",
+  ]
+  values = metrics.text_metrics([{"response": r} for r in responses], 18)
+  assert values["repetition"] == 1 / 5
+  assert values["sentence_repetition"] == 1 / 5
+  assert values["different_responses"] == 4 / 5
+  assert values["average_length"] == (6 + 9 + 3 + 3) / 5
+
+
+def test_distinct_at_30_tokens_by_hand() -> None:
+  """The 31st token, which is new, does not count."""
+  response = " ".join(["a", "b"] * 15 + ["c"])
+  values = metrics.text_metrics([{"response": response}], 18)
+  assert values["distinct_1"] == 100 * 3 / 31
+  assert values["distinct_1_at_30"] == 100 * 2 / 30
+  assert values["distinct_2_at_30"] == 100 * 2 / 29
+  cut = metrics.text_metrics([{"response": response[:59]}], 18)
+  for n in (1, 2):
+    assert cut[f"distinct_{n}"] == values[f"distinct_{n}_at_30"]
+
+
+def test_accuracy_of_the_likeliest_and_by_emotion() -> None:
+  labels = ["sad", "proud", "afraid", "angry", "joyful", "lonely"]
+  lines = [
+    {"response": "", "emotion": gold, "predicted_emotion": "sad",
+     "likeliest_emotions": labels[:5]}
+    for gold in labels
+  ]  # fmt: skip
+  values = metrics.text_metrics(lines, 18)
+  assert values["emotion_accuracy"] == 1 / 6
+  assert values["top3_accuracy"] == 3 / 6
+  assert values["top5_accuracy"] == 5 / 6
+  by_emotion = metrics.accuracy_by_emotion(lines)
+  assert by_emotion == {label: float(label == "sad") for label in labels}
+  assert metrics.confusion(lines)["lonely"] == {"sad": 1}
+  # Predictions of earlier versions have no ranking.
+  del lines[0]["likeliest_emotions"]
+  values = metrics.text_metrics(lines, 18)
+  assert values["emotion_accuracy"] == 1 / 6
+  assert "top3_accuracy" not in values
 
 
 @pytest.mark.parametrize("count", [2, 100])
@@ -122,7 +171,8 @@ def test_bleu_is_sacrebleus(count: int) -> None:
     {**lines[0], "response": "d ", "reference": "e f d"},
   ]
   for some in (lines, smoothed):
-    assert metrics.text_metrics(some, 18)["bleu"] == expected(some)
+    value = metrics.text_metrics(some, 18)["bleu"]
+    assert value == pytest.approx(expected(some), rel=1e-12)
     some = [{**line, "id": f"a:{i}:1"} for i, line in enumerate(some)]
     corpus = significance.summarize(some, 18)
     counts = np.random.default_rng(0).multinomial(
@@ -131,7 +181,7 @@ def test_bleu_is_sacrebleus(count: int) -> None:
     bleu = significance.replicate(corpus, counts)["bleu"]
     for row, value in zip(counts, bleu, strict=True):
       drawn = [x for x, n in zip(some, row, strict=True) for _ in range(n)]
-      assert value == expected(drawn)
+      assert value == pytest.approx(expected(drawn), rel=1e-12)
 
 
 def test_validation_finishes_the_devices_sums_alike() -> None:

@@ -13,7 +13,7 @@ import pytest
 from helpers import run_training
 
 from empdg_jax import config as config_lib
-from empdg_jax.config import Config, InputError, SaveError
+from empdg_jax.config import TEXT_RULES, Config, InputError, SaveError
 from empdg_jax.training import (
   checkpoint,
   loop,
@@ -52,7 +52,9 @@ def trained(
 
 def test_run_folder(trained: tuple[Config, pathlib.Path]) -> None:
   config, workdir = trained
-  assert run_folder.read_config(workdir) == config
+  written = run_folder.read_config(workdir)
+  assert written.data.text_rules == TEXT_RULES
+  assert written == run_folder.with_text_rules(config, workdir)
   assert sorted(_losses(workdir)) == list(range(1, 25))
   names = {
     json.loads(line)["name"]

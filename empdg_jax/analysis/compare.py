@@ -12,7 +12,8 @@ import numpy as np
 
 from empdg_jax import metrics, storage
 from empdg_jax.analysis import significance
-from empdg_jax.config import InputError
+from empdg_jax.analysis.significance import Corpus
+from empdg_jax.config import InputError, text_rules
 from empdg_jax.data import text
 from empdg_jax.inference import export_files, predictions
 from empdg_jax.inference.system import create_model
@@ -36,7 +37,7 @@ class Figure:
 
   Attributes:
     value: The metric on the split, or the mean over several runs.
-    low: The lower end of the 95% interval, for a single run.
+    low: The lower end of the 95% interval over dialogues.
     high: The upper end.
     deviation: The standard deviation over several runs.
     paper: The figure that the paper reports.
@@ -78,8 +79,10 @@ class Test:
     metric: The metric's name.
     systems: The titles of the two rows.
     difference: The first system's figure minus the second's.
-    p_value: The p-value of the paired bootstrap.
+    p_value: The p-value of the permutation within dialogues.
     p_corrected: The p-value corrected for the number of pairs (Holm).
+    runs: The number of runs of each system that were tested, all of which swap
+      the same dialogues together.
   """
 
   metric: str
@@ -87,6 +90,7 @@ class Test:
   difference: float
   p_value: float
   p_corrected: float
+  runs: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +167,12 @@ def _check_comparable(evaluations: Sequence[_Evaluation]) -> None:
       raise InputError(
         f"{pair} have different example sets, {sets[0]!r} and {sets[1]!r}"
       )
+    versions = [text_rules(e.run.config.data) for e in (first, other)]
+    if versions[0] != versions[1]:
+      raise InputError(
+        f"{pair} read text by different rules, of the versions {versions[0]} "
+        f"and {versions[1]}; train both with the same config.data.text_rules"
+      )
     if first.run.vocabulary != other.run.vocabulary:
       raise InputError(
         f"{pair} have different vocabularies, of "
@@ -202,9 +212,11 @@ def _groups(evaluations: Sequence[_Evaluation]) -> list[list[_Evaluation]]:
     groups.setdefault((key, copy), []).append(evaluation)
     seen[key, config.train.seed] += 1
   order = list(registry.SYSTEMS)
-  return sorted(
-    groups.values(), key=lambda g: order.index(g[0].run.config.model.name)
-  )
+  by_seed = [
+    sorted(group, key=lambda e: e.run.config.train.seed)
+    for group in groups.values()
+  ]
+  return sorted(by_seed, key=lambda g: order.index(g[0].run.config.model.name))
 
 
 def _titles(groups: Sequence[Sequence[_Evaluation]]) -> list[str]:
@@ -241,78 +253,97 @@ def compare(
   titles = _titles(groups)
   lines = evaluations[0].lines
   dialogues = int(significance.dialogues_of(lines).max()) + 1
-  # All systems share the replicates; the tests are paired.
+  numbers: significance.Numbers = {}
+  corpora = [
+    [
+      significance.summarize(e.lines, len(e.run.vocabulary), numbers)
+      for e in group
+    ]
+    for group in groups
+  ]
   counts = significance.draw(dialogues)
-  rows, replicates = zip(
-    *(_row(t, g, counts) for t, g in zip(titles, groups, strict=True)),
-    strict=True,
-  )
+  rows = [
+    _row(title, group, of_runs, counts)
+    for title, group, of_runs in zip(titles, groups, corpora, strict=True)
+  ]
   return Comparison(
     split,
     len(lines),
     dialogues,
-    list(rows),
-    _tests(rows, replicates),
+    rows,
+    _tests(rows, corpora, significance.draw_swaps(dialogues)),
     _cases(titles, groups, cases),
   )
 
 
 def _row(
-  title: str, group: Sequence[_Evaluation], counts: np.ndarray
-) -> tuple[Row, dict[str, np.ndarray]]:
-  """Returns a system's figures, and its metrics on every replicate."""
+  title: str,
+  group: Sequence[_Evaluation],
+  corpora: Sequence[Corpus],
+  counts: np.ndarray,
+) -> Row:
+  """Returns a system's figures.
+
+  Args:
+    title: The system's name in tables.
+    group: Its runs.
+    corpora: Their predictions, added up by dialogue.
+    counts: The result of `significance.draw`.
+  """
   run = group[0].run
   published = registry.find_system(run.config.model).paper
-  vocab_size = len(run.vocabulary)
-  values = [metrics.text_metrics(e.lines, vocab_size) for e in group]
-  of_runs = [
-    significance.replicate(significance.summarize(e.lines, vocab_size), counts)
-    for e in group
+  values = [metrics.text_metrics(e.lines, len(run.vocabulary)) for e in group]
+  drawn = [
+    significance.replicate(significance.means_of(corpus), counts)
+    for corpus in corpora
   ]
+  without = [significance.jackknife(corpus) for corpus in corpora]
   figures: dict[str, Figure | None] = dict.fromkeys(metrics.METRICS)
-  replicates = {}
-  for metric in figures:
-    if not all(metric in of_run for of_run in of_runs):
+  for name, metric in metrics.METRICS.items():
+    if not all(name in corpus.metrics for corpus in corpora):
       continue
-    replicates[metric] = np.mean([r[metric] for r in of_runs], axis=0)
-    of_metric = [v[metric] for v in values]
-    value, paper = float(np.mean(of_metric)), published.get(metric)
-    if len(group) == 1:
-      low, high = significance.interval(value, replicates[metric])
-      figures[metric] = Figure(value, low, high, paper=paper)
+    of_metric = [v[name] for v in values]
+    value = float(np.mean(of_metric))
+    # Of the mean over runs: a dialogue is drawn or left out of all of them.
+    if metric.types:
+      ends = significance.jackknife_interval(
+        value, np.mean([w[name] for w in without], axis=0)
+      )
     else:
-      # A few seeds say more than dialogues do, so they replace the interval.
-      deviation = float(np.std(of_metric, ddof=1))
-      figures[metric] = Figure(value, deviation=deviation, paper=paper)
-  row = Row(
+      ends = significance.interval(
+        value, np.mean([d[name] for d in drawn], axis=0)
+      )
+    spread = float(np.std(of_metric, ddof=1)) if len(group) > 1 else None
+    figures[name] = Figure(value, *ends, spread, published.get(name))
+  return Row(
     run.config.model.name,
     title,
     tuple(str(e.run.workdir) for e in group),
     train_state.count_parameters(create_model(run)),
     figures,
   )
-  return row, replicates
 
 
 def _tests(
-  rows: Sequence[Row], replicates: Sequence[dict[str, np.ndarray]]
+  rows: Sequence[Row], corpora: Sequence[Sequence[Corpus]], swaps: np.ndarray
 ) -> list[Test]:
   """Tests every pair of systems, each metric's pairs as one family."""
+  families: dict[str, list[Test]] = {name: [] for name in metrics.METRICS}
+  systems = zip(rows, corpora, strict=True)
+  for (one, first), (two, second) in itertools.combinations(systems, 2):
+    # A run swaps with one run of the other system.
+    pairs = list(zip(first, second, strict=False))
+    tested = significance.compare_runs(pairs, swaps)
+    for name, (difference, p_value) in tested.items():
+      found = name, (one.title, two.title), difference, p_value
+      families[name].append(Test(*found, p_value, len(pairs)))
   tests = []
-  for metric in metrics.METRICS:
-    family = []
-    systems = zip(rows, replicates, strict=True)
-    for (one, drawn), (two, drawn_two) in itertools.combinations(systems, 2):
-      first, second = one.figures[metric], two.figures[metric]
-      if first and second:
-        difference = first.value - second.value
-        p_value = significance.paired_p_value(
-          difference, drawn[metric] - drawn_two[metric]
-        )
-        family.append(((one.title, two.title), difference, p_value))
-    corrected = significance.holm([p_value for *_, p_value in family])
-    for test, p_corrected in zip(family, corrected, strict=True):
-      tests.append(Test(metric, *test, p_corrected))
+  for family in families.values():
+    corrected = significance.holm([test.p_value for test in family])
+    tests += [
+      dataclasses.replace(test, p_corrected=p_corrected)
+      for test, p_corrected in zip(family, corrected, strict=True)
+    ]
   return tests
 
 

@@ -16,18 +16,18 @@ from empdg_jax.models import registry
 from empdg_jax.training import terminal
 
 _TERMINAL_COLUMNS = 4  # Columns of figures in a table.
-_TESTS = "Paired tests: difference (p after Holm's correction)"
+_TESTS = "Permutation tests: difference (p after Holm's correction)"
 
 
 def cell(figure: Figure | None, decimals: int) -> str:
-  """Returns `value [low, high] (paper)` or `value ± deviation (paper)`."""
+  """Returns `value ± deviation [low, high] (paper)`, of these what there is."""
   if figure is None:
     return "-"
   number = f"{{:.{decimals}f}}".format
   cell = number(figure.value)
   if figure.deviation is not None:
     cell += f" ± {number(figure.deviation)}"
-  elif figure.low is not None and figure.high is not None:
+  if figure.low is not None and figure.high is not None:
     cell += f" [{number(figure.low)}, {number(figure.high)}]"
   if figure.paper is not None:
     cell += f" ({number(figure.paper)})"
@@ -87,9 +87,10 @@ def _tests_table(tests: Sequence[Test]) -> list[list[str]]:
 def _caption(comparison: Comparison) -> str:
   return (
     f"{comparison.split}: {comparison.examples:,} examples in "
-    f"{comparison.dialogues:,} dialogues. Brackets: 95% bootstrap intervals "
-    "over dialogues; ±: the standard deviation over seeds; parentheses: the "
-    "paper's figure."
+    f"{comparison.dialogues:,} dialogues. Brackets: 95% intervals over "
+    "dialogues, by the jackknife where types are counted and else by the "
+    "bootstrap; ±: the standard deviation over seeds; parentheses: the paper's "
+    "figure."
   )
 
 

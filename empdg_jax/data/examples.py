@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
+from empdg_jax.config import TEXT_RULES
 from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data import text
 from empdg_jax.data.corpora import Conversation, Corpus
@@ -81,12 +82,19 @@ def join_dialogues(
   return dialogues
 
 
-def annotate(utterance: str, lexicon: Container[str]) -> Utterance:
-  """Tokenises an utterance and marks its emotional words."""
-  tokens = text.tokenize(utterance)
-  return Utterance(
-    tuple(tokens), tuple(lexicon_lib.is_emotional(tokens, lexicon))
-  )
+def annotate(
+  utterance: str, lexicon: Container[str], rules: int = TEXT_RULES
+) -> Utterance:
+  """Tokenises an utterance and marks its emotional words.
+
+  Args:
+    utterance: The text of one turn.
+    lexicon: The words of an emotion lexicon.
+    rules: The version of the rules of both.
+  """
+  tokens = text.tokenize(utterance, rules)
+  flags = lexicon_lib.is_emotional(tokens, lexicon, rules)
+  return Utterance(tuple(tokens), tuple(flags))
 
 
 def build_examples(

@@ -9,14 +9,14 @@ import numpy as np
 from textblob.en import parser
 
 from empdg_jax import storage
-from empdg_jax.config import InputError
+from empdg_jax.config import TEXT_RULES, InputError
 
 # The closed-class words of English and the pieces that tokenisation splits off
 # contractions. They are never emotional, whatever a lexicon or the tagger says:
 # they are in every utterance, so marking them would say nothing.
 STOP_WORDS = frozenset(
   """
-  i me my mine myself we us our ours ourselves you your yours yourself
+  i me my myself we us our ours ourselves you your yours yourself
   yourselves he him his himself she her hers herself it its itself they them
   their theirs themselves what which who whom whose this that these those
   am is are was were be been being have has had having do does did doing done
@@ -32,6 +32,8 @@ STOP_WORDS = frozenset(
   mightn mustn needn shan shouldn wasn weren won wouldn n't
   """.split()
 )
+# By the version of the rules: `mine` is also a word of the NRC lexicon.
+_STOP_WORDS = {1: STOP_WORDS | {"mine"}, 2: STOP_WORDS}
 
 
 def load_lexicon(lexicon: str) -> frozenset[str]:
@@ -119,12 +121,15 @@ def hashes_of(lexicon: Lexicon) -> np.ndarray:
   return np.array(sorted(map(_hash, lexicon)), np.uint64)
 
 
-def is_emotional(tokens: Sequence[str], lexicon: Container[str]) -> list[bool]:
+def is_emotional(
+  tokens: Sequence[str], lexicon: Container[str], rules: int = TEXT_RULES
+) -> list[bool]:
   """Marks the emotional words of one utterance.
 
   Args:
     tokens: The utterance's tokens, lower-case.
     lexicon: The words of an emotion lexicon.
+    rules: The version of the rules.
 
   Returns:
     A flag a token, true if it is no stop word, and in the lexicon or tagged an
@@ -134,7 +139,8 @@ def is_emotional(tokens: Sequence[str], lexicon: Container[str]) -> list[bool]:
   [False, True, False, True, False]
   """
   # Tagged as a whole, since a word's tag depends on its neighbours.
+  stop_words = _STOP_WORDS[rules]
   return [
-    token not in STOP_WORDS and (token in lexicon or tag.startswith("JJ"))
+    token not in stop_words and (token in lexicon or tag.startswith("JJ"))
     for token, tag in parser.find_tags(tokens)
   ]

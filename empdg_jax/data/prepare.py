@@ -14,7 +14,7 @@ import rich.progress
 import tensorflow_datasets as tfds
 
 from empdg_jax import storage
-from empdg_jax.config import DataConfig, InputError
+from empdg_jax.config import TEXT_RULES, DataConfig, InputError, text_rules
 from empdg_jax.data import corpora, empathetic_dialogues, examples, vocab
 from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data.corpora import Conversation, Corpus
@@ -22,10 +22,6 @@ from empdg_jax.data.examples import Dialogue, Example, Utterance
 from empdg_jax.data.lexicon import Lexicon
 from empdg_jax.data.pipeline import EncodedExample, Shape, encode, padded_shapes
 from empdg_jax.data.vocab import Vocabulary
-
-# Part of the key under which tokenised dialogues are kept: raise it when the
-# rules of `text.py`, `lexicon.py` or `examples.py` change.
-_RULES_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +36,7 @@ class Dataset:
     conversations: The number of conversations in each split.
     utterances: The number of their turns in each split.
     shapes: The padded lengths, ascending.
+    rules: The version of the rules by which its text was read.
   """
 
   vocabulary: Vocabulary
@@ -49,6 +46,7 @@ class Dataset:
   conversations: dict[str, int]
   utterances: dict[str, int]
   shapes: tuple[Shape, ...]
+  rules: int = TEXT_RULES
 
   def digest(self) -> str:
     """Returns a hash of the vocabulary and of all examples, in order."""
@@ -68,18 +66,26 @@ class Dataset:
     ]
 
 
-def emotional_table(vocabulary: Vocabulary, lexicon: Lexicon) -> np.ndarray:
+def emotional_table(
+  vocabulary: Vocabulary, lexicon: Lexicon, rules: int = TEXT_RULES
+) -> np.ndarray:
   """Marks the emotional words of a vocabulary, judged out of context.
 
   Generated responses need it: they exist only as ids inside a compiled step,
   where no tagger can read their sentences.
+
+  Args:
+    vocabulary: The vocabulary.
+    lexicon: The emotion lexicon.
+    rules: The version of the rules.
 
   Returns:
     A flag for each id, `[V]` bool.
   """
   return np.array(
     [
-      token in vocabulary.ids and lexicon_lib.is_emotional([token], lexicon)[0]
+      token in vocabulary.ids
+      and lexicon_lib.is_emotional([token], lexicon, rules)[0]
       for token in vocabulary.tokens
     ]
   )
@@ -116,7 +122,9 @@ def load_dataset(
   if lexicon is None:
     lexicon = lexicon_lib.load_lexicon(config.lexicon)
   name, raw = _read_conversations(config, data_dir, corpus)
-  dialogues = _annotate(raw, name, data_dir, lexicon, corpus)
+  dialogues = _annotate(
+    raw, name, data_dir, lexicon, corpus, text_rules(config)
+  )
   split_examples = {
     split: examples.build_examples(dialogues[split], config.example_set)
     for split in raw
@@ -147,6 +155,7 @@ def load_dataset(
       for split, members in raw.items()
     },
     shapes=padded_shapes(config),
+    rules=text_rules(config),
   )
 
 
@@ -209,6 +218,7 @@ def _annotate(
   data_dir: pathlib.Path,
   lexicon: Lexicon,
   corpus: Corpus,
+  rules: int,
 ) -> dict[str, list[Dialogue]]:
   """Joins and tokenises conversations and marks their emotional words.
 
@@ -221,7 +231,7 @@ def _annotate(
     f"{corpus.dropped_conversations} {corpus.joins_situations}".encode()
   )
   path = data_dir / "tokenized"
-  path /= f"{name}-{digest.hexdigest()[:16]}-v{_RULES_VERSION}.json.gz"
+  path /= f"{name}-{digest.hexdigest()[:16]}-v{rules}.json.gz"
   if path.exists():
     what = f"{path}: damaged; delete it and it is made again"
     with storage.errors(what, InputError), gzip.open(path, "rb") as file:
@@ -239,7 +249,7 @@ def _annotate(
       Dialogue(
         joined.id,
         joined.emotion,
-        tuple(examples.annotate(u, lexicon) for u in joined.utterances),
+        tuple(examples.annotate(u, lexicon, rules) for u in joined.utterances),
       )
       for joined in rich.progress.track(
         examples.join_dialogues(conversations, corpus),

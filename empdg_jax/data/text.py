@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from nltk.tokenize.destructive import NLTKWordTokenizer
 
+from empdg_jax.config import TEXT_RULES
+
 # Replaced wherever they occur, inside words too, and in this order, as the
 # field's preprocessing of the dataset does (Lin et al., 2019): published
 # vocabularies and figures depend on it.
@@ -42,9 +44,14 @@ _CONTRACTIONS = {
 # leaves sentences to Punkt. Here a stop inside the string ends a sentence if
 # white space follows it, unless it follows another stop, a digit, a lone letter
 # or a common abbreviation. Look-behinds have a fixed width, so `mrs` is apart.
-_SENTENCE_END = re.compile(
-  r"(?<![\s.\d])(?<!\b[a-z])(?<!\b(?:mr|ms|dr|st|vs|ok))(?<!\bmrs)\.(?=\s)"
-)
+# A letter behind an apostrophe is not alone, as version 1 of the rules took it.
+_SENTENCE_ENDS = {
+  rules: re.compile(
+    rf"(?<![\s.\d])(?<!\b{lone}[a-z])(?<!\b(?:mr|ms|dr|st|vs|ok))(?<!\bmrs)"
+    r"\.(?=\s)"
+  )
+  for rules, lone in ((1, ""), (2, "(?<!')"))
+}
 
 
 def normalize(text: str) -> str:
@@ -55,13 +62,20 @@ def normalize(text: str) -> str:
   return text
 
 
-def tokenize(text: str) -> list[str]:
+def tokenize(text: str, rules: int = TEXT_RULES) -> list[str]:
   """Normalises text and splits it into tokens.
+
+  Args:
+    text: The text.
+    rules: The version of the rules.
+
+  Returns:
+    The tokens.
 
   >>> tokenize("I'm fine. You can't complain?")
   ['i', 'am', 'fine', '.', 'you', 'can', 'not', 'complain', '?']
   """
-  sentences = _SENTENCE_END.sub(" .", normalize(text))
+  sentences = _SENTENCE_ENDS[rules].sub(" .", normalize(text))
   return NLTKWordTokenizer().tokenize(sentences)
 
 

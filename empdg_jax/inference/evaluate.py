@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from empdg_jax import metrics
@@ -14,6 +15,8 @@ from empdg_jax.inference import predictions
 from empdg_jax.inference.system import Response, System
 from empdg_jax.parallel import hosts
 from empdg_jax.training import terminal
+
+_LIKELIEST = 5  # Labels that a prediction lists.
 
 
 def evaluate_split(
@@ -49,6 +52,7 @@ def evaluate_split(
       "id": example.id,
       "emotion": system.emotions[example.emotion],
       "predicted_emotion": responses[index].emotion,
+      "likeliest_emotions": _likeliest(responses[index], system.emotions),
       "context": [" ".join(turn.tokens) for turn in example.context],
       "emotion_words": list(encoded[index].emotion_words),
       "reference": " ".join(example.target.tokens),
@@ -67,6 +71,15 @@ def evaluate_split(
   if hosts.is_main_process():
     predictions.write_evaluation(folder, lines, values)
   return values
+
+
+def _likeliest(response: Response, emotions: Sequence[str]) -> list[str] | None:
+  """Returns the likeliest labels, the best first; None if there are none."""
+  if response.emotions is None:
+    return None
+  # Stable: the first of equals is also `argmax`, the predicted emotion.
+  order = np.argsort(-response.emotions, kind="stable")
+  return [emotions[number] for number in order[:_LIKELIEST].tolist()]
 
 
 def _run_steps(

@@ -206,7 +206,8 @@ def _gather_files(
     metrics: The metrics of these parameters by split; empty if there are none.
   """
   lexicon = lexicon_lib.load_lexicon(run.config.data.lexicon)
-  emotional = prepare.emotional_table(run.vocabulary, lexicon)
+  rules = config_lib.text_rules(run.config.data)
+  emotional = prepare.emotional_table(run.vocabulary, lexicon, rules)
   hashes = lexicon_lib.hashes_of(lexicon)
   version = {"format_version": str(export_files.FORMAT_VERSION)}
   card = model_card.write_card(run, lexicon, about, params, metrics)

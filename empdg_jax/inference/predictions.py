@@ -121,6 +121,9 @@ _PREDICTION_FIELDS: dict[str, Callable[[Any], bool]] = {
   "reference": _is_text,
   "emotion": _is_text,
   "predicted_emotion": lambda value: value is None or _is_text(value),
+  "likeliest_emotions": lambda labels: (
+    labels is None or (isinstance(labels, list) and all(map(_is_text, labels)))
+  ),
   "nll": lambda value: type(value) in (int, float) and abs(value) < 1e9,
   "tokens": lambda value: type(value) is int and 0 < value < 2**31,
 }

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import jax
 from rich.console import Console
 
-from empdg_jax.config import InputError
+from empdg_jax.config import InputError, text_rules
 from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data import pipeline
 from empdg_jax.data.examples import Example, Utterance, annotate
@@ -46,7 +46,8 @@ class Responder:
 
   def annotate(self, utterance: str) -> Utterance:
     """Tokenises a turn and marks its emotional words."""
-    return annotate(utterance, self._lexicon)
+    rules = text_rules(self.system.config.data)
+    return annotate(utterance, self._lexicon, rules)
 
   def encode(self, utterances: Sequence[str]) -> EncodedExample:
     """Turns a dialogue's turns into ids, with an empty target.

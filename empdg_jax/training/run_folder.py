@@ -91,7 +91,7 @@ def check_same_config(workdir: pathlib.Path, config: Config) -> None:
       )
     return
   theirs = config_lib.flatten(read_config(workdir))
-  ours = config_lib.flatten(config)
+  ours = config_lib.flatten(with_text_rules(config, workdir))
   different = [
     name
     for name in ours
@@ -105,6 +105,25 @@ def check_same_config(workdir: pathlib.Path, config: Config) -> None:
       + (f" ({len(different)} fields differ)" if len(different) > 1 else "")
       + "; use another --workdir, or that run's configuration"
     )
+
+
+def with_text_rules(config: Config, workdir: pathlib.Path) -> Config:
+  """Returns a configuration that names its version of the rules of text.
+
+  Args:
+    config: The configuration of a training.
+    workdir: Its folder. The version is that of the run that it holds, if any.
+
+  Raises:
+    InputError: The folder holds a malformed configuration.
+  """
+  rules = config.data.text_rules
+  if not rules:
+    rules = config_lib.TEXT_RULES
+    if (workdir / "config.json").exists():
+      rules = config_lib.text_rules(read_config(workdir).data)
+  data = dataclasses.replace(config.data, text_rules=rules)
+  return dataclasses.replace(config, data=data)
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -155,6 +174,12 @@ def check_same_generator(run: Run, workdir: pathlib.Path) -> None:
   """
   where = f"config.train.mle_checkpoint={str(workdir)!r}"
   other = open_run(workdir)
+  rules = [config_lib.text_rules(r.config.data) for r in (other, run)]
+  if rules[0] != rules[1]:
+    raise InputError(
+      f"{where}: that run reads text by version {rules[0]} of the rules, this "
+      f"one by version {rules[1]}; both need the same config.data.text_rules"
+    )
   if other.vocabulary != run.vocabulary:
     raise InputError(
       f"{where}: its vocabulary of {len(other.vocabulary):,} tokens is not "

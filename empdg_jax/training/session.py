@@ -138,6 +138,7 @@ def open_session(
   with hosts.refusing_together():
     config = _with_dtype(config, workdir)
     log = TrainLog(config.train, workdir)
+    config = run_folder.with_text_rules(config, workdir)
     dataset = _load_dataset(config, workdir)
     embeddings = _load_vectors(config, dataset, log)
     run = run_folder.Run(

@@ -111,7 +111,7 @@ def assemble_for(dataset: Dataset, config: Config) -> Trainable:
     config,
     len(dataset.vocabulary),
     len(dataset.corpus.emotions),
-    prepare.emotional_table(dataset.vocabulary, dataset.lexicon),
+    prepare.emotional_table(dataset.vocabulary, dataset.lexicon, dataset.rules),
   )
 
 
