@@ -1,6 +1,7 @@
 """Ahead-of-time compilation of every step for a TPU slice, without a TPU."""
 
 import concurrent.futures
+import dataclasses
 import importlib.util
 import math
 import os
@@ -106,10 +107,17 @@ def _abstract_steps(
   emotions = corpora.find_corpus(config.data).emotions
   # Which words are emotional changes no shape, so none are marked: no data are
   # needed to compile.
+  train = config.train
+  if train.compute_dtype == "auto":
+    # The type for the chips, not for the machine that compiles.
+    train = dataclasses.replace(train, compute_dtype="bfloat16")
   trainable = assemble(
-    config, vocab_size, len(emotions), np.zeros(vocab_size, bool)
+    dataclasses.replace(config, train=train),
+    vocab_size,
+    len(emotions),
+    np.zeros(vocab_size, bool),
   )
-  model = trainable.generator
+  model = trainable.evaluator
   # No array is ever made: states and keys are shapes, like the batches.
   states = jax.eval_shape(lambda: trainable.create_states(0))
   state = states[GENERATOR]

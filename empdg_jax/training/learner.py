@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from empdg_jax.config import Config
@@ -72,9 +71,8 @@ class Learner:
     self.has_discriminators = trainable.adversary is not None
     self._states = trainable.create_states(self._seed, embeddings)
     self._p_steps = trainable.compile_steps()
-    # In float32, as `evaluate` computes, whatever training computes in.
     self._p_eval_step = steps.compile_step(
-      steps.eval_step, model=trainable.generator.clone(dtype=jnp.float32)
+      steps.eval_step, model=trainable.evaluator
     )
 
   def take_over(self, workdir: pathlib.Path) -> None:

@@ -54,6 +54,11 @@ class Trainable:
   adversary: Adversary | None
   discriminator_optimizer: optax.GradientTransformation
 
+  @property
+  def evaluator(self) -> EncoderDecoder:
+    """The generator in float32, as evaluation computes."""
+    return self.generator.clone(dtype=jnp.float32)
+
   def create_states(
     self, seed: int, embeddings: np.ndarray | None = None
   ) -> dict[str, TrainState]:
