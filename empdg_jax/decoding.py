@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from empdg_jax.rng import exponential
 
 Step = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
+Choose = Callable[[jax.Array, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
 # Below every sum of log-probabilities, also of tokens that a model makes
 # impossible with -1e9.
 _WORST = -1e18
@@ -29,12 +30,14 @@ def argmax(x: jax.Array) -> jax.Array:
 
 
 def greedy_search(
-  step: Step, cache: Any, rows: int, max_steps: int, *, eos: int, pad: int
+  choose: Choose, cache: Any, rows: int, max_steps: int, *, eos: int, pad: int
 ) -> tuple[jax.Array, Any]:
-  """Takes the likeliest token at every step until all rows have ended.
+  """Takes one token at every step until all rows have ended.
 
   Args:
-    step: The callback.
+    choose: Returns the next tokens `[rows]` and the cache, given the tokens
+      chosen one step earlier, the cache, the step, and which rows have ended,
+      whose tokens do not matter, `[rows]`.
     cache: The cache of the first step.
     rows: The number of sequences.
     max_steps: The most tokens in a sequence, EOS included.
@@ -51,9 +54,9 @@ def greedy_search(
 
   def body(carry: tuple) -> tuple:
     index, tokens, sequences, ended, cache = carry
-    log_probs, cache = step(tokens, cache, index)
+    tokens, cache = choose(tokens, cache, index, ended)
     # Ended rows run on until the last one ends; their tokens stay padding.
-    tokens = jnp.where(ended, pad, argmax(log_probs))
+    tokens = jnp.where(ended, pad, tokens)
     sequences = sequences.at[:, index].set(tokens)
     return index + 1, tokens, sequences, ended | (tokens == eos), cache
 
@@ -121,8 +124,7 @@ def sample_search(
 ) -> tuple[jax.Array, Any]:
   """Draws every token until all rows have ended.
 
-  The largest of `log p + Gumbel noise` is a token drawn from p. So this is a
-  greedy search over noisy log-probabilities.
+  The largest of `log p + Gumbel noise` is a token drawn from p.
 
   Args:
     step: The callback.
@@ -138,9 +140,10 @@ def sample_search(
     The sequences `[rows, max_steps]` and the last cache.
   """
 
-  def noisy_step(
-    tokens: jax.Array, cache: Any, index: jax.Array
+  def draw(
+    tokens: jax.Array, cache: Any, index: jax.Array, ended: jax.Array
   ) -> tuple[jax.Array, Any]:
+    del ended
     inner, *of_rows = cache
     keys, temperature, top_p = of_rows
     log_probs, inner = step(tokens, inner, index)
@@ -154,12 +157,12 @@ def sample_search(
         )
       )
     )(keys)
-    return nucleus(log_probs, top_p) + noise, (inner, *of_rows)
+    return argmax(nucleus(log_probs, top_p) + noise), (inner, *of_rows)
 
   # In the cache, since a search may rearrange the rows of its cache.
   cache = (cache, keys, temperature, top_p)
   sequences, cache = greedy_search(
-    noisy_step, cache, len(keys), max_steps, eos=eos, pad=pad
+    draw, cache, len(keys), max_steps, eos=eos, pad=pad
   )
   return sequences, cache[0]
 

@@ -111,6 +111,80 @@ def _copy_gain(
   return jnp.sum((mixed - generated) * first, axis=-1)
 
 
+def likeliest(
+  hidden: jax.Array,
+  kernel: jax.Array,
+  pointer: Pointer | None,
+  excluded: jax.Array,
+  active: jax.Array,
+) -> jax.Array:
+  """Returns the token of the largest `log_mixture` in each active row.
+
+  The likeliest token is either that of the largest logit or in the source, so
+  no distribution over the vocabulary is mixed.
+
+  Args:
+    hidden: The inputs of the projection, `[batch, d]`.
+    kernel: The projection, `[d, vocab]`.
+    pointer: The gate `[batch]`, attention and source `[batch, source_length]`,
+      or None for the plain softmax.
+    excluded: Marks tokens that are impossible, from id 0 on, `[batch, n]`.
+    active: The rows to look at, `[batch]`; the others cost no product and get
+      an arbitrary token.
+  """
+  batch, (count, vocab) = len(hidden), (excluded.shape[1], kernel.shape[1])
+  size = -(-batch // max(1, min(4, batch // 8)))
+  blocks = -(-batch // size)
+  # Active rows first, so that the blocks after the last of them are skipped.
+  order = jnp.argsort(~active, stable=True)
+  order = jnp.resize(order, (blocks * size,))
+  source = jnp.zeros((batch, 0), int) if pointer is None else pointer.source
+
+  def body(index: jax.Array, found: Any) -> Any:
+    rows = jax.lax.dynamic_slice_in_dim(order, index * size, size)
+    logits = jnp.matmul(
+      hidden[rows],
+      kernel.astype(hidden.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    special = jnp.where(excluded[rows], -1e9, logits[:, :count])
+    allowed = logits.at[:, :count].set(special)
+    top = jnp.max(allowed, axis=-1)
+    ids = jnp.where(allowed == top[:, None], jnp.arange(vocab), vocab)
+    values = (
+      jnp.min(ids, axis=-1),
+      top,
+      jax.nn.logsumexp(logits, axis=-1) if pointer else top,
+      jnp.take_along_axis(logits, source[rows], axis=-1),
+    )
+    return jax.tree.map(lambda x, y: x.at[rows].set(y), found, values)
+
+  zeros = jnp.zeros(batch)
+  found = jnp.zeros(batch, int), zeros, zeros, jnp.zeros(source.shape)
+  best, top, log_normalizer, at_source = jax.lax.fori_loop(
+    0, -(-jnp.sum(active) // size), body, found
+  )
+  if pointer is None:
+    return best
+  log_scale = jax.nn.log_sigmoid(pointer.gate) - log_normalizer
+  same = source[:, :, None] == source[:, None, :]
+  copied = jnp.einsum("bs,bst->bt", pointer.attention, same.astype(jnp.float32))
+  mixed = _log_add_copies(
+    at_source + log_scale[:, None],
+    jax.nn.log_sigmoid(-pointer.gate)[:, None],
+    copied,
+  )
+  impossible = jnp.take_along_axis(
+    excluded, jnp.minimum(source, count - 1), axis=-1
+  ) & (source < count)
+  mixed = jnp.where(impossible, -jnp.inf, mixed)
+  largest = jnp.maximum(top + log_scale, jnp.max(mixed, axis=-1))
+  # The first of equally likely tokens, as `decoding.argmax`.
+  copies = jnp.min(jnp.where(mixed == largest[:, None], source, vocab), axis=-1)
+  generated = jnp.where(top + log_scale == largest, best, vocab)
+  return jnp.minimum(copies, generated)
+
+
 class _Rows(NamedTuple):
   """Target tokens, one a row.
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from empdg_jax.decoding import (
+  argmax,
   beam_search,
   greedy_search,
   nucleus,
@@ -61,9 +62,13 @@ def greedy(table: jax.Array, max_steps: int) -> tuple[jax.Array, Any]:
   """Returns sequences and cache of a greedy search."""
   rows = len(table)
   cache = make_cache(rows, 1, max_steps)
-  return greedy_search(
-    make_step(table), cache, rows, max_steps, eos=EOS, pad=PAD
-  )
+  step = make_step(table)
+
+  def choose(*inputs: Any) -> tuple[jax.Array, Any]:
+    log_probs, cache = step(*inputs[:3])
+    return argmax(log_probs), cache
+
+  return greedy_search(choose, cache, rows, max_steps, eos=EOS, pad=PAD)
 
 
 @functools.partial(jax.jit, static_argnames=("max_steps", "beam_size"))

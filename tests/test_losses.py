@@ -235,6 +235,32 @@ def test_bfloat16_factors_give_float32_sums(task: Task) -> None:
   assert gradient["kernel"].dtype == jnp.float32
 
 
+@pytest.mark.parametrize("pointer", [True, False])
+def test_likeliest_is_the_argmax(task: Task, pointer: bool) -> None:
+  """Of `log_mixture` without the excluded tokens, in the rows that count."""
+  rows = 30  # Of the first dialogues, a row each: blocks of ten.
+  hidden = task.values["hidden"].reshape(-1, 8)[:rows]
+  copies = losses.Pointer(
+    task.values["gate"].reshape(-1)[:rows],
+    task.values["attention"].reshape(-1, 7)[:rows],
+    jnp.repeat(task.source, rows, axis=0)[:rows],
+  )
+  whole = losses.Pointer(
+    copies.gate[:, None], copies.attention[:, None], copies.source
+  )
+  log_probs = losses.log_mixture(
+    (hidden @ task.values["kernel"])[:, None], whole if pointer else None
+  )[:, 0]
+  excluded = jnp.arange(rows)[:, None] % 3 != jnp.arange(20)[None] % 3
+  wanted = log_probs.at[:, :20].add(jnp.where(excluded, -1e9, 0.0))
+  active = jnp.arange(rows) % 4 != 1
+  found = jax.jit(losses.likeliest)(
+    hidden, task.values["kernel"], copies if pointer else None, excluded, active
+  )
+  assert set(np.asarray(wanted.argmax(-1))) & set(np.asarray(task.source[0]))
+  np.testing.assert_array_equal(found[active], wanted.argmax(axis=-1)[active])
+
+
 def test_blocks_hold_the_only_logits(task: Task) -> None:
   """No array of all tokens by all words exists in the compiled program."""
   compiled = jax.jit(jax.grad(lambda v: total_loss(v, task, True, 0.1)))
@@ -378,6 +404,11 @@ def test_text_metrics_of_responses_alone() -> None:
     "ead_1": pytest.approx(500 / (10 * (1 - 0.9**8))),
     "ead_2": pytest.approx(400 / (10 * (1 - 0.9**5))),
     "average_length": 2.0,
+    "different_responses": 1.0,
+    "distinct_1_at_30": pytest.approx(62.5),
+    "distinct_2_at_30": pytest.approx(80.0),
+    "repetition": 0.0,
+    "sentence_repetition": 0.0,
     "vocab_size": 10,
   }
 

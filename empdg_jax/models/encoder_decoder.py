@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from empdg_jax.config import ModelConfig
 from empdg_jax.data import vocab
-from empdg_jax.losses import Pointer, log_mixture
+from empdg_jax.losses import Pointer, likeliest, log_mixture
 from empdg_jax.models import decoder, layers
 
 # The special tokens that a response may hold: UNK copies a source word.
@@ -288,6 +288,36 @@ class EncoderDecoder(nn.Module):
     x = jnp.where(index == 0, encoded.first_input, self.embed(tokens))
     return self.decode_embedded(encoded, x, cache, index)[:2]
 
+  def greedy_step(
+    self,
+    encoded: Encoding,
+    tokens: jax.Array,
+    cache: Cache,
+    index: jax.Array,
+    ended: jax.Array,
+  ) -> tuple[jax.Array, Cache]:
+    """Chooses the likeliest token at position `index`.
+
+    Args:
+      encoded: The encoded dialogues.
+      tokens: The tokens chosen one step earlier, `[batch]`; ignored at step 0.
+      cache: The cache of the previous step.
+      index: The step, a scalar.
+      ended: The rows whose token does not matter, `[batch]`.
+
+    Returns:
+      The tokens `[batch]`, those of the largest log-probability of
+      `decode_step`, and the cache for the next step.
+    """
+    x = jnp.where(index == 0, encoded.first_input, self.embed(tokens))
+    hidden, pointer, cache, excluded = self._advance(encoded, x, cache, index)
+    if pointer is not None:
+      pointer = Pointer(
+        pointer.gate[:, 0], pointer.attention[:, 0], pointer.source
+      )
+    tokens = likeliest(hidden, self.projection(), pointer, excluded, ~ended)
+    return tokens, cache
+
   def decode_embedded(
     self,
     encoded: Encoding,
@@ -310,13 +340,29 @@ class EncoderDecoder(nn.Module):
       The log-probabilities and the cache as from `decode_step`, and the input
       of `project`, `[batch, d]`.
     """
+    hidden, pointer, cache, excluded = self._advance(encoded, x, cache, index)
+    logits = self.project(hidden) + added
+    log_probs = log_mixture(logits[:, None], pointer)[:, 0]
+    count = excluded.shape[1]
+    log_probs = log_probs.at[:, :count].set(
+      jnp.where(excluded, layers.NEGATIVE_INFINITY, log_probs[:, :count])
+    )
+    return log_probs, cache, hidden
+
+  def _advance(
+    self, encoded: Encoding, x: jax.Array, cache: Cache, index: jax.Array
+  ) -> tuple[jax.Array, Pointer | None, Cache, jax.Array]:
+    """Runs the decoder at one position; see `decode_embedded`.
+
+    Returns:
+      The input of `project`, `[batch, d]`; the copying part, its arrays with a
+      length of 1; the next cache; and which of the special tokens are
+      impossible, `[batch, special tokens]`.
+    """
     hidden, attention, layer_caches = self.decoder.step(
       x[:, None], encoded.memory, cache.layers, index
     )
     pointer = self._point(hidden, attention, encoded.source)
-    hidden = hidden[:, 0]
-    logits = self.project(hidden) + added
-    log_probs = log_mixture(logits[:, None], pointer)[:, 0]
     # All words outside the vocabulary share the id UNK, so a copied UNK alone
     # does not say which word it is. `copied_from` records the unknown source
     # word with the most attention, for the text to show. Without any unknown
@@ -324,12 +370,10 @@ class EncoderDecoder(nn.Module):
     unknown = encoded.source == vocab.UNK
     copied_from = jnp.argmax(jnp.where(unknown, attention[:, 0], -1.0), axis=-1)
     copies = jnp.any(unknown, axis=-1) & self.config.pointer_generator
-    ids = jnp.arange(self.vocab_size)
     # Special tokens have logits like any other, which could win at any step.
-    special = ids < len(vocab.SPECIAL_TOKENS)
-    never = special & ~jnp.isin(ids, jnp.array(_GENERATED))
-    impossible = never | ((ids == vocab.UNK) & ~copies[:, None])
-    log_probs = jnp.where(impossible, layers.NEGATIVE_INFINITY, log_probs)
+    ids = jnp.arange(len(vocab.SPECIAL_TOKENS))
+    never = ~jnp.isin(ids, jnp.array(_GENERATED))
+    excluded = never | ((ids == vocab.UNK) & ~copies[:, None])
     copied_from = jnp.where(copies, copied_from, -1).astype(jnp.int32)
     copied_from = cache.copied_from.at[:, index].set(copied_from)
-    return log_probs, Cache(layer_caches, copied_from), hidden
+    return hidden[:, 0], pointer, Cache(layer_caches, copied_from), excluded

@@ -463,6 +463,9 @@ def choose_step(
       variables, encoded, tokens, cache, index, method="decode_step"
     )
 
+  def choose(*of_step: Any) -> Any:
+    return model.apply(variables, encoded, *of_step, method="greedy_step")
+
   ids = {"eos": vocab.EOS, "pad": vocab.PAD}
   if choices is not None and config.temperature:
     # From seed and position alone: the same words on any number of devices.
@@ -473,7 +476,7 @@ def choose_step(
       step, cache, keys, *drawn, steps, **ids
     )
   elif beams == 1:
-    tokens, cache = decoding.greedy_search(step, cache, rows, steps, **ids)
+    tokens, cache = decoding.greedy_search(choose, cache, rows, steps, **ids)
   else:
     tokens, _, cache = decoding.beam_search(
       step, cache, rows, steps, beams, config.length_penalty, **ids
