@@ -132,12 +132,12 @@ def likeliest(
     active: The rows to look at, `[batch]`; the others cost no product and get
       an arbitrary token.
   """
-  batch, (count, vocab) = len(hidden), (excluded.shape[1], kernel.shape[1])
-  size = -(-batch // max(1, min(4, batch // 8)))
-  blocks = -(-batch // size)
+  batch, count, vocab = hidden.shape[0], excluded.shape[1], kernel.shape[1]
+  # In exports the batch is a symbol.
+  size = min(batch, 16) if isinstance(batch, int) else 16
   # Active rows first, so that the blocks after the last of them are skipped.
   order = jnp.argsort(~active, stable=True)
-  order = jnp.resize(order, (blocks * size,))
+  order = jnp.pad(order, (0, -batch % size))
   source = jnp.zeros((batch, 0), int) if pointer is None else pointer.source
 
   def body(index: jax.Array, found: Any) -> Any:

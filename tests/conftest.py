@@ -9,7 +9,7 @@ import fake_bucket
 import jax
 import pytest
 
-from empdg_jax.config import Config, DataConfig
+from empdg_jax.config import TEXT_RULES, Config, DataConfig
 from empdg_jax.data.prepare import Dataset, load_dataset
 
 # Before any test module makes an array: for the CPU, whatever there is.
@@ -70,6 +70,8 @@ def sample_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
   config.model.emb_dim = 16
   config.model.key_value_depth = 8
   config.model.filter_size = 12
+  # As a run folder holds it.
+  config.data.text_rules = TEXT_RULES
   # Named, so that the tests compute the same on every machine.
   config.train.compute_dtype = "float32"
   config.train.batch_size = 8

@@ -11,7 +11,7 @@ from collections.abc import Generator
 
 import pytest
 from helpers import refused
-from test_hosts import (
+from two_hosts import (
   ROOT,
   TINY,
   assert_same_run,

@@ -258,7 +258,7 @@ def test_a_disk_that_cannot_be_read_is_no_bad_input(
   def fail(*args: object, **kwargs: object) -> None:
     raise OSError(5, "Input/output error")
 
-  monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", fail)
+  monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", fail)
   with pytest.raises(SaveError, match=r"latest/24: cannot read .*Input/output"):
     loop.train(*trained)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import re
 import sys
@@ -426,9 +427,10 @@ class Checkpoints:
 def _check_files(where: pathlib.Path, item: str) -> None:
   """Raises InputError if an item holds a device or a pipe, which may block."""
   if not storage.in_bucket(where):
-    for path in (where / item).rglob("*"):
-      if not path.is_dir():
-        storage.check_plain(path)
+    # Not `rglob`, which `epath` refuses.
+    for folder, _, names in os.walk(where / item):
+      for name in names:
+        storage.check_plain(pathlib.Path(folder, name))
 
 
 def _check_shapes(where: pathlib.Path, item: str, like: Any) -> None:
