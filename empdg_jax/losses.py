@@ -133,15 +133,9 @@ def likeliest(
       an arbitrary token.
   """
   batch, count, vocab = hidden.shape[0], excluded.shape[1], kernel.shape[1]
-  # In exports the batch is a symbol.
-  size = min(batch, 16) if isinstance(batch, int) else 16
-  # Active rows first, so that the blocks after the last of them are skipped.
-  order = jnp.argsort(~active, stable=True)
-  order = jnp.pad(order, (0, -batch % size))
   source = jnp.zeros((batch, 0), int) if pointer is None else pointer.source
 
-  def body(index: jax.Array, found: Any) -> Any:
-    rows = jax.lax.dynamic_slice_in_dim(order, index * size, size)
+  def score(rows: jax.Array) -> tuple[jax.Array, ...]:
     logits = jnp.matmul(
       hidden[rows],
       kernel.astype(hidden.dtype),
@@ -151,19 +145,28 @@ def likeliest(
     allowed = logits.at[:, :count].set(special)
     top = jnp.max(allowed, axis=-1)
     ids = jnp.where(allowed == top[:, None], jnp.arange(vocab), vocab)
-    values = (
+    return (
       jnp.min(ids, axis=-1),
       top,
       jax.nn.logsumexp(logits, axis=-1) if pointer else top,
       jnp.take_along_axis(logits, source[rows], axis=-1),
     )
-    return jax.tree.map(lambda x, y: x.at[rows].set(y), found, values)
 
-  zeros = jnp.zeros(batch)
-  found = jnp.zeros(batch, int), zeros, zeros, jnp.zeros(source.shape)
-  best, top, log_normalizer, at_source = jax.lax.fori_loop(
-    0, -(-jnp.sum(active) // size), body, found
-  )
+  if isinstance(batch, int):
+    size = min(batch, 16)
+    # Active rows first, so that the blocks after the last of them are skipped.
+    order = jnp.pad(jnp.argsort(~active, stable=True), (0, -batch % size))
+
+    def body(index: jax.Array, found: Any) -> Any:
+      rows = jax.lax.dynamic_slice_in_dim(order, index * size, size)
+      return jax.tree.map(lambda x, y: x.at[rows].set(y), found, score(rows))
+
+    zeros = jnp.zeros(batch)
+    found = jnp.zeros(batch, int), zeros, zeros, jnp.zeros(source.shape)
+    found = jax.lax.fori_loop(0, -(-jnp.sum(active) // size), body, found)
+  else:  # An export's batch is a symbol, which cannot be cut into blocks.
+    found = score(jnp.arange(batch))
+  best, top, log_normalizer, at_source = found
   if pointer is None:
     return best
   log_scale = jax.nn.log_sigmoid(pointer.gate) - log_normalizer
