@@ -295,7 +295,7 @@ def _row(
     significance.replicate(significance.means_of(corpus), counts)
     for corpus in corpora
   ]
-  without = [significance.jackknife(corpus) for corpus in corpora]
+  variances = significance.jackknife_variance(corpora)
   figures: dict[str, Figure | None] = dict.fromkeys(metrics.METRICS)
   for name, metric in metrics.METRICS.items():
     if not all(name in corpus.metrics for corpus in corpora):
@@ -304,9 +304,7 @@ def _row(
     value = float(np.mean(of_metric))
     # Of the mean over runs: a dialogue is drawn or left out of all of them.
     if metric.types:
-      ends = significance.jackknife_interval(
-        value, np.mean([w[name] for w in without], axis=0)
-      )
+      ends = significance.normal_interval(value, variances[name])
     else:
       ends = significance.interval(
         value, np.mean([d[name] for d in drawn], axis=0)
