@@ -345,6 +345,7 @@ def compare(values: Any) -> None:
   Examples:
     empdg compare runs/transformer runs/moel runs/empdg --cases=2
     empdg compare runs/* --split=valid --format=markdown
+    empdg compare runs/* --results=results/paper
   """
   if not values.dir:
     raise InputError(
@@ -355,6 +356,9 @@ def compare(values: Any) -> None:
   folders = [storage.run_path(folder, "dir") for folder in values.dir]
   comparison = compare.compare(folders, values.split, values.cases)
   tables.print_comparison(comparison, values.format, Console())
+  if values.results:
+    stem = storage.disk_path(values.results, "--results")
+    tables.write_results(comparison, stem)
 
 
 def attention(values: Any) -> None:

@@ -415,6 +415,76 @@ def test_a_table_is_shown_if_no_other_holds_its_systems(
   assert [t for t in ("Table 1", "Table 2") if t in said] == tables
 
 
+def test_results_for_a_repository(
+  tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """Runs of other machines, with the same data elsewhere, form one row."""
+  folders = []
+  for seed in (1, 2):
+    lexicon = tmp_path / f"words{seed}.txt"
+    lexicon.write_text("storm\n")
+    folders.append(
+      make_run(
+        tmp_path / str(seed),
+        "moel",
+        seed,
+        data__lexicon=str(lexicon),
+        train__mle_checkpoint=f"somewhere/{seed}",
+      )
+    )
+  record = {"commit": "abc", "hardware": "2 cores", "hours": 1.5}
+  (folders[0] / "record.json").write_text(json.dumps(record))
+  valid = {"split": "valid", "perplexity": 9.5, "bleu": 2.0, "source": "x"}
+  (folders[1] / "eval/valid").mkdir()
+  (folders[1] / "eval/valid/metrics.json").write_text(json.dumps(valid))
+  folders.append(make_run(tmp_path / "other", "empdg", 3))
+  stem = tmp_path / "results" / "paper.v1"
+  argv = ["compare", *map(str, folders), f"--results={stem}", "--cases=1"]
+  assert main.main(argv) == 0
+  text = (stem.parent / "paper.v1.json").read_text()
+  values = json.loads(text)
+  assert values["protocol"] == {
+    "split": "test", "example_set": "empdg", "vocab_scope": "train",
+    "max_decode_steps": 30, "beam_size": 1, "text_rules": 2,
+  }  # fmt: skip
+  assert list(values["systems"]) == ["MoEL", "EmpDG"]
+  moel = values["systems"]["MoEL"]
+  first, second = moel["seeds"]
+  assert (first["seed"], second["seed"]) == (1, 2)
+  assert first["config_hash"] == second["config_hash"]
+  assert (first["commit"], first["hours"]) == ("abc", 1.5)
+  assert second["commit"] is None
+  assert second["valid"] == {"perplexity": 9.5, "bleu": 2.0}
+  expected = metrics.text_metrics(make_lines(1), len(VOCABULARY))
+  assert first["test"]["distinct_2"] == expected["distinct_2"]
+  by_emotion = metrics.accuracy_by_emotion(make_lines(1))
+  assert first["test"]["accuracy_by_emotion"] == by_emotion
+  both = [seed["test"]["perplexity"] for seed in moel["seeds"]]
+  assert moel["mean"]["perplexity"] == pytest.approx(np.mean(both))
+  assert moel["std"]["perplexity"] == pytest.approx(np.std(both, ddof=1))
+  assert {t["metric"] for t in values["tests"]} == expected.keys() - {
+    "examples", "vocab_size",
+  }  # fmt: skip
+  # No text of the dataset: neither contexts nor responses nor references.
+  table = (stem.parent / "paper.v1.md").read_text()
+  for line in make_lines(1):
+    for name in ("reference", "response"):
+      assert not line[name] or f'"{line[name]}"' not in text
+  assert "speaker" not in table
+  assert "| perplexity" in table
+  # Another lexicon is another system.
+  other = tmp_path / "words3.txt"
+  other.write_text("calm\n")
+  folders.append(make_run(tmp_path / "4", "moel", 4, data__lexicon=str(other)))
+  assert len(compare.compare(folders, "test").rows) == 3
+  (folders[0] / "record.json").write_text("[]")
+  assert "record.json: damaged" in _refused(capsys, *folders)
+  (folders[0] / "record.json").unlink()
+  (tmp_path / "file").write_text("")
+  said = _refused(capsys, *folders, f"--results={tmp_path}/file/paper")
+  assert "cannot write" in said
+
+
 @pytest.mark.parametrize("form", tables.FORMATS)
 def test_formats(
   folders: list[pathlib.Path],
