@@ -80,6 +80,7 @@ _COMMANDS = {
   "generate": ("input", *_SYSTEM),
   "chat": _SYSTEM,
   "attention": ("context", "image", *_SYSTEM),
+  "plot": ("dir", "predictions", "image"),
   "checkpoints": ("workdir", "format"),
   "export": ("workdir", "out", "checkpoint", "average", "dtype"),
   "compile-check": ("topology", "vocab_size", "format", "find_batch", *_CONFIG),
