@@ -418,6 +418,7 @@ def compare(values: Any) -> None:
     empdg compare runs/transformer runs/moel runs/empdg --cases=2
     empdg compare runs/* --split=valid --format=markdown
     empdg compare runs/moel runs/empdg --study=study
+    empdg compare runs/* --results=results/paper
   """
   if not values.dir:
     raise InputError(
@@ -433,6 +434,9 @@ def compare(values: Any) -> None:
     human = study_report.report(_study(values))
     comparison = study_report.beside(comparison, human)
   tables.print_comparison(comparison, values.format, _console())
+  if values.results:
+    stem = storage.disk_path(values.results, "--results")
+    tables.write_results(comparison, stem)
 
 
 def _study(values: Any) -> pathlib.Path:
@@ -561,6 +565,36 @@ def attention(values: Any) -> None:
   if values.image:
     stem = storage.disk_path(values.image, "--image")
   for path in attention.draw(drawn, stem):
+    terminal.say(f"Drawn in {path}")
+
+
+def plot(values: Any) -> None:
+  r"""Draws perplexity against Distinct-2 through training, or confusions.
+
+  Examples:
+    empdg plot runs/empdg runs/control --image=training
+    empdg plot --predictions=runs/empdg/eval/test/predictions.jsonl \
+      --image=confusion
+  """
+  image = _given(values, "image", "give the file to draw, without its ending")
+  if bool(values.dir) == bool(values.predictions):
+    raise InputError(
+      "give either run folders, for their training, or --predictions, for the "
+      "confusion of emotions"
+    )
+  from empdg_jax.analysis import pictures
+  from empdg_jax.inference import predictions
+  from empdg_jax.training import terminal
+
+  if values.predictions:
+    path = storage.run_path(values.predictions, "predictions")
+    lines = predictions.read_predictions(path)
+    figure = pictures.confusion_of(lines, str(path))
+  else:
+    folders = [storage.run_path(folder, "dir") for folder in values.dir]
+    courses = [pictures.read_course(folder) for folder in folders]
+    figure = pictures.training_figure(courses)
+  for path in pictures.save(figure, storage.disk_path(image, "--image")):
     terminal.say(f"Drawn in {path}")
 
 

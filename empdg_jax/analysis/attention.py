@@ -12,8 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from empdg_jax import storage
-from empdg_jax.config import InputError
+from empdg_jax.analysis import pictures
 from empdg_jax.data import pipeline, vocab
 from empdg_jax.data.pipeline import EncodedExample
 from empdg_jax.inference.respond import Responder
@@ -155,15 +154,7 @@ def draw(attended: Attended, stem: pathlib.Path) -> list[pathlib.Path]:
   Raises:
     InputError: The pictures cannot be written.
   """
-  figure = _figure(attended)
-  # Not `with_suffix`, which would cut a stem that holds a dot.
-  paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-  with storage.errors(f"--image={stem}: cannot write", InputError):
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    for path in paths:
-      with storage.atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
-  return paths
+  return pictures.save(_figure(attended), stem)
 
 
 def _figure(attended: Attended) -> Figure:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from empdg_jax import config as config_lib
 from empdg_jax import metrics, storage
-from empdg_jax.analysis import significance
+from empdg_jax.analysis import results, significance
 from empdg_jax.analysis.significance import Corpus
 from empdg_jax.config import InputError, text_rules
 from empdg_jax.data import text
@@ -21,6 +22,12 @@ from empdg_jax.models import registry
 from empdg_jax.training import run_folder, train_state
 from empdg_jax.training.run_folder import Run
 
+_PROTOCOL = (
+  "data.example_set",
+  "data.vocab_scope",
+  "eval.max_decode_steps",
+  "eval.beam_size",
+)
 _NEEDED = ("id", "emotion", "reference", "nll", "tokens")
 
 
@@ -60,6 +67,7 @@ class Row:
     runs: The run folders.
     parameters: The generator's number of parameters.
     figures: The figures by metric; None where the system lacks the metric.
+    seeds: What the results keep of each run; see `results.describe_run`.
     human: The mean ratings of a study by metric, if one was given.
   """
 
@@ -68,6 +76,7 @@ class Row:
   runs: tuple[str, ...]
   parameters: int
   figures: dict[str, Figure | None]
+  seeds: tuple[dict[str, Any], ...]
   human: dict[str, Figure] = dataclasses.field(default_factory=dict)
 
 
@@ -99,6 +108,7 @@ class Comparison:
 
   Attributes:
     split: The split.
+    protocol: The settings that all runs share.
     examples: The number of examples.
     dialogues: The number of dialogues that they come from.
     rows: The systems.
@@ -107,6 +117,7 @@ class Comparison:
   """
 
   split: str
+  protocol: dict[str, Any]
   examples: int
   dialogues: int
   rows: list[Row]
@@ -195,17 +206,7 @@ def _groups(evaluations: Sequence[_Evaluation]) -> list[list[_Evaluation]]:
   seen: Counter[tuple[str, int]] = Counter()
   for evaluation in evaluations:
     config = evaluation.run.config
-    # Runs of one system may differ in their seed, in the path of the checkpoint
-    # that phase 3 started from, and in fields that do not affect the training.
-    train = dataclasses.replace(
-      config.train,
-      seed=0,
-      mle_checkpoint="",
-      profile_steps="",
-      keep_checkpoints=1,
-      lease_seconds=1,
-    )
-    key = repr(dataclasses.replace(config, train=train))
+    key = results.config_hash(config)
     # A second run with the same seed, say another checkpoint of it, is no
     # independent sample; it starts a group of its own.
     copy = seen[key, config.train.seed]
@@ -263,11 +264,12 @@ def compare(
   ]
   counts = significance.draw(dialogues)
   rows = [
-    _row(title, group, of_runs, counts)
+    _row(title, split, group, of_runs, counts)
     for title, group, of_runs in zip(titles, groups, corpora, strict=True)
   ]
   return Comparison(
     split,
+    _protocol(evaluations, split),
     len(lines),
     dialogues,
     rows,
@@ -276,8 +278,21 @@ def compare(
   )
 
 
+def _protocol(evaluations: Sequence[_Evaluation], split: str) -> dict[str, Any]:
+  """Returns the settings that matter for figures; None where runs differ."""
+  found: dict[str, Any] = {"split": split}
+  values = [config_lib.flatten(e.run.config) for e in evaluations]
+  for name in _PROTOCOL:
+    first = values[0][name]
+    alike = all(other[name] == first for other in values)
+    found[name.partition(".")[2]] = first if alike else None
+  rules = text_rules(evaluations[0].run.config.data)
+  return {**found, "text_rules": rules}
+
+
 def _row(
   title: str,
+  split: str,
   group: Sequence[_Evaluation],
   corpora: Sequence[Corpus],
   counts: np.ndarray,
@@ -286,6 +301,7 @@ def _row(
 
   Args:
     title: The system's name in tables.
+    split: The split.
     group: Its runs.
     corpora: Their predictions, added up by dialogue.
     counts: The result of `significance.draw`.
@@ -297,7 +313,7 @@ def _row(
     significance.replicate(significance.means_of(corpus), counts)
     for corpus in corpora
   ]
-  without = [significance.jackknife(corpus) for corpus in corpora]
+  variances = significance.jackknife_variance(corpora)
   figures: dict[str, Figure | None] = dict.fromkeys(metrics.METRICS)
   for name, metric in metrics.METRICS.items():
     if not all(name in corpus.metrics for corpus in corpora):
@@ -306,9 +322,7 @@ def _row(
     value = float(np.mean(of_metric))
     # Of the mean over runs: a dialogue is drawn or left out of all of them.
     if metric.types:
-      ends = significance.jackknife_interval(
-        value, np.mean([w[name] for w in without], axis=0)
-      )
+      ends = significance.normal_interval(value, variances[name])
     else:
       ends = significance.interval(
         value, np.mean([d[name] for d in drawn], axis=0)
@@ -321,7 +335,22 @@ def _row(
     tuple(str(e.run.workdir) for e in group),
     train_state.count_parameters(create_model(run)),
     figures,
+    tuple(
+      _seed(e, split, of_run) for e, of_run in zip(group, values, strict=True)
+    ),
   )
+
+
+def _seed(
+  evaluation: _Evaluation, split: str, values: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns what the results keep of a run with these metrics."""
+  kept = {name: values[name] for name in metrics.METRICS if name in values}
+  lines = evaluation.lines
+  if all(line["predicted_emotion"] is not None for line in lines):
+    kept["accuracy_by_emotion"] = metrics.accuracy_by_emotion(lines)
+  run = evaluation.run
+  return results.describe_run(run.workdir, run.config, split, kept)
 
 
 def _tests(

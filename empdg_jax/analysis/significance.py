@@ -7,13 +7,13 @@ matrix product for each sum and each set of types.
 
 Means get bootstrap intervals (Efron and Tibshirani, 1993). A number of types is
 no mean: a bootstrap repeats dialogues and so their n-grams, and its intervals
-are far too narrow. Metrics that count types get jackknife intervals, which
-leave out one dialogue at a time (Efron and Stein, 1981: their variance is
-slightly too large on average). P-values come from permutations within
-dialogues (Noreen, 1989), which need no such property.
+are far too narrow. Metrics that count types get intervals by the jackknife,
+which leaves out one dialogue at a time. P-values come from permutations within
+dialogues (Noreen, 1989).
 """
 
 import dataclasses
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -167,7 +167,6 @@ def jackknife(corpus: Corpus) -> dict[str, np.ndarray]:
   Returns:
     By name, `[dialogues]`.
   """
-  counting = {n: m for n, m in corpus.metrics.items() if m.types}
   totals: dict[str, Any] = {
     name: values.sum(axis=0) - values for name, values in corpus.sums.items()
   }
@@ -176,26 +175,82 @@ def jackknife(corpus: Corpus) -> dict[str, np.ndarray]:
     dialogues_of_type = np.asarray(present.sum(axis=0))
     alone = present @ (dialogues_of_type == 1).astype(int)
     totals[name] = np.sum(dialogues_of_type > 0) - alone
-  return _finish(dataclasses.replace(corpus, metrics=counting), totals)
+  return _finish(_counting(corpus), totals)
 
 
-def jackknife_interval(
-  value: float, without: np.ndarray
-) -> tuple[float, float]:
-  """Returns the 95% interval of a metric from its jackknife.
+def _counting(corpus: Corpus) -> Corpus:
+  """Returns a corpus without the metrics that count no types."""
+  counting = {n: m for n, m in corpus.metrics.items() if m.types}
+  return dataclasses.replace(corpus, metrics=counting)
+
+
+def jackknife_variance(corpora: Sequence[Corpus]) -> dict[str, float]:
+  """Estimates the variance of every metric that counts types.
+
+  The jackknife's estimate is too large on average, by what dialogues add
+  together rather than each alone (Efron and Stein, 1981). Of a number of types
+  these terms are known: a type that only dialogues i and j have is lost with
+  both. So the second-order term, from the types of exactly two dialogues, is
+  taken off, and the third-order one added, as in the series
+  `1 - exp(-x) = x - x^2 / 2 + x^3 / 6 - ...` of rare types.
 
   Args:
-    value: The metric on the split.
-    without: The metric without one dialogue at a time, `[dialogues]`.
+    corpora: The predictions of a system's runs, on the same examples.
 
-  >>> low, high = jackknife_interval(1.0, np.array([0.5, 1.0, 1.5]))
-  >>> round(low, 3), round(high, 3)
-  (-0.132, 2.132)
+  Returns:
+    By name, the variance over dialogues of the metric's mean over the runs.
   """
-  count = len(without)
-  variance = (count - 1) / count * np.sum((without - without.mean()) ** 2)
+  without = [jackknife(corpus) for corpus in corpora]
+  terms = [_shared_types(corpus) for corpus in corpora]
+  variances = {}
+  for name in without[0]:
+    if not all(name in of_run for of_run in without):
+      continue
+    left_out = np.mean([w[name] for w in without], axis=0)
+    count = len(left_out)
+    first = (count - 1) / count * np.sum((left_out - left_out.mean()) ** 2)
+    # Never less than half, should the series converge badly.
+    shared = np.mean([t[name] for t in terms]) / len(corpora)
+    variances[name] = float(max(first - shared, first / 2))
+  return variances
+
+
+def _shared_types(corpus: Corpus) -> dict[str, float]:
+  """Returns the terms of higher order in `jackknife_variance`."""
+  totals: dict[str, Any] = {
+    name: values.sum(axis=0) for name, values in corpus.sums.items()
+  }
+  terms = {}
+  for name, occurrences in corpus.types.items():
+    columns = (occurrences > 0).tocsc()
+    numbers = np.diff(columns.indptr)
+    totals[name] = np.sum(numbers > 0)
+    terms[name] = 0.0
+    for order, sign in ((2, 1), (3, -1)):
+      starts = columns.indptr[:-1][numbers == order]
+      owners = columns.indices[starts[:, None] + np.arange(order)]
+      _, alike = np.unique(owners, axis=0, return_counts=True)
+      terms[name] += sign * float(np.sum(alike**2))
+  own = _counting(corpus)
+  values = _finish(own, totals)
+  found = dict.fromkeys(values, 0.0)
+  for name, term in terms.items():
+    # How much one type more adds to each metric.
+    more = _finish(own, totals | {name: totals[name] + 1})
+    for metric, value in more.items():
+      found[metric] += term * float(value - values[metric]) ** 2
+  return found
+
+
+def normal_interval(value: float, variance: float) -> tuple[float, float]:
+  """Returns the 95% interval of a metric from its variance.
+
+  >>> low, high = normal_interval(1.0, 0.25)
+  >>> round(low, 3), round(high, 3)
+  (0.02, 1.98)
+  """
   # The standard normal distribution's 97.5th percentile.
-  reach = 1.959964 * float(np.sqrt(variance))
+  reach = 1.959964 * math.sqrt(variance)
   return value - reach, value + reach
 
 

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from tabulate import tabulate
 
 from empdg_jax import config
+from empdg_jax.analysis import results
 from empdg_jax.analysis.compare import Comparison, Figure, Row, Test
 from empdg_jax.metrics import METRICS
 from empdg_jax.models import registry
@@ -175,6 +177,16 @@ def _print(comparison: Comparison, console: Console) -> None:
 
 _WRITERS = {"markdown": _as_markdown, "csv": _as_csv, "latex": _as_latex}
 FORMATS = ("terminal", "json", *_WRITERS)
+
+
+def write_results(comparison: Comparison, stem: pathlib.Path) -> None:
+  """Writes a comparison as `STEM.json` and `STEM.md`, without its cases.
+
+  Raises:
+    InputError: A file cannot be written.
+  """
+  table = _as_markdown(dataclasses.replace(comparison, cases=[]))
+  results.write(stem, results.describe(comparison), config.printable(table))
 
 
 def print_comparison(

@@ -90,8 +90,10 @@ def check_same_config(workdir: pathlib.Path, config: Config) -> None:
         "which run they belong to; use another --workdir"
       )
     return
-  theirs = config_lib.flatten(read_config(workdir))
-  ours = config_lib.flatten(with_text_rules(config, workdir))
+  theirs, ours = (
+    config_lib.flatten(with_text_rules(one, workdir))
+    for one in (read_config(workdir), config)
+  )
   different = [
     name
     for name in ours
