@@ -100,7 +100,7 @@ class DataConfig(SourceConfig):
   # Padded length of the user's feedback in tokens; longer feedback loses its
   # end.
   feedback_length: int = 32
-  # Training batches of one padded length that follow each other. 1 mixes the
+  # Neighbouring batches of one padded length in maximum likelihood. 1 mixes the
   # lengths best; config.train.steps_per_call needs more.
   batches_per_run: int = 1
 

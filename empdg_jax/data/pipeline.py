@@ -83,6 +83,12 @@ class Batch(NamedTuple):
   index: Array
 
 
+def shape_of(batch: Batch) -> Shape:
+  """Returns the padded lengths of a batch."""
+  parts = batch.context, batch.emotion_context, batch.target, batch.feedback
+  return Shape(*(part.shape[-1] for part in parts))
+
+
 def padded_shapes(config: DataConfig) -> tuple[Shape, ...]:
   """Returns the configured shapes, ascending."""
   return tuple(Shape(*s, config.feedback_length) for s in config.shapes)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from empdg_jax.config import Config
-from empdg_jax.data.pipeline import Batch
+from empdg_jax.data.pipeline import Batch, Shape, shape_of
 from empdg_jax.parallel import devices
 
 MAX_STEPS = 16
@@ -40,6 +40,11 @@ class Call(NamedTuple):
   batches: tuple[Batch, ...]
   inputs: tuple[Any, ...]
   position: Any
+
+  @property
+  def shape(self) -> Shape:
+    """The padded lengths."""
+    return shape_of(self.batches[0])
 
 
 def stack(batches: tuple[Batch, ...], steps: int) -> tuple[Any, ...]:
@@ -106,17 +111,13 @@ class CallReader:
     while len(taken) < most:
       if self._next is None:
         self._next = next(self._batches), self._batches.get_state()
-      if taken and _shapes(self._next[0]) != _shapes(taken[0][0]):
+      if taken and shape_of(self._next[0]) != shape_of(taken[0][0]):
         break
       taken.append(self._next)
       self._next = None
     self._taken += len(taken)
     batches = tuple(batch for batch, _ in taken)
     return Call(batches, stack(batches, self._steps), taken[-1][1])
-
-
-def _shapes(batch: Batch) -> list[tuple[int, ...]]:
-  return [array.shape for array in batch]
 
 
 class CallSums:

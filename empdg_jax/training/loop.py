@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 
 from empdg_jax.config import Config, InputError, TrainConfig
+from empdg_jax.data.pipeline import Shape
 from empdg_jax.parallel import hosts
 from empdg_jax.training import (
   checkpoint,
@@ -17,8 +18,9 @@ from empdg_jax.training import (
   terminal,
   train_log,
 )
+from empdg_jax.training.calls import Call
 from empdg_jax.training.learner import Update
-from empdg_jax.training.phases import MLE, Phase, phases_of
+from empdg_jax.training.phases import MLE, Phase, Step, phases_of
 
 
 def train(config: Config, workdir: pathlib.Path) -> bool:
@@ -110,6 +112,7 @@ class _Trainer:
     self._window: list[Update] = []
     self._window_start = 0.0
     self._skipped_in_a_row = 0
+    self._compiled: set[tuple[Step, Shape]] = set()
 
   def run(self) -> bool:
     """Runs the phases from the run's position; see `train`."""
@@ -234,11 +237,23 @@ class _Trainer:
     ahead = phase.steps_per_call * len(phase.steps)
     with self._log.trace.before(progress.updates, ahead):
       for step in phase.steps:
-        taken += step(self.session.batches.next(learner.running))
+        call = self.session.batches.next(learner.running)
+        self._announce(phase, step, call)
+        taken += step(call)
     self._window += taken
     progress.done += len(taken) // len(phase.steps)
     progress.updates += len(taken)
     self._log.after(progress.updates, learner.running)
+
+  def _announce(self, phase: Phase, step: Step, call: Call) -> None:
+    """Says that a step will be compiled, at its first batch of a shape."""
+    if (step, call.shape) in self._compiled:
+      return
+    self._compiled.add((step, call.shape))
+    number = sum(step in phase.steps for step, _ in self._compiled)
+    total = len(set(phase.steps)) * self.session.batches.num_shapes
+    lengths = " x ".join(map(str, call.shape[:3]))
+    self._log.say(f"Compiling step {number} of {total}, for {lengths} tokens")
 
   def _log_window(self, phase: Phase) -> dict[str, float]:
     """Writes the averages since the last call; waits for the devices.

@@ -7,6 +7,7 @@ from empdg_jax.config import TrainConfig
 from empdg_jax.training.calls import Call
 from empdg_jax.training.learner import Learner, Update
 
+Step = Callable[[Call], list[Update]]
 MLE, DISCRIMINATOR, ADVERSARIAL = "mle", "discriminator", "adversarial"
 
 
@@ -29,7 +30,7 @@ class Phase:
   name: str
   title: str
   total: int
-  steps: tuple[Callable[[Call], list[Update]], ...]
+  steps: tuple[Step, ...]
   steps_per_call: int = 1
   eval_every: int = 0
   patience: int = 1

@@ -53,6 +53,7 @@ class TrainBatches:
 
   Attributes:
     wait: The time for which the devices waited for batches.
+    num_shapes: The number of padded lengths in this phase.
   """
 
   def __init__(self, config: Config, dataset: prepare.Dataset) -> None:
@@ -62,6 +63,7 @@ class TrainBatches:
     self._batches: Any = None
     self._reader: CallReader | None = None
     self._position: Any = None
+    self.num_shapes = 0
     self.wait = InputWait()
 
   def open(self, phase: str, state: Any) -> None:
@@ -71,9 +73,11 @@ class TrainBatches:
     # their steps take long to compile, and most of their time does not depend
     # on the padding.
     first = phase == MLE
+    shapes = self._shapes if first else pipeline.coarse_shapes(self._shapes)
+    self.num_shapes = len(shapes)
     self._batches = pipeline.train_batches(
       self._encoded,
-      self._shapes if first else pipeline.coarse_shapes(self._shapes),
+      shapes,
       batch_size=train.batch_size,
       seed=train.seed,
       rows=hosts.rows(train.batch_size),
