@@ -61,7 +61,7 @@ class TrainBatches:
     self._config = config
     self._encoded, self._shapes = dataset.encoded("train"), dataset.shapes
     self._batches: Any = None
-    self._reader: CallReader | None = None
+    self._reader: Any = None
     self._position: Any = None
     self.num_shapes = 0
     self.wait = InputWait()
