@@ -100,6 +100,9 @@ class DataConfig(SourceConfig):
   # Padded length of the user's feedback in tokens; longer feedback loses its
   # end.
   feedback_length: int = 32
+  # Neighbouring batches of one padded length in maximum likelihood. 1 mixes the
+  # lengths best; config.train.steps_per_call needs more.
+  batches_per_run: int = 1
 
 
 @dataclasses.dataclass
@@ -157,6 +160,10 @@ class TrainConfig:
   # states, losses and normalisations are float32 in any case.
   compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
   batch_size: int = 16  # Examples per step, over all devices.
+  # Steps of maximum likelihood that the devices take in one call, which changes
+  # no number; a divisor of config.data.batches_per_run. 0 for 1 on a CPU, and
+  # elsewhere for the largest that fits, at most 16.
+  steps_per_call: int = 0
   # Maximum steps of phase 1; early stopping usually ends it sooner.
   mle_steps: int = 100_000
   mle_eval_every: int = 2_000  # Steps between validations in phase 1.
@@ -241,7 +248,8 @@ class Config:
 
 
 _MAY_BE_ZERO = {
-  "data.text_rules", "train.seed", "train.discriminator_steps",
+  "data.text_rules", "train.seed", "train.steps_per_call",
+  "train.discriminator_steps",
   "train.adversarial_rounds",
   "train.gradient_penalty_weight", "train.generator_signal_weight",
   "model.dropout_rate", "model.emotion_loss_weight", "model.label_smoothing",
@@ -383,6 +391,10 @@ def validate(config: Config) -> None:
   check(fits, "data.shapes", wanted)
   longest = tuple(map(max, zip(*shapes, strict=True)))
   check(shapes[-1] == longest, "data.shapes", "the longest lengths last")
+  fits = config.data.batches_per_run % (config.train.steps_per_call or 1) == 0
+  wanted = "a divisor of config.data.batches_per_run="
+  wanted += f"{config.data.batches_per_run}, or 0"
+  check(fits, "train.steps_per_call", wanted)
   profile_range(config.train)
 
 
@@ -510,8 +522,9 @@ def from_json(text: str, where: str) -> Config:
   try:
     values = _with_tuples(parse_json(text))
     # Runs had no such fields while there was one version of the rules for text,
-    # and while they computed in float32.
+    # while they computed in float32, and while every batch was a run.
     values["data"].setdefault("text_rules", 1)
+    values["data"].setdefault("batches_per_run", 1)
     values["train"].setdefault("compute_dtype", "float32")
     given = {f"{s}.{name}" for s, fields in values.items() for name in fields}
     if unknown := given - field_types().keys():

@@ -1,6 +1,7 @@
 """Examples as ids, and their batches: few shapes, one global order (Grain)."""
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -80,6 +81,12 @@ class Batch(NamedTuple):
   mask: Array
   position: Array
   index: Array
+
+
+def shape_of(batch: Batch) -> Shape:
+  """Returns the padded lengths of a batch."""
+  parts = batch.context, batch.emotion_context, batch.target, batch.feedback
+  return Shape(*(part.shape[-1] for part in parts))
 
 
 def padded_shapes(config: DataConfig) -> tuple[Shape, ...]:
@@ -239,24 +246,43 @@ class BatchPlan:
     return batches
 
   def shuffled_epoch(
-    self, seed: int, epoch: int
+    self, seed: int, epoch: int, batches_per_run: int = 1
   ) -> list[tuple[Shape, np.ndarray]]:
     """Returns an epoch's batches: the examples shuffled, the shapes mixed.
 
     The batches of each shape are spread evenly over the epoch.
+
+    Args:
+      seed: The seed of the order.
+      epoch: The number of the epoch.
+      batches_per_run: The number of batches of one shape that stay neighbours;
+        a shape's last run may be shorter.
     """
     rng = np.random.default_rng((seed, epoch))
     batches = self.epoch(rng.permutation(len(self._fits)))
-    # Long runs of short responses, then of long ones, would drag the model back
-    # and forth. So the k-th of a shape's n batches gets a random time within
+    runs = [
+      run
+      for _, of_shape in itertools.groupby(batches, key=lambda batch: batch[0])
+      for run in _runs(list(of_shape), batches_per_run)
+    ]
+    # Long stretches of short responses, then of long ones, would drag the model
+    # back and forth. So the k-th of a shape's n runs gets a random time within
     # the k-th of n equal stretches, and the times give the order.
-    counts = Counter(shape for shape, _ in batches)
+    counts = Counter(run[0][0] for run in runs)
     seen: Counter[Shape] = Counter()
     times = []
-    for shape, _ in batches:
+    for (shape, _), *_ in runs:
       times.append((seen[shape] + rng.random()) / counts[shape])
       seen[shape] += 1
-    return [batches[i] for i in np.argsort(times, kind="stable")]
+    order = np.argsort(times, kind="stable")
+    return [batch for i in order for batch in runs[i]]
+
+
+def _runs(batches: list[Any], length: int) -> list[list[Any]]:
+  """Cuts batches into runs of a length; the last may be shorter."""
+  return [
+    batches[start : start + length] for start in range(0, len(batches), length)
+  ]
 
 
 def host_rows(batch_size: int, host: int, num_hosts: int) -> slice:
@@ -273,6 +299,7 @@ def train_batches(
   batch_size: int,
   seed: int,
   rows: slice = slice(None),
+  batches_per_run: int = 1,
 ) -> grain.DatasetIterator:
   """Returns an endless, checkpointable iterator over training batches.
 
@@ -282,6 +309,7 @@ def train_batches(
     batch_size: The global batch size.
     seed: The seed of the order.
     rows: The rows of each global batch that this host needs.
+    batches_per_run: See `BatchPlan.shuffled_epoch`.
 
   Returns:
     An iterator of `Batch`. `get_state` gives its position, a JSON value that
@@ -290,11 +318,11 @@ def train_batches(
   plan = BatchPlan(encoded, shapes, batch_size)
   # Two epochs: at the border, prefetching reads the next one while the last
   # batches of this one are still asked for.
-  ordered = functools.lru_cache(2)(functools.partial(plan.shuffled_epoch, seed))
+  ordered = functools.lru_cache(2)(plan.shuffled_epoch)
 
   def batch_at(step: int) -> Batch:
     epoch, position = divmod(step, plan.batches_per_epoch)
-    shape, index = ordered(epoch)[position]
+    shape, index = ordered(seed, epoch, batches_per_run)[position]
     return collate(encoded, index, shape, batch_size, rows)
 
   # Grain needs a length; no run lasts a million epochs.

@@ -12,7 +12,14 @@ from empdg_jax.config import Config
 from empdg_jax.data import prepare
 from empdg_jax.data.pipeline import Batch
 from empdg_jax.parallel import devices
-from empdg_jax.training import checkpoint, steps, train_state, validation
+from empdg_jax.training import (
+  calls,
+  checkpoint,
+  steps,
+  train_state,
+  validation,
+)
+from empdg_jax.training.calls import Call, CallSums
 from empdg_jax.training.checkpoint import Checkpoints
 from empdg_jax.training.train_state import DISCRIMINATOR, GENERATOR, TrainState
 from empdg_jax.training.trainable import assemble_for
@@ -23,26 +30,34 @@ class Update(NamedTuple):
 
   Attributes:
     player: `GENERATOR` or `DISCRIMINATOR`, for all discriminators together.
-    sums: The metric sums over the batch, on the devices.
     batch: This host's rows of the batch.
+    call: The sums of all updates of its call.
+    index: Its index among them.
   """
 
   player: str
-  sums: Any
   batch: Batch
+  call: CallSums
+  index: int
+
+  @property
+  def sums(self) -> dict[str, float]:
+    """The metric sums over the whole batch; waits for the devices."""
+    return self.call.numbers[self.index]
 
 
 class Learner:
   """A system's generator, and its discriminators if it has any.
 
-  Each step takes this host's rows of a batch, and returns before the devices
-  have computed it. It donates the memory of the state that it replaces: no
+  Each step takes a call's batches, and returns before the devices have computed
+  it. It donates the memory of the state that it replaces: no
   other reference to that state may be used afterwards.
 
   Attributes:
     parameters: The generator's number of parameters.
     has_discriminators: Whether the system has discriminators.
     running: An array of the latest update, None before the first.
+    steps_per_call: The most steps of maximum likelihood in a call.
   """
 
   def __init__(
@@ -70,7 +85,8 @@ class Learner:
     self.parameters = train_state.count_parameters(trainable.generator)
     self.has_discriminators = trainable.adversary is not None
     self._states = trainable.create_states(self._seed, embeddings)
-    self._p_steps = trainable.compile_steps()
+    self.steps_per_call = calls.steps_per_call(config)
+    self._p_steps = trainable.compile_steps(steps_per_call=self.steps_per_call)
     self._p_eval_step = steps.compile_step(
       steps.eval_step, model=trainable.evaluator
     )
@@ -108,31 +124,35 @@ class Learner:
     """Returns the learning rate of the generator's latest update."""
     return np.asarray(self._schedule(self._generator_steps - 1)).item()
 
-  def mle_step(self, batch: Batch) -> Update:
-    """Updates the generator by maximum likelihood."""
-    return self._take(GENERATOR, self._p_steps.mle, batch)
+  def mle_step(self, call: Call) -> list[Update]:
+    """Updates the generator by maximum likelihood, once for each batch."""
+    return self._take(GENERATOR, self._p_steps.mle, call)
 
-  def discriminator_step(self, batch: Batch) -> Update:
+  def discriminator_step(self, call: Call) -> list[Update]:
     """Updates the discriminators; the generator stays as it is."""
     step = self._p_steps.discriminator
-    return self._take(DISCRIMINATOR, step, batch, reads=[GENERATOR])
+    return self._take(DISCRIMINATOR, step, call, reads=[GENERATOR])
 
-  def adversarial_generator_step(self, batch: Batch) -> Update:
+  def adversarial_generator_step(self, call: Call) -> list[Update]:
     """Updates the generator by likelihood and the discriminators' signal."""
     step = self._p_steps.adversarial
-    return self._take(GENERATOR, step, batch, reads=[DISCRIMINATOR])
+    return self._take(GENERATOR, step, call, reads=[DISCRIMINATOR])
 
   def _take(
-    self, player: str, step: Any, batch: Batch, reads: Sequence[str] = ()
-  ) -> Update:
+    self, player: str, step: Any, call: Call, reads: Sequence[str] = ()
+  ) -> list[Update]:
     """Updates a player by a step that reads others' parameters."""
     others = [self._states[other].params for other in reads]
     self._states[player], sums = step(
-      self._states[player], *others, devices.shard(batch), self._key
+      self._states[player], *others, *call.inputs, self._key
     )
-    self._generator_steps += player == GENERATOR
+    self._generator_steps += len(call.batches) * (player == GENERATOR)
     self.running = sums["examples"]
-    return Update(player, sums, batch)
+    sums_of_call = CallSums(sums)
+    return [
+      Update(player, batch, sums_of_call, index)
+      for index, batch in enumerate(call.batches)
+    ]
 
   def validate(self, batches: list[Batch]) -> dict[str, float]:
     """Scores a split with teacher forcing; see `validation.validate`."""

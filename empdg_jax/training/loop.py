@@ -4,10 +4,12 @@ import contextlib
 import pathlib
 import signal
 import time
+from collections.abc import Callable
 
 import jax
 
-from empdg_jax.config import Config, InputError
+from empdg_jax.config import Config, InputError, TrainConfig
+from empdg_jax.data.pipeline import Shape
 from empdg_jax.parallel import hosts
 from empdg_jax.training import (
   checkpoint,
@@ -16,8 +18,9 @@ from empdg_jax.training import (
   terminal,
   train_log,
 )
+from empdg_jax.training.calls import Call
 from empdg_jax.training.learner import Update
-from empdg_jax.training.phases import MLE, Phase, phases_of
+from empdg_jax.training.phases import MLE, Phase, Step, phases_of
 
 
 def train(config: Config, workdir: pathlib.Path) -> bool:
@@ -67,6 +70,30 @@ def _crosses(every: int, before: int, after: int) -> bool:
   return before // every != after // every
 
 
+def _until_due(
+  config: TrainConfig, phase: Phase, progress: session.Progress
+) -> Callable[[int], int]:
+  """Returns where a call must end; see `CallReader`.
+
+  It ends with the phase, and where a validation, a checkpoint or a line of
+  averages is due: all of these are the same with any number of steps a call.
+  """
+  done_before, updates_before = progress.done, progress.updates
+
+  def until_due(taken: int) -> int:
+    done, updates = done_before + taken, updates_before + taken
+    ends = [phase.total - done]
+    ends += [
+      n - updates % n for n in (config.log_every, config.checkpoint_every)
+    ]
+    if phase.eval_every:
+      ends.append(phase.eval_every - done % phase.eval_every)
+    # Calls are read ahead, beyond the end of the phase.
+    return max(1, min(ends))
+
+  return until_due
+
+
 class _Trainer:
   """The loop in one process.
 
@@ -85,6 +112,7 @@ class _Trainer:
     self._window: list[Update] = []
     self._window_start = 0.0
     self._skipped_in_a_row = 0
+    self._compiled: set[tuple[Step, Shape]] = set()
 
   def run(self) -> bool:
     """Runs the phases from the run's position; see `train`."""
@@ -93,7 +121,9 @@ class _Trainer:
     for phase in phases[names.index(self._progress.phase) :]:
       if self._progress.phase != phase.name:
         self._begin(phase)
-      stopped_by = self._run_phase(phase)
+      until_due = _until_due(self._config.train, phase, self._progress)
+      with self.session.batches.reading(phase.steps_per_call, until_due):
+        stopped_by = self._run_phase(phase)
       if stopped_by:
         # Launchers look for this line, and for the last one, on every host.
         terminal.say(
@@ -198,15 +228,32 @@ class _Trainer:
     self._log.say(line)
 
   def _take_round(self, phase: Phase) -> None:
-    """Takes a round's steps, without waiting for their results."""
+    """Takes a round's steps, without waiting for their results.
+
+    A call of several steps is as many rounds.
+    """
     progress, learner = self._progress, self._learner
-    with self._log.trace.before(progress.updates, len(phase.steps)):
+    taken: list[Update] = []
+    ahead = phase.steps_per_call * len(phase.steps)
+    with self._log.trace.before(progress.updates, ahead):
       for step in phase.steps:
-        batch = self.session.batches.next(learner.running)
-        self._window.append(step(batch))
-    progress.done += 1
-    progress.updates += len(phase.steps)
+        call = self.session.batches.next(learner.running)
+        self._announce(phase, step, call)
+        taken += step(call)
+    self._window += taken
+    progress.done += len(taken) // len(phase.steps)
+    progress.updates += len(taken)
     self._log.after(progress.updates, learner.running)
+
+  def _announce(self, phase: Phase, step: Step, call: Call) -> None:
+    """Says that a step will be compiled, at its first batch of a shape."""
+    if (step, call.shape) in self._compiled:
+      return
+    self._compiled.add((step, call.shape))
+    number = sum(step in phase.steps for step, _ in self._compiled)
+    total = len(set(phase.steps)) * self.session.batches.num_shapes
+    lengths = " x ".join(map(str, call.shape[:3]))
+    self._log.say(f"Compiling step {number} of {total}, for {lengths} tokens")
 
   def _log_window(self, phase: Phase) -> dict[str, float]:
     """Writes the averages since the last call; waits for the devices.

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Callable
 
 from empdg_jax.config import TrainConfig
-from empdg_jax.data.pipeline import Batch
+from empdg_jax.training.calls import Call
 from empdg_jax.training.learner import Learner, Update
 
+Step = Callable[[Call], list[Update]]
 MLE, DISCRIMINATOR, ADVERSARIAL = "mle", "discriminator", "adversarial"
 
 
@@ -18,7 +19,9 @@ class Phase:
     name: The name in `metrics.jsonl` and in checkpoints.
     title: The name that people read.
     total: The largest number of rounds.
-    steps: One round: its steps in order, each on a batch of its own.
+    steps: One round: its steps in order, each on a call of its own. A single
+      step's call may take several rounds.
+    steps_per_call: The most batches of a call.
     eval_every: Rounds between validations; 0 for no validation.
     patience: Validations without a better one after which the phase ends.
     metric: The validation metric that chooses the best generator.
@@ -27,7 +30,8 @@ class Phase:
   name: str
   title: str
   total: int
-  steps: tuple[Callable[[Batch], Update], ...]
+  steps: tuple[Step, ...]
+  steps_per_call: int = 1
   eval_every: int = 0
   patience: int = 1
   metric: str = "perplexity"
@@ -40,6 +44,7 @@ def phases_of(config: TrainConfig, learner: Learner) -> list[Phase]:
     "Training",
     total=config.mle_steps,
     steps=(learner.mle_step,),
+    steps_per_call=learner.steps_per_call,
     eval_every=config.mle_eval_every,
     patience=config.mle_patience,
   )

@@ -1,7 +1,9 @@
 """The start of a run: a new one, or one resumed from its latest checkpoint."""
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from empdg_jax.data.pipeline import Batch
 from empdg_jax.models import registry
 from empdg_jax.parallel import devices, hosts
 from empdg_jax.training import checkpoint, precision, run_folder
+from empdg_jax.training.calls import Call, CallReader
 from empdg_jax.training.learner import Learner
 from empdg_jax.training.phases import DISCRIMINATOR, MLE
 from empdg_jax.training.profiling import InputWait
@@ -50,37 +53,59 @@ class TrainBatches:
 
   Attributes:
     wait: The time for which the devices waited for batches.
+    num_shapes: The number of padded lengths in this phase.
   """
 
   def __init__(self, config: Config, dataset: prepare.Dataset) -> None:
     """Encodes the split; `open` comes before the first batch."""
-    self._config = config.train
+    self._config = config
     self._encoded, self._shapes = dataset.encoded("train"), dataset.shapes
     self._batches: Any = None
+    self._reader: Any = None
+    self._position: Any = None
+    self.num_shapes = 0
     self.wait = InputWait()
 
   def open(self, phase: str, state: Any) -> None:
     """Opens a phase's batches at a position, or at the first for None."""
+    train, run = self._config.train, self._config.data.batches_per_run
     # Phases 2 and 3 pad to fewer shapes: every shape is one more compilation,
     # their steps take long to compile, and most of their time does not depend
     # on the padding.
+    first = phase == MLE
+    shapes = self._shapes if first else pipeline.coarse_shapes(self._shapes)
+    self.num_shapes = len(shapes)
     self._batches = pipeline.train_batches(
       self._encoded,
-      self._shapes if phase == MLE else pipeline.coarse_shapes(self._shapes),
-      batch_size=self._config.batch_size,
-      seed=self._config.seed,
-      rows=hosts.rows(self._config.batch_size),
+      shapes,
+      batch_size=train.batch_size,
+      seed=train.seed,
+      rows=hosts.rows(train.batch_size),
+      batches_per_run=run if first else 1,
     )
     if state is not None:
       self._batches.set_state(state)
+    self._position = self._batches.get_state()
 
-  def next(self, running: jax.Array | None) -> Batch:
-    """Returns the next batch; see `InputWait.next`."""
-    return self.wait.next(self._batches, running)
+  @contextlib.contextmanager
+  def reading(
+    self, steps: int, until_due: Callable[[int], int]
+  ) -> Generator[None]:
+    """Reads calls ahead while the block runs; see `CallReader`."""
+    reader = CallReader(self._batches, steps, until_due)
+    with contextlib.closing(reader):
+      self._reader = reader
+      yield
+
+  def next(self, running: jax.Array | None) -> Call:
+    """Returns the next call; see `InputWait.next`."""
+    call = self.wait.next(self._reader, running)
+    self._position = call.position
+    return call
 
   def state(self) -> Any:
-    """Returns the position, a JSON value."""
-    return self._batches.get_state()
+    """Returns the position after the latest call, a JSON value."""
+    return self._position
 
 
 @dataclasses.dataclass(frozen=True)

@@ -250,6 +250,48 @@ def mle_step(
   return _update(state, grads, optimizer, sums)
 
 
+def mle_steps(
+  state: TrainState,
+  batches: Batch,
+  count: jax.Array,
+  key: jax.Array,
+  *,
+  model: EncoderDecoder,
+  optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, Metrics]:
+  """Takes several steps of maximum likelihood in one call.
+
+  Args:
+    state: The generator's state.
+    batches: This device's examples of N batches of one shape, `[N, B, ...]`.
+    count: The number of batches to use, at most N; the others are filling.
+    key: The run's root key.
+    model: The system.
+    optimizer: The generator's optimiser.
+
+  Returns:
+    The state after the last step, and the metric sums of each step, `[N]`, 0
+    for filling; see `mle_step`.
+  """
+
+  def step(index: Any, state: TrainState) -> tuple[TrainState, Metrics]:
+    batch = jax.tree.map(lambda x: x[index], batches)
+    return mle_step(state, batch, key, model=model, optimizer=optimizer)
+
+  def body(index: jax.Array, carry: tuple[TrainState, Metrics]) -> Any:
+    state, sums = carry
+    state, its = step(index, state)
+    return state, {name: sums[name].at[index].set(its[name]) for name in sums}
+
+  rows = batches.mask.shape[0]
+  sums = {
+    name: jnp.zeros((rows, *x.shape), x.dtype)
+    for name, x in jax.eval_shape(step, 0, state)[1].items()
+  }
+  # Its length is no constant, so that a shorter call needs no other program.
+  return jax.lax.fori_loop(0, count, body, (state, sums))
+
+
 def _judged(batch: Batch) -> tuple[jax.Array, jax.Array]:
   """Returns 1 for examples with feedback, else 0, `[B]`, and their number."""
   judged = batch.mask * (batch.feedback[:, 0] != vocab.PAD)
@@ -491,6 +533,7 @@ def choose_step(
 _PLAYER = (None, None, 0, None), (None, None), True
 _AXES: dict[Callable[..., Any], tuple[Any, Any, bool]] = {
   mle_step: ((None, 0, None), (None, None), True),
+  mle_steps: ((None, 0, None, None), (None, None), True),
   discriminator_step: _PLAYER,
   adversarial_generator_step: _PLAYER,
   eval_step: ((None, 0), (None, 0), False),

@@ -159,7 +159,7 @@ class Skipped(NamedTuple):
 
 def skipped(update: Update) -> Skipped | None:
   """Returns what is known of an update that was skipped, None of others."""
-  sums = validation.sum_metrics([update.sums])
+  sums = update.sums
   return Skipped(update.player, sums, update.batch) if sums["skipped"] else None
 
 
@@ -173,7 +173,7 @@ def average(taken: Sequence[Update]) -> dict[str, float]:
     Values by their names in `metrics.jsonl`, of the updates that were not
     skipped; and the number of examples of all under `"examples"`.
   """
-  sums = [(u.player, validation.sum_metrics([u.sums])) for u in taken]
+  sums = [(u.player, u.sums) for u in taken]
 
   def summed(player: str) -> dict[str, float]:
     totals: Counter[str] = Counter()

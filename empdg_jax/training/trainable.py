@@ -24,7 +24,7 @@ class TrainSteps(NamedTuple):
   """The compiled steps of the three phases.
 
   Attributes:
-    mle: See `steps.mle_step`.
+    mle: See `steps.mle_step`, or `steps.mle_steps` for several steps a call.
     discriminator: See `steps.discriminator_step`; None without discriminators.
     adversarial: See `steps.adversarial_generator_step`; None likewise.
   """
@@ -88,16 +88,23 @@ class Trainable:
     return states
 
   def compile_steps(
-    self, devices: Sequence[jax.Device] | None = None
+    self, devices: Sequence[jax.Device] | None = None, steps_per_call: int = 1
   ) -> TrainSteps:
     """Returns the steps for the given devices, all devices for None.
 
     JAX compiles a step at its first batch of each shape.
+
+    Args:
+      devices: The devices.
+      steps_per_call: The steps of maximum likelihood in a call.
     """
     compile_step = functools.partial(
       steps.compile_step, devices=devices, model=self.generator
     )
-    mle = compile_step(steps.mle_step, optimizer=self.optimizer)
+    mle = compile_step(
+      steps.mle_step if steps_per_call == 1 else steps.mle_steps,
+      optimizer=self.optimizer,
+    )
     if self.adversary is None:
       return TrainSteps(mle)
     compile_step = functools.partial(compile_step, adversary=self.adversary)
