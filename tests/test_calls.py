@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from dialogues import flat, relative_difference
-from test_pipeline import SHAPES, invented
+from encoded import SHAPES, invented
 
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
