@@ -11,6 +11,7 @@ import platform
 import re
 import signal
 import sys
+import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
@@ -167,6 +168,9 @@ def _options(name: str) -> Callable[..., Any]:
   """Returns a dataclass whose fields are the flags of a command."""
   fields = []
   for flag, (kind, default, text) in _flags(name).items():
+    if isinstance(kind, types.UnionType):
+      # Tyro checks these by itself, but `int | None` with a slow package.
+      kind = typing.Union[typing.get_args(kind)]  # noqa: UP007
     settings = tyro.conf.arg(
       name="config" if dataclasses.is_dataclass(kind) else None,
       help=text or None,
