@@ -170,7 +170,8 @@ def _options(name: str) -> Callable[..., Any]:
   for flag, (kind, default, text) in _flags(name).items():
     if isinstance(kind, types.UnionType):
       # Tyro checks these by itself, but `int | None` with a slow package.
-      kind = typing.Union[typing.get_args(kind)]  # noqa: UP007
+      union: Any = typing.Union
+      kind = union[typing.get_args(kind)]
     settings = tyro.conf.arg(
       name="config" if dataclasses.is_dataclass(kind) else None,
       help=text or None,

@@ -103,10 +103,11 @@ class _CheckedShapes(ocp.type_handlers.NumpyHandler):
     Raises:
       InputError: A shape differs.
     """
-    for arg, found in zip(args, await self.metadata(infos), strict=True):
+    found_arrays = await self.metadata(infos)
+    for info, arg, found in zip(infos, args, found_arrays, strict=True):
       if found.shape != arg.global_shape:
         raise InputError(
-          f"{found.directory.parent}: {found.name} has shape {found.shape};"
+          f"{info.parent_dir.parent}: {info.name} has shape {found.shape};"
           f" this configuration needs {arg.global_shape}"
         )
     return await super().deserialize(infos, args)
