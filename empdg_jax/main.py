@@ -11,6 +11,7 @@ import platform
 import re
 import signal
 import sys
+import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
@@ -169,6 +170,10 @@ def _options(name: str) -> Callable[..., Any]:
   """Returns a dataclass whose fields are the flags of a command."""
   fields = []
   for flag, (kind, default, text) in _flags(name).items():
+    if isinstance(kind, types.UnionType):
+      # Tyro checks these by itself, but `int | None` with a slow package.
+      union: Any = typing.Union
+      kind = union[typing.get_args(kind)]
     settings = tyro.conf.arg(
       name="config" if dataclasses.is_dataclass(kind) else None,
       help=text or None,

@@ -227,7 +227,9 @@ def test_an_absurd_shape_is_refused_before_it_is_read(
   def read_arrays(*args: object, **kwargs: object) -> None:
     raise AssertionError("arrays are read")
 
-  monkeypatch.setattr(checkpoint.ocp.Checkpointer, "restore", read_arrays)
+  monkeypatch.setattr(
+    checkpoint.ocp.type_handlers.NumpyHandler, "deserialize", read_arrays
+  )
   checkpoints = Checkpoints(workdir)
   with pytest.raises(InputError, match=r"has shape \(1000000000000,\)"):
     checkpoints.restore_params(LATEST, STATES[GENERATOR].params, 7)

@@ -314,6 +314,19 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
   assert capsys.readouterr().out == f"empdg-jax {__version__}\n"
 
 
+def test_help_loads_little() -> None:
+  code = (
+    "import sys; from empdg_jax import main\n"
+    "try: main.main(['metrics', '--help'])\n"
+    "except SystemExit: print({'typeguard', 'asyncio', 'jax', 'numpy'}"
+    " & set(sys.modules), file=sys.stderr)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+  )
+  assert done.stderr == "set()\n"
+
+
 def test_a_shell_can_complete(capsys: pytest.CaptureFixture[str]) -> None:
   assert main.main(["--completion", "bash"]) == 0
   said = capsys.readouterr().out

@@ -661,3 +661,9 @@ def test_help(capsys: pytest.CaptureFixture[str], argv: str) -> None:
 def test_a_study_is_read_as_it_was_written(folder: pathlib.Path) -> None:
   content: Study = study.read(folder, unblinded=True)
   assert content == small()
+
+
+def test_too_many_annotators() -> None:
+  plan = Plan(dialogues=6, annotators=2**31 - 1)
+  with pytest.raises(InputError, match="at most 1,000"):
+    study.build(sources(), plan)

@@ -8,6 +8,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -91,6 +92,44 @@ def _ignore_late_arrays() -> None:
   sys.unraisablehook = hook
 
 
+class _CheckedShapes(ocp.type_handlers.NumpyHandler):
+  """Reads arrays of the expected shapes alone.
+
+  Orbax restores the shapes that it finds, whatever it is asked for.
+  """
+
+  async def deserialize(self, infos: Any, args: Any = None) -> Any:
+    """Returns arrays after all shapes are checked, before any is allocated.
+
+    Raises:
+      InputError: A shape differs.
+    """
+    found_arrays = await self.metadata(infos)
+    for info, arg, found in zip(infos, args, found_arrays, strict=True):
+      if found.shape != arg.global_shape:
+        raise InputError(
+          f"{info.parent_dir.parent}: {info.name} has shape {found.shape};"
+          f" this configuration needs {arg.global_shape}"
+        )
+    return await super().deserialize(infos, args)
+
+
+def _reading_handler() -> ocp.CompositeCheckpointHandler:
+  """Returns what reads JSON values, and arrays of the expected shapes."""
+  types = ocp.type_handlers.create_type_handler_registry(
+    (np.ndarray, _CheckedShapes()),
+    (jax.Array, ocp.type_handlers.ArrayHandler()),
+  )
+  handlers = ocp.DefaultCheckpointHandlerRegistry()
+  handlers.add(
+    None,
+    ocp.args.PyTreeRestore,
+    ocp.PyTreeCheckpointHandler(type_handler_registry=types),
+  )
+  handlers.add(None, ocp.args.JsonRestore, ocp.JsonCheckpointHandler())
+  return ocp.CompositeCheckpointHandler(handler_registry=handlers)
+
+
 class Checkpoints:
   """The latest and best checkpoints of a run, written in the background.
 
@@ -145,7 +184,7 @@ class Checkpoints:
     # hosts would wait for one that has met damage.
     host = jax.process_index()
     self._reader = ocp.Checkpointer(
-      ocp.CompositeCheckpointHandler(),
+      _reading_handler(),
       multiprocessing_options=ocp.options.MultiprocessingOptions(
         primary_host=host,
         active_processes={host},
@@ -365,10 +404,13 @@ class Checkpoints:
   ) -> TrainState:
     """Reads a player's state; see `restore_params`."""
     params, optimizer = _ITEMS[player]
-    return TrainState(
-      params=self._read(kind, params, like.params, step),
-      **self._read(kind, optimizer, _optimizer(like), step),
-    )
+    with futures.ThreadPoolExecutor(1) as pool:
+      # The larger item is checked while the other one is read.
+      rest, check = self._restore(kind, optimizer, _optimizer(like), step)
+      checked = pool.submit(check)
+      found = self._read(kind, params, like.params, step)
+      checked.result()
+    return TrainState(params=found, **rest)
 
   def restore_progress(
     self, kind: str, step: int | None = None
@@ -385,16 +427,25 @@ class Checkpoints:
   def _read(
     self, kind: str, item: str, like: Any, step: int | None = None
   ) -> Any:
+    """Returns a checked item; see `_restore`."""
+    found, check = self._restore(kind, item, like, step)
+    check()
+    return found
+
+  def _restore(
+    self, kind: str, item: str, like: Any, step: int | None = None
+  ) -> tuple[Any, Callable[[], None]]:
     """Reads an item of the shapes of `like`, or JSON for None.
 
     See `restore_params`.
+
+    Returns:
+      The item, and a function that checks its checksums.
     """
     step = self.select(kind)[0].step if step is None else step
     where = self.folder(Selected(kind, step))
     restore = (
-      ocp.args.JsonRestore()
-      if like is None
-      else ocp.args.StandardRestore(_arrays(like))
+      ocp.args.JsonRestore() if like is None else _restore_args(_arrays(like))
     )
     with (
       self._expecting(f"reading {where}"),
@@ -406,22 +457,44 @@ class Checkpoints:
       items: dict[str, Any] = {item: restore}
       if (where / _CHECKSUMS).exists():
         items[_CHECKSUMS] = ocp.args.JsonRestore()
-      try:
+      with _naming_damage(where):
         _check_files(where, item)
-        if like is not None:
-          _check_shapes(where, item, like)
         found = self._reader.restore(where, args=ocp.args.Composite(**items))
+
+    def check() -> None:
+      with _naming_damage(where):
         _check(found[item], like, item, found.get(_CHECKSUMS), where)
-      except InputError:
-        raise
-      except _DAMAGE as error:
-        if _FAILED_STORAGE.search(str(error)):
-          raise
-        raise InputError(
-          f"{where}: damaged, or not of this configuration "
-          f"({storage.first_line(error)})"
-        ) from error
-    return found[item]
+
+    return found[item], check
+
+
+def _restore_args(like: Any) -> ocp.args.PyTreeRestore:
+  """Returns what asks for arrays of the shapes of `like`."""
+  return ocp.args.PyTreeRestore(
+    like,
+    restore_args=jax.tree.map(
+      lambda array: ocp.ArrayRestoreArgs(
+        restore_type=np.ndarray, dtype=array.dtype, global_shape=array.shape
+      ),
+      like,
+    ),
+  )
+
+
+@contextlib.contextmanager
+def _naming_damage(where: pathlib.Path) -> Generator[None]:
+  """Converts what damage raises into an InputError that names a checkpoint."""
+  try:
+    yield
+  except InputError:
+    raise
+  except _DAMAGE as error:
+    if _FAILED_STORAGE.search(str(error)):
+      raise
+    raise InputError(
+      f"{where}: damaged, or not of this configuration "
+      f"({storage.first_line(error)})"
+    ) from error
 
 
 def _check_files(where: pathlib.Path, item: str) -> None:
@@ -431,33 +504,6 @@ def _check_files(where: pathlib.Path, item: str) -> None:
     for folder, _, names in os.walk(where / item):
       for name in names:
         storage.check_plain(pathlib.Path(folder, name))
-
-
-def _check_shapes(where: pathlib.Path, item: str, like: Any) -> None:
-  """Checks the shapes of an item's arrays before any is allocated.
-
-  Orbax restores the shapes that it finds, whatever it is asked for.
-
-  Args:
-    where: The checkpoint's folder.
-    item: The item's name.
-    like: Arrays of the expected shapes.
-
-  Raises:
-    InputError: A shape differs.
-  """
-  with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-    found = handler.metadata(epath.Path(where / item))
-  for (path, leaf), array in zip(
-    jax.tree_util.tree_leaves_with_path(like),
-    jax.tree.leaves(found),
-    strict=True,
-  ):
-    if np.shape(leaf) != array.shape:
-      raise InputError(
-        f"{where}: {jax.tree_util.keystr(path)} has shape {array.shape};"
-        f" this configuration needs {np.shape(leaf)}"
-      )
 
 
 def _check(

@@ -18,6 +18,7 @@ from empdg_jax import storage
 from empdg_jax.config import InputError
 from empdg_jax.data import text
 
+MAX_ANNOTATORS = 1000  # Each has orders of all items.
 VERSION = 1
 PARTS = ("rating", "pairwise")
 CHOICES = ("left", "right", "tie")
@@ -322,6 +323,10 @@ def build(sources: Sequence[Source], plan: Plan) -> Study:
     raise InputError(f"--controls={plan.controls}: expected 0 to 0.5")
   if plan.dialogues < 1 or plan.annotators < 1:
     raise InputError("--dialogues and --annotators: expected at least 1")
+  if plan.annotators > MAX_ANNOTATORS:
+    raise InputError(
+      f"--annotators={plan.annotators}: expected at most {MAX_ANNOTATORS:,}"
+    )
   builder = _Builder(sources, plan)
   orders = {"rating": builder.rating(), "pairwise": builder.pairwise()}
   identical = {

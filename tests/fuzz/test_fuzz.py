@@ -351,10 +351,16 @@ FLAGS = (
   "--coordinator_address=", "--cases=1", "--out=", "--topology=v9:9x9",
   "--config.eval.beam_size=0", "--config.model.name=gpt", "--", "-", "",
   "--input=/nowhere", "--config.nothing=1", "--config.train=3",
+  "--port=99999", "--port=x", "--host=", "--study=/nowhere", "--study=a\x00b",
+  "--study=foo://x", "--part=x", "--platform=x", "--file=/nowhere",
+  "--file=\x1b[2J", "--dialogues=0", "--annotators=1000000000",
+  "--controls=0.9", "--controls=nan", "--seed=99999999999",
 )  # fmt: skip
 COMMANDS = (
   "prepare", "train", "evaluate", "metrics", "compare", "generate", "chat",
   "attention", "checkpoints", "export", "compile-check", "benchmark", "fly", "",
+  "demo", "study", "study create", "study serve", "study import",
+  "study report", "study fly",
 )  # fmt: skip
 
 
@@ -365,7 +371,7 @@ def test_command_lines(
   rng = random.Random(f"flags{seed}")
   monkeypatch.setattr("sys.stdin", io.StringIO(""))
   monkeypatch.setenv("XDG_CACHE_HOME", str(inside / "cache"))
-  argv = [rng.choice(COMMANDS)]
+  argv = rng.choice(COMMANDS).split(" ")
   argv += rng.sample(FLAGS, rng.randrange(4))
   before = _listing(inside)
   _check(argv)
