@@ -68,7 +68,7 @@ _FLAGS: dict[str, tuple[Any, Any, str]] = {
   "seed": (int, 0, "Seed of the sample and of all orders."),
   "part": (Literal["rating", "pairwise"], "rating", "What to serve."),
   "study serve.host": (str, "127.0.0.1", "Address to listen on."),
-  "study serve.port": (int, 8000, "Port to listen on."),
+  "study serve.port": (int, 8000, "Port to listen on; 0: any that is free."),
   "platform": (
     Literal["potato", "mturk", "label_studio"], "potato",
     "Where the answers come from.",

@@ -109,14 +109,14 @@ def browser() -> Iterator[Any]:
     launched.close()
 
 
-def _enter(page: Any, link: str) -> None:
+def _enter(page: Any, link: str, question: str = "empathy") -> None:
   """Follows a link and agrees, up to the first item."""
   page.goto(link)
-  page.get_by_text("I agree", exact=True).click()
+  page.get_by_text("I agree").first.click()
   page.get_by_role("button", name="Next").last.click()
   page.get_by_text("A worked example").wait_for()
   page.get_by_role("button", name="Next").last.click()
-  page.locator("form#empathy").wait_for()
+  page.locator(f"form#{question}").wait_for()
 
 
 def _rate(page: Any, keys: str) -> str:
@@ -129,7 +129,8 @@ def _rate(page: Any, keys: str) -> str:
     lambda r: "updateinstance" in r.url and r.request.post_data
   ) as saved:
     page.keyboard.press("ArrowRight")
-  assert saved.value.json()["status"] == "success"
+  # The page moves on, and takes the body with it; the disk is read later.
+  assert saved.value.ok
   page.wait_for_function(
     "item => document.querySelector('#instance_id').value !== item", arg=item
   )
@@ -198,6 +199,29 @@ def test_annotators_rate_and_the_server_is_killed(
   study_answers.add(content, folder, found, "potato")
   report = study_report.report(folder)
   assert [a.seconds is not None for a in report.annotators].count(True) >= 1
+
+
+def test_a_pair_is_judged(browser: Any, tmp_path: pathlib.Path) -> None:
+  """One choice by keyboard, from the page to the report."""
+  content = study.build(_sources(4), Plan(dialogues=4, controls=0))
+  folder = tmp_path / "study"
+  study_answers.write(content, folder)
+  server = Server(folder, "pairwise", 0)
+  try:
+    link = server.wait()[0]
+    page = browser.new_context().new_page()
+    _enter(page, link, "choice")
+    item = _rate(page, "1")
+  finally:
+    server.kill()
+  (found,) = (
+    a for a in study_potato.read_answers(folder / "pairwise") if a.answers
+  )
+  assert (found.item, found.answers) == (item, {"choice": "left"})
+  study_answers.add(content, folder, [found], "potato")
+  (pair,) = study_report.report(folder).pairs
+  first = content.key["items"][item]["first"]
+  assert (pair.win if first == "left" else pair.loss).value == 100
 
 
 class _Person:

@@ -22,7 +22,7 @@ def require_extra() -> None:
   if importlib.util.find_spec("gradio") is None:
     raise InputError(
       "empdg demo needs Gradio, of the extra 'web'; in a clone: "
-      "pip install -c constraints.txt -e '.[web]'"
+      "pip install -e '.[web]'"
     )
 
 

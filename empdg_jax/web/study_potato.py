@@ -177,8 +177,8 @@ def program() -> str:
   return found
 
 
-def check_port(host: str, port: int) -> None:
-  """Checks that a server can listen there.
+def check_port(host: str, port: int) -> int:
+  """Returns a port that a server can listen on, any free one for 0.
 
   Raises:
     InputError: It cannot.
@@ -188,6 +188,7 @@ def check_port(host: str, port: int) -> None:
     with socket.socket(family, socket.SOCK_STREAM) as server:
       server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
       server.bind((host, port))
+      return server.getsockname()[1]
 
 
 def _states(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -300,14 +301,14 @@ def serve(
     folder: Its folder.
     part: One of `study.PARTS`.
     host: The address to listen on.
-    port: The port.
+    port: The port, 0 for any that is free.
     say: Prints a line.
 
   Raises:
     InputError: Potato is missing or cannot start.
   """
   potato = program()
-  check_port(host, port)
+  port = check_port(host, port)
   project = folder / part
   total = len(content.orders[part][0])
   done = progress(project)
