@@ -95,6 +95,7 @@ def test_a_run_keeps_its_rules_of_text(
 ) -> None:
   """A run without a version has the first; a new one has the newest."""
   old = pathlib.Path("run")
+  config.data.text_rules = 0
   assert run_folder.with_text_rules(config, old).data.text_rules == 1
   config = run_folder.with_text_rules(config, tmp_path / "new")
   assert config.data.text_rules == TEXT_RULES == 2
