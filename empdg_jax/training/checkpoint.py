@@ -29,6 +29,8 @@ _ITEMS = {
   GENERATOR: ("params", "optimizer"),
   DISCRIMINATOR: ("discriminators", "discriminator_optimizer"),
 }
+# The item with the generator's `TrainState.game`, if it has one.
+_GAME = "game"
 # The names of items in checkpoints of earlier versions, which stay readable.
 _FORMER_NAMES = {
   "discriminators": "critics",
@@ -175,6 +177,8 @@ class Checkpoints:
       params, optimizer = _ITEMS[player]
       trees[params] = _arrays(state.params)
       trees[optimizer] = _arrays(_optimizer(state))
+      if state.game is not None:
+        trees[_GAME] = _arrays(state.game)
     sums = {item: _checksums(tree) for item, tree in trees.items()}
     sums["progress"] = _checksums(_text(progress))
     items: dict[str, Any] = {
@@ -362,9 +366,16 @@ class Checkpoints:
   def restore_state(
     self, kind: str, player: str, like: TrainState, step: int | None = None
   ) -> TrainState:
-    """Reads a player's state; see `restore_params`."""
+    """Reads a player's state; see `restore_params`.
+
+    Its `game` is None if `like` or the checkpoint has none.
+    """
+    step = self.select(kind)[0].step if step is None else step
     params, optimizer = _ITEMS[player]
+    in_game = (self.folder(Selected(kind, step)) / _GAME).exists()
+    game = like.game if in_game else None
     return TrainState(
+      game=None if game is None else self._read(kind, _GAME, game, step),
       params=self._read(kind, params, like.params, step),
       **self._read(kind, optimizer, _optimizer(like), step),
     )

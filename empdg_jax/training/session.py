@@ -56,6 +56,10 @@ class TrainBatches:
     """Encodes the split; `open` comes before the first batch."""
     self._config = config.train
     self._encoded, self._shapes = dataset.encoded("train"), dataset.shapes
+    if self._config.feedback == "shuffled":
+      self._encoded = pipeline.shuffle_feedback(
+        self._encoded, self._config.seed
+      )
     self._batches: Any = None
     self.wait = InputWait()
 
@@ -106,7 +110,7 @@ class Session:
     self.checkpoints.save(
       kind,
       self.progress.updates,
-      self.learner.states(),
+      self.learner.states(best=kind == checkpoint.BEST),
       dataclasses.asdict(self.progress),
     )
 
@@ -182,7 +186,7 @@ def open_session(
   batches.open(progress.phase, progress.data)
   # 6. the logs, which drop the lines after the checkpoint: those updates are
   # computed and logged again;
-  log.open(progress.updates)
+  log.open(progress.updates, progress.phase)
   valid_batches = list(
     pipeline.eval_batches(
       dataset.encoded("valid"),
