@@ -193,6 +193,7 @@ def test_the_average_of_phase_3_is_kept_as_the_best(
   checkpoints = checkpoint.Checkpoints(workdir)
   progress = learner.restore(checkpoints)
   assert progress["updates"] == checkpoints.step(checkpoint.BEST) == 13
+  learner.start()
   generator = learner.states()["generator"]
   assert generator.game is not None
   assert np.all(generator.game["norms"] > 0)
