@@ -263,8 +263,8 @@ def respond(
     noisy = _exclude(log_probs + _gumbel(keys, log_probs.shape), excluded)
     weights = jax.nn.softmax(noisy / adversary.config.sample_temperature)
     tokens = choose(noisy)
-    embedded = model.apply(frozen, tokens, weights, method="embed")
-    return EmbeddedResponse(tokens, embedded), outputs.encoded
+    hard: Any = model.apply(frozen, tokens, weights, method="embed")
+    return EmbeddedResponse(tokens, hard), outputs.encoded
   if signal == "constant":
     params = jax.lax.stop_gradient(params)
   encoded: Any = model.apply({"params": params}, inputs, None, method="encode")
