@@ -133,6 +133,17 @@ class ModelConfig:
   # Weight of the generation loss (gamma 2 of eq. 15).
   generation_loss_weight: float = 1.0
   label_smoothing: float = 0.1  # Probability spread over the vocabulary.
+  # What the classifier of emotions reads of each context:
+  # "first": the encoder's first output, as printed in eqs. 3, 6 and 7;
+  # "mean": the mean of the embedded words;
+  # "attention": their mean weighted by softmax(v tanh(W x + b)) (Yang et al.,
+  # 2016). The discriminators read the first output in any case.
+  emotion_pooling: Literal["first", "mean", "attention"] = "first"
+  # Dropout rate of the input of We (eq. 7); none in the paper.
+  emotion_dropout: float = 0.0
+  # Probability of leaving a whole word out of the pool (Iyyer et al., 2015);
+  # the encoders keep it. None in the paper.
+  word_dropout: float = 0.0
   # Widths of the discriminators' convolutions in words; each gets an equal
   # share of the filters.
   kernel_widths: tuple[int, ...] = (1, 2, 3)
@@ -169,9 +180,22 @@ class TrainConfig:
   mle_eval_every: int = 2_000  # Steps between validations in phase 1.
   # Validations without improvement after which phase 1 stops.
   mle_patience: int = 3
-  # Factor of the learning-rate schedule of Vaswani et al. (2017).
+  # Validation metric by which phase 1 keeps its best checkpoint and stops; its
+  # names are those of `selection_metric`.
+  mle_selection_metric: Literal[
+    "emotion_accuracy", "perplexity", "perplexity_per_example", "joint", "last"
+  ] = "perplexity"
+  # Learning rate of the generator: "inverse_sqrt" (Vaswani et al., 2017; the
+  # paper), or "cosine" (Loshchilov and Hutter, 2017): a linear warm-up to
+  # `peak_learning_rate`, then half a cosine to 0 at `mle_steps`.
+  schedule: Literal["inverse_sqrt", "cosine"] = "inverse_sqrt"
+  # Factor of the schedule of Vaswani et al.
   learning_rate_factor: float = 1.0
-  warmup_steps: int = 8_000  # Warm-up steps of that schedule.
+  peak_learning_rate: float = 1e-3  # Highest rate of the cosine schedule.
+  warmup_steps: int = 8_000  # Warm-up steps of either schedule.
+  # Constant learning rate of the generator in phase 3; 0 goes on with the
+  # schedule, as in the paper.
+  adversarial_learning_rate: float = 0.0
   adam_b1: float = 0.9  # Adam's decay rate of the first moment.
   adam_b2: float = 0.98  # Adam's decay rate of the second moment.
   adam_eps: float = 1e-9  # Adam's epsilon.
@@ -180,27 +204,46 @@ class TrainConfig:
   discriminator_steps: int = 1_000  # Steps of phase 2.
   # Constant learning rate of the discriminators, which Adam trains as well.
   discriminator_learning_rate: float = 1e-4
+  # Discriminators that play: "all" of the system's (the paper), or one.
+  discriminators: Literal["all", "semantic", "emotional"] = "all"
+  # Feedback that they read in training: the dialogue's "own" (the paper), or
+  # that of another dialogue, "shuffled", to measure what it contributes.
+  feedback: Literal["own", "shuffled"] = "own"
   # Weight of the gradient penalty (beta of eq. 19).
   gradient_penalty_weight: float = 0.1
+  # Where the slope is measured that the penalty holds at 1: at the LSTM's
+  # "states" (eq. 19), or at the embedded "words" (Gulrajani et al., 2017).
+  gradient_penalty_at: Literal["states", "words"] = "states"
   adversarial_rounds: int = 5_000  # Maximum rounds of phase 3.
   d_steps: int = 1  # Discriminators' steps per round.
   g_steps: int = 5  # Generator's steps per round.
   adversarial_eval_every: int = 200  # Rounds between validations in phase 3.
   # Validations without improvement after which phase 3 stops.
   adversarial_patience: int = 3
-  # Metric by which phase 3 keeps its best checkpoint.
+  # Decay of the average of the generator's weights in phase 3 (Yazici et al.,
+  # 2019), which is then validated and kept as the best; 0 for no average.
+  ema_decay: float = 0.0
+  # Validation metric by which phase 3 keeps its best checkpoint and stops, with
+  # the formula in `training/validation.py:selection_score`:
+  # "emotion_accuracy", "perplexity", "perplexity_per_example";
+  # "joint": ln(perplexity_per_example) - emotion_accuracy;
+  # "last": the number of rounds, so that the last validation is the best.
   selection_metric: Literal[
-    "emotion_accuracy", "perplexity", "perplexity_per_example"
+    "emotion_accuracy", "perplexity", "perplexity_per_example", "joint", "last"
   ] = "emotion_accuracy"
   # How the discriminators move the generator:
   # "straight_through": through responses it samples;
   # "expected": through expected embeddings of teacher-forced words;
+  # "teacher_forced": through teacher-forced words that it samples;
   # "constant": not at all, their scores are added as numbers.
-  generator_signal: Literal["straight_through", "expected", "constant"] = (
-    "straight_through"
-  )
+  generator_signal: Literal[
+    "straight_through", "expected", "teacher_forced", "constant"
+  ] = "straight_through"
   # Weight of -Dsem - Demo beside Lg; 1 in the paper.
   generator_signal_weight: float = 1.0
+  # Norm of the signal's gradient as a share of the likelihood's, both smoothed
+  # over about 20 updates; it replaces the weight. 0 for the weight (the paper).
+  generator_signal_share: float = 0.0
   sample_steps: int = 20  # Maximum tokens of a sampled response, with its EOS.
   # Temperature of the sampled responses' gradients; see `decoding.py`.
   sample_temperature: float = 1.0
@@ -253,9 +296,17 @@ _MAY_BE_ZERO = {
   "train.adversarial_rounds",
   "train.gradient_penalty_weight", "train.generator_signal_weight",
   "model.dropout_rate", "model.emotion_loss_weight", "model.label_smoothing",
+  "model.emotion_dropout", "model.word_dropout",
+  "train.adversarial_learning_rate", "train.ema_decay",
+  "train.generator_signal_share",
   "model.listener_top_k", "model.listener_teacher_ratio", "eval.length_penalty",
   "eval.temperature", "eval.sampling_seed",
 }  # fmt: skip
+
+_BELOW_1 = (
+  "model.dropout_rate", "model.emotion_dropout", "model.word_dropout",
+  "model.label_smoothing", "train.ema_decay",
+)  # fmt: skip
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -369,8 +420,17 @@ def validate(config: Config) -> None:
   model, shapes = config.model, config.data.shapes
   wanted = f"a version of at most {TEXT_RULES}; a newer one needs an update"
   check(config.data.text_rules <= TEXT_RULES, "data.text_rules", wanted)
-  for name in ("model.dropout_rate", "model.label_smoothing"):
+  for name in _BELOW_1:
     check(values[name] < 1, name, "less than 1")
+  fits = not model.word_dropout or model.emotion_pooling != "first"
+  wanted = "0, with config.model.emotion_pooling=first, which pools no words"
+  check(fits, "model.word_dropout", wanted)
+  train = config.train
+  fits = train.schedule != "cosine" or train.warmup_steps < train.mle_steps
+  wanted = (
+    f"less than config.train.mle_steps={train.mle_steps}, the cosine's end"
+  )
+  check(fits, "train.warmup_steps", wanted)
   fits = model.listener_teacher_ratio <= 1
   check(fits, "model.listener_teacher_ratio", "at most 1")
   check(config.eval.top_p <= 1, "eval.top_p", "at most 1")

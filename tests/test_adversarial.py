@@ -45,6 +45,7 @@ from empdg_jax.training.train_state import (
   create_discriminator_state,
   create_optimizer,
   init_params,
+  start_game,
 )
 
 MAX_STEPS = 6
@@ -52,7 +53,7 @@ NAMES = ("semantic", "emotional")
 IS_EMOTIONAL = np.arange(VOCAB) % 3 == 0
 IS_EMOTIONAL[:8] = False
 DISCRIMINATOR = Discriminator(MODEL.config.emb_dim, (1, 2))
-SIGNALS = ("straight_through", "expected", "constant")
+SIGNALS = ("straight_through", "expected", "teacher_forced", "constant")
 
 
 def adversary(config: TrainConfig) -> Adversary:
@@ -425,7 +426,142 @@ def test_a_constant_signal_leaves_maximum_likelihood_alone(
   )
 
 
-@pytest.mark.parametrize("signal", ["straight_through", "expected"])
+def test_a_share_holds_the_signals_norm_and_weights_are_averaged() -> None:
+  """By hand from the gradients of the likelihood and of the signal."""
+  batch, rates = make_dialogues(5), optax.sgd(1.0)
+  start: Any = None
+  moved = []
+  for weight in (1e-9, 1.0):
+    players = make_players(
+      "expected", optimizer=rates, generator_signal_weight=weight
+    )
+    start = players.generator
+    state, metrics = play(
+      players.generator_step, start, players.discriminators, batch
+    )
+    moved.append(flat(state.params) - flat(start.params))
+    assert metrics["signal_weight"] == pytest.approx(weight * ROWS)
+  likelihood, signal = moved[0], moved[1] - moved[0]
+
+  config = dataclasses.replace(TRAIN, generator_signal_share=0.3, ema_decay=0.9)
+  players = make_players(
+    "expected",
+    optimizer=rates,
+    generator_signal_share=0.3,
+    ema_decay=0.9,
+  )
+  state, metrics = play(
+    players.generator_step,
+    start.replace(game=start_game(config, start.params)),
+    players.discriminators,
+    batch,
+  )
+  weight = 0.3 * np.linalg.norm(likelihood) / np.linalg.norm(signal)
+  assert metrics["signal_weight"] == pytest.approx(weight * ROWS, rel=1e-3)
+  expected = likelihood + weight * signal
+  actual = flat(state.params) - flat(start.params)
+  assert relative_difference(actual, expected) < 1e-3
+  average = flat(state.game["average"]) - flat(start.params)
+  assert relative_difference(average, 0.1 * actual) < 1e-3
+  norms = [np.linalg.norm(likelihood), np.linalg.norm(signal)]
+  np.testing.assert_allclose(state.game["norms"], 0.05 * np.array(norms), 1e-3)
+
+
+def test_smoothed_norms_by_hand() -> None:
+  config = dataclasses.replace(TRAIN, generator_signal_share=0.3)
+  game: Any = {"norms": jnp.zeros(2)}
+  weight, game = steps._weigh(game, jnp.float32(2), jnp.float32(4), config)
+  assert float(weight) == pytest.approx(0.15)
+  weight, game = steps._weigh(game, jnp.float32(4), jnp.float32(1), config)
+  assert float(weight) == pytest.approx(0.3 * 0.295 / 0.24)
+  _, after = steps._weigh(game, jnp.float32(1), jnp.float32(np.inf), config)
+  np.testing.assert_array_equal(after["norms"], game["norms"])
+  weight, _ = steps._weigh(None, jnp.float32(2), jnp.float32(0), config)
+  assert float(weight) == 0.0
+
+
+@pytest.mark.parametrize("signal", ["expected", "teacher_forced"])
+def test_a_likely_pad_hides_no_position(signal: str) -> None:
+  """Discriminators see a response as long as the gold one."""
+  batch = make_dialogues(5)
+  params = dict(make_players(signal).generator.params)
+  decoder = dict(params["decoder"])
+  decoder["norm"] = {
+    **decoder["norm"], "bias": decoder["norm"]["bias"] + 10.0
+  }  # fmt: skip
+  projection = params["vocab_projection"].copy()
+  projection[:, PAD] = 10.0
+  params |= {"decoder": decoder, "vocab_projection": projection}
+  params["gate"] = {**params["gate"], "bias": np.full(1, 1e4, np.float32)}
+  inputs = Inputs(batch.context, batch.state, batch.emotion_context)
+  keys = jax.random.split(KEY, ROWS)
+  outputs: Any = MODEL.apply({"params": params}, inputs, batch.target, keys)
+  probs = losses.mixture(outputs.logits, outputs.pointer)
+  assert np.all(np.argmax(probs, axis=-1) == PAD)
+
+  config = dataclasses.replace(TRAIN, generator_signal=signal)
+  response, _ = adversary_lib.respond(
+    params, inputs, batch.target, keys, MODEL, adversary(config)
+  )
+  np.testing.assert_array_equal(response.tokens == PAD, batch.target == PAD)
+
+
+def test_teacher_forced_samples_follow_the_model() -> None:
+  """Tokens by chi-square; their embeddings; the soft weights' gradient."""
+  draws, position = 4_000, 1
+  batch = make_batch(1)
+  params = reference.random_params(
+    jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
+  )
+  row = next(i for i in range(ROWS) if batch.target[i, position] != PAD)
+  repeat = [row] * draws
+  inputs = Inputs(
+    batch.context[repeat], batch.state[repeat], batch.emotion_context[repeat]
+  )
+  still = MODEL.clone(
+    config=dataclasses.replace(MODEL.config, dropout_rate=0.0)
+  )
+  config = dataclasses.replace(
+    TRAIN, generator_signal="teacher_forced", sample_temperature=0.5
+  )
+  keys = jax.random.split(jax.random.key(2), draws)
+  target = batch.target[repeat][:, : position + 1]
+  cotangent = np.random.default_rng(0).normal(size=16)
+
+  @jax.jit
+  def respond(params: Any) -> Any:
+    response, _ = adversary_lib.respond(
+      params, inputs, target, keys, still, adversary(config)
+    )
+    total = jnp.sum(response.embedded[:, position] @ cotangent) / draws
+    return total, response
+
+  (_, response), gradient = jax.value_and_grad(respond, has_aux=True)(params)
+  tokens = np.asarray(response.tokens)
+  np.testing.assert_allclose(
+    response.embedded, 4.0 * params["embedding"][tokens], rtol=1e-6
+  )
+  example = make_examples(1)[0][row]
+  out = reference.generator(
+    in_float64(params),
+    still.config,
+    example._replace(target=example.target[: position + 1]),
+  )
+  copies = [UNK] if UNK in example.source else []
+  allowed = np.array([*copies, EOS, *range(8, VOCAB)])
+  probs = out.probs[position, allowed] / out.probs[position, allowed].sum()
+  counts = np.bincount(tokens[:, position], minlength=VOCAB)[allowed]
+  assert counts.sum() == draws
+  assert scipy.stats.chisquare(counts, draws * probs).pvalue > 0.001
+  # The signal reaches what chose the tokens, and not the embedding table as
+  # the discriminators read it.
+  assert np.linalg.norm(flat(gradient["vocab_projection"])) > 1e-4
+  assert np.linalg.norm(flat(gradient["semantic_encoder"])) > 1e-6
+
+
+@pytest.mark.parametrize(
+  "signal", ["straight_through", "expected", "teacher_forced"]
+)
 def test_the_signal_alone_raises_the_score(signal: str) -> None:
   """One step on the signal raises the scores under the same noise."""
   alone = Generator(

@@ -225,6 +225,34 @@ def test_penalty_is_differentiated_a_second_time(params: Any) -> None:
     )
 
 
+def test_the_penalty_may_stand_at_the_words(params: Any) -> None:
+  """The slope of the whole discriminator between the embedded responses."""
+  given, alpha = make_inputs(DIALOGUES, (5, 5, 5))
+  terms = discriminator_losses(
+    DISCRIMINATOR, params, given, alpha, 0.3, at="words"
+  )
+  at_states = discriminator_losses(DISCRIMINATOR, params, given, alpha, 0.3)
+  generated, gold = given.responses
+  mask = generated.mask | gold.mask
+  weight = alpha[:, None, None]
+  between = weight * generated.features + (1 - weight) * gold.features
+
+  def score(features: jax.Array) -> jax.Array:
+    inputs = given._replace(responses=(Utterances(features, mask),))
+    scores: Any = DISCRIMINATOR.apply({"params": params}, inputs)
+    return jnp.sum(scores[0])
+
+  slopes = np.asarray(jax.grad(score)(between), np.float64)
+  norms = np.sqrt(np.sum(slopes**2, axis=(1, 2)))
+  np.testing.assert_allclose(terms["gradient_norm"], norms, rtol=1e-4)
+  penalty = (norms - 1.0) ** 2
+  np.testing.assert_allclose(
+    terms["loss"], 0.3 * penalty - terms["wasserstein"], rtol=1e-3
+  )
+  np.testing.assert_array_equal(terms["wasserstein"], at_states["wasserstein"])
+  assert np.all(np.abs(norms - at_states["gradient_norm"]) > 1e-3)
+
+
 def test_a_flat_discriminator_has_finite_gradients(params: Any) -> None:
   flat = {**params, "output": jax.tree.map(np.zeros_like, params["output"])}
   given, alpha = make_inputs(DIALOGUES, (4, 5, 5))

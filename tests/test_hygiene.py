@@ -668,7 +668,7 @@ def test_damaged_lines_of_metrics_are_left_out(damage: bytes) -> None:
   )
   whole = [json.loads(entry(1)), json.loads(entry(3))]
   assert list(metric_writer.read_metrics(path)) == whole
-  writer = metric_writer.MetricWriter(path.absolute().parent, 2)
+  writer = metric_writer.MetricWriter(path.absolute().parent, 2, "mle")
   writer.write(3, "mle", {"valid/perplexity": 2.5})
   writer.close()
   assert list(metric_writer.read_metrics(path)) == whole

@@ -13,7 +13,15 @@ from helpers import run_training
 
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config, InputError
-from empdg_jax.training import checkpoint, loop, metric_writer, steps
+from empdg_jax.data.prepare import load_dataset
+from empdg_jax.training import (
+  checkpoint,
+  loop,
+  metric_writer,
+  run_folder,
+  steps,
+)
+from empdg_jax.training.learner import Learner
 from empdg_jax.training.train_state import TrainState
 
 # Updates: 4 of phase 1, 4 of phase 2, 3 rounds of 1 + 2 in phase 3.
@@ -72,7 +80,7 @@ def test_phases_follow_each_other(
   assert phases == {
     "mle": {1, 2, 3, 4},
     "discriminator": {5, 6, 7, 8},
-    "adversarial": {11, 14, 17},
+    "adversarial": {8, 11, 14, 17},
   }
   of_discriminators = {
     f"discriminator/{name}"
@@ -93,11 +101,45 @@ def test_phases_follow_each_other(
   )
   checkpoints = checkpoint.Checkpoints(workdir)
   assert checkpoints.step(checkpoint.LATEST) == _UPDATES
-  assert checkpoints.step(checkpoint.BEST) in (14, 17)
+  # A round must improve on phase 1's best, which is validated first.
+  assert values[8, "valid/perplexity"] == values[4, "valid/perplexity"]
+  accuracies = {s: values[s, "valid/emotion_accuracy"] for s in (8, 14, 17)}
+  best = max(accuracies, key=lambda step: accuracies[step])
+  assert checkpoints.step(checkpoint.BEST) == best
   # The schedule goes on from phase 1's best generator.
   progress = checkpoints.restore_progress(checkpoint.LATEST)
   assert progress["phase"] == "adversarial"
   assert values[11, "train/learning_rate"] > values[4, "train/learning_rate"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_at", [4, 10])
+def test_options_resume(
+  with_options: tuple[Config, pathlib.Path],
+  tmp_path: pathlib.Path,
+  kill_at: int,
+) -> None:
+  """The averages come back, and no validation is logged twice."""
+  config, undisturbed = with_options
+  workdir = tmp_path / "run"
+  killed = run_training(config, workdir, kill_at, signal.SIGKILL)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  assert loop.train(config, workdir)
+  logged = [
+    {
+      (entry["step"], entry["phase"], entry["name"]): entry["value"]
+      for entry in metric_writer.read_metrics(folder / "metrics.jsonl")
+      if entry["name"] not in ("train/examples_per_second", "train/input_wait")
+    }
+    for folder in (undisturbed, workdir)
+  ]
+  assert logged[0].keys() == logged[1].keys()
+  np.testing.assert_allclose(
+    [logged[1][key] for key in logged[0]],
+    list(logged[0].values()),
+    rtol=1e-5,
+    atol=1e-7,
+  )
 
 
 @pytest.mark.slow
@@ -118,6 +160,61 @@ def test_kill_and_resume_in_every_phase(
     rtol=1e-5,
     atol=1e-7,
   )
+
+
+@pytest.fixture(scope="module")
+def with_options(
+  sample_config: Config, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, pathlib.Path]:
+  """A run with the options that have a state of their own."""
+  config = _three_phases(sample_config)
+  config.model.emotion_pooling = "attention"
+  config.model.emotion_dropout, config.model.word_dropout = 0.5, 0.3
+  t = config.train
+  t.schedule, t.warmup_steps, t.adversarial_learning_rate = "cosine", 2, 1e-3
+  t.ema_decay, t.generator_signal_share = 0.5, 0.3
+  t.generator_signal, t.gradient_penalty_at = "teacher_forced", "words"
+  t.discriminators, t.feedback = "semantic", "shuffled"
+  t.discriminator_steps = 0
+  t.mle_selection_metric, t.selection_metric = "joint", "last"
+  workdir = tmp_path_factory.mktemp("options") / "run"
+  assert loop.train(config, workdir)
+  return config, workdir
+
+
+def test_the_average_of_phase_3_is_kept_as_the_best(
+  with_options: tuple[Config, pathlib.Path],
+) -> None:
+  config, workdir = with_options
+  trained = run_folder.open_run(workdir)
+  learner = Learner(
+    config, load_dataset(config.data), np.zeros((len(trained.vocabulary), 16))
+  )
+  checkpoints = checkpoint.Checkpoints(workdir)
+  progress = learner.restore(checkpoints)
+  assert progress["updates"] == checkpoints.step(checkpoint.BEST) == 13
+  learner.start()
+  generator = learner.states()["generator"]
+  assert generator.game is not None
+  assert np.all(generator.game["norms"] > 0)
+  best = learner.states(best=True)["generator"]
+  assert best.game is None
+  kept = checkpoints.restore_params(checkpoint.BEST, generator.params)
+  for ours, theirs, average in zip(
+    jax.tree.leaves(generator.params),
+    jax.tree.leaves(kept),
+    jax.tree.leaves(generator.game["average"]),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(theirs, average)
+    assert not np.array_equal(ours, theirs)
+  values = [
+    entry
+    for entry in metric_writer.read_metrics(workdir / "metrics.jsonl")
+    if entry["phase"] == "adversarial"
+  ]
+  rates = {v["value"] for v in values if v["name"] == "train/learning_rate"}
+  assert rates == {pytest.approx(1e-3)}
 
 
 def test_another_runs_generator_begins_phase_2(
@@ -165,7 +262,7 @@ def test_refuses_an_mle_checkpoint_that_does_not_fit(
     ("train.gradient_penalty_weight", -0.1, "more than 0"),
     ("train.generator_signal_weight", -1.0, "more than 0"),
     ("train.sample_temperature", 0.0, "more than 0"),
-    ("train.generator_signal", "soft", "straight_through, expected, constant"),
+    ("train.generator_signal", "soft", "teacher_forced, constant"),
     ("train.selection_metric", "bleu", "emotion_accuracy"),
     ("model.kernel_widths", (), "widths of at least 1"),
     ("model.kernel_widths", (1, 0), "widths of at least 1"),

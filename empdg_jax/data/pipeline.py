@@ -292,6 +292,22 @@ def host_rows(batch_size: int, host: int, num_hosts: int) -> slice:
   )
 
 
+def shuffle_feedback(
+  encoded: Sequence[EncodedExample], seed: int
+) -> list[EncodedExample]:
+  """Gives each example with feedback that of another one, by a permutation."""
+  having = [i for i, example in enumerate(encoded) if example.feedback]
+  order = np.random.default_rng(seed).permutation(having)
+  # A rotation of the random order: none keeps its own.
+  others = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+  return [
+    example._replace(feedback=encoded[others[i]].feedback)
+    if i in others
+    else example
+    for i, example in enumerate(encoded)
+  ]
+
+
 def train_batches(
   encoded: Sequence[EncodedExample],
   shapes: Sequence[Shape],

@@ -2,10 +2,14 @@
 
 The generator's signal (paper §4.2) is a gradient that flows from the scores of
 the discriminators through embedded responses into the generator's parameters.
+Both sides are embedded by the generator's own embedding table, which is frozen
+for the discriminators: neither player's loss moves it on this way.
 """
 
 import dataclasses
 import functools
+import math
+import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -16,13 +20,16 @@ import numpy as np
 from empdg_jax import decoding, losses
 from empdg_jax.config import TrainConfig
 from empdg_jax.data import vocab
+from empdg_jax.models import layers
 from empdg_jax.models.discriminators import (
   Discriminator,
   DiscriminatorInputs,
   Utterances,
+  pad_to_longest,
   pick,
 )
 from empdg_jax.models.encoder_decoder import EncoderDecoder, Encoding, Inputs
+from empdg_jax.rng import exponential
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +193,23 @@ def _sample(
   return sample(params, encoded)
 
 
+def _exclude(scores: jax.Array, excluded: jax.Array) -> jax.Array:
+  """Lowers scores `[batch, N, V]` of impossible special tokens to -1e9."""
+  count = excluded.shape[1]
+  special = jnp.where(
+    excluded[:, None], layers.NEGATIVE_INFINITY, scores[..., :count]
+  )
+  return scores.at[..., :count].set(special)
+
+
+def _gumbel(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Draws Gumbel noise `[batch, N, V]` from a key per example."""
+  purpose = zlib.crc32(b"teacher_forced")
+  keys = jax.vmap(jax.random.fold_in, (0, None))(keys, purpose)
+  draw = jax.vmap(lambda key: exponential(key, math.prod(shape[1:])))
+  return -jnp.log(draw(keys)).reshape(shape)
+
+
 def respond(
   params: Any,
   inputs: Inputs,
@@ -197,13 +221,15 @@ def respond(
   """Generates responses whose gradient reaches `params` as configured.
 
   `config.generator_signal` is `"straight_through"` (sampled responses),
-  `"expected"` (expected embeddings under teacher forcing) or `"constant"`
-  (sampled responses without a gradient).
+  `"expected"` (expected embeddings under teacher forcing), `"teacher_forced"`
+  (tokens sampled under teacher forcing, with a soft gradient) or `"constant"`
+  (sampled responses without a gradient). Responses under teacher forcing are as
+  long as the gold ones.
 
   Args:
     params: The generator's parameters.
     inputs: The dialogues.
-    target: The gold responses, which `"expected"` follows, `[batch, N]`.
+    target: The gold responses for teacher forcing, `[batch, N]`.
     keys: The keys of the noise, `[batch]`.
     model: The generator.
     adversary: The options of the signal and the sampling.
@@ -216,13 +242,29 @@ def respond(
   # score without changing a response.
   frozen = {"params": jax.lax.stop_gradient(params)}
   signal = adversary.config.generator_signal
-  if signal == "expected":
+  if signal in ("expected", "teacher_forced"):
     # With the same dropout as the likelihood, so that XLA merges both passes.
     outputs: Any = model.apply({"params": params}, inputs, target, keys)
-    probs = losses.mixture(outputs.logits, outputs.pointer)
-    tokens = jnp.where(target == vocab.PAD, vocab.PAD, decoding.argmax(probs))
-    embedded: Any = model.apply(frozen, probs, method="expected_embedding")
-    return EmbeddedResponse(tokens, embedded), outputs.encoded
+    # A PAD would hide the position from the discriminators.
+    excluded: Any = model.apply(
+      frozen, outputs.encoded.source, method="excluded"
+    )
+
+    def choose(scores: jax.Array) -> jax.Array:
+      """Returns the best possible token at each position, `[batch, N]`."""
+      tokens = decoding.argmax(_exclude(scores, excluded))
+      return jnp.where(target == vocab.PAD, vocab.PAD, tokens)
+
+    if signal == "expected":
+      probs = losses.mixture(outputs.logits, outputs.pointer)
+      embedded: Any = model.apply(frozen, probs, method="expected_embedding")
+      return EmbeddedResponse(choose(probs), embedded), outputs.encoded
+    log_probs = losses.log_mixture(outputs.logits, outputs.pointer)
+    noisy = _exclude(log_probs + _gumbel(keys, log_probs.shape), excluded)
+    weights = jax.nn.softmax(noisy / adversary.config.sample_temperature)
+    tokens = choose(noisy)
+    hard: Any = model.apply(frozen, tokens, weights, method="embed")
+    return EmbeddedResponse(tokens, hard), outputs.encoded
   if signal == "constant":
     params = jax.lax.stop_gradient(params)
   encoded: Any = model.apply({"params": params}, inputs, None, method="encode")
@@ -280,6 +322,7 @@ def discriminator_losses(
   inputs: DiscriminatorInputs,
   alpha: jax.Array,
   penalty_weight: float,
+  at: str = "states",
 ) -> dict[str, jax.Array]:
   """Scores a generated and a gold response per dialogue (eqs. 17-19).
 
@@ -290,6 +333,8 @@ def discriminator_losses(
     alpha: The point at which the slope is measured, from 0 (gold) to 1
       (generated), `[B]`.
     penalty_weight: beta.
+    at: Where the slope is measured, the LSTM's `"states"` (eq. 19) or the
+      embedded `"words"`.
 
   Returns:
     `loss`, `wasserstein` (gold minus generated score), `gradient_penalty` and
@@ -299,16 +344,19 @@ def discriminator_losses(
   represented: Any = discriminator.apply(variables, inputs, method="represent")
   (generated, gold), interaction = represented
 
-  def score(response: Utterances) -> Any:
-    return discriminator.apply(variables, response, interaction, method="score")
+  def score(response: Utterances, method: str = "score") -> Any:
+    return discriminator.apply(variables, response, interaction, method=method)
 
   # A point between two responses is real wherever either of them is, and its
   # slope counts there and nowhere else.
   mask = generated.mask | gold.mask
+  method, ends = "score", (generated, gold)
+  if at == "words":
+    method, ends = "score_words", tuple(pad_to_longest(inputs.responses))
   penalty, norm = losses.gradient_penalty(
-    lambda features: score(Utterances(features, mask)),
-    generated.features,
-    gold.features,
+    lambda features: score(Utterances(features, mask), method),
+    ends[0].features,
+    ends[1].features,
     alpha,
   )
   wasserstein = score(gold) - score(generated)

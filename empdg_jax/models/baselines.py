@@ -24,6 +24,8 @@ class Transformer(EncoderDecoder):
   The first input of its decoder is SOS.
   """
 
+  predicts_emotion = False
+
   def setup(self) -> None:
     """Creates the encoder."""
     super().setup()
@@ -61,6 +63,8 @@ class EmoPrepend(EncoderDecoder):
     """Creates the encoder and the projections of the emotion."""
     super().setup()
     self.encoder = encoders.Encoder(self.config, self.dtype)
+    self.pool = layers.Pool(self.config)
+    self.emotion_dropout = layers.Dropout(self.config.emotion_dropout)
     self.emotion = nn.Dense(self.num_emotions, use_bias=False)
     self.emotion_embedding = nn.Dense(self.config.emb_dim)
 
@@ -75,7 +79,8 @@ class EmoPrepend(EncoderDecoder):
     words, states = embedded
     mask = inputs.context != vocab.PAD
     semantic = self.encoder(words + states, mask, keys)
-    emotion_logits = self.emotion(semantic[:, 0])
+    pooled = self.pool(semantic[:, 0], words, mask, keys)
+    emotion_logits = self.emotion(self.emotion_dropout(pooled, keys))
     emotion_logits = choose_emotion(emotion_logits, inputs.emotion)
     return Encoding(
       semantic[:, 0],
@@ -248,9 +253,13 @@ class MoEL(Transformer):
   A Transformer whose decoder mixes the listeners by the predicted emotion.
   """
 
+  predicts_emotion = True
+
   def setup(self) -> None:
     """Creates the encoder and the classifier that weights the listeners."""
     super().setup()
+    self.pool = layers.Pool(self.config)
+    self.emotion_dropout = layers.Dropout(self.config.emotion_dropout)
     self.emotion = nn.Dense(self.num_emotions, use_bias=False)
 
   def create_decoder(self) -> ListenersDecoder:
@@ -262,7 +271,9 @@ class MoEL(Transformer):
   ) -> Encoding:
     """Encodes the dialogue's words; see `EncoderDecoder.read`."""
     encoded = super().read(inputs, embedded, keys)
-    emotion_logits = self.emotion(encoded.semantic)
+    mask = inputs.context != vocab.PAD
+    pooled = self.pool(encoded.semantic, embedded[0], mask, keys)
+    emotion_logits = self.emotion(self.emotion_dropout(pooled, keys))
     emotion_logits = choose_emotion(emotion_logits, inputs.emotion)
     weights = listener_weights(emotion_logits, self.config.listener_top_k)
     if inputs.listener is not None:

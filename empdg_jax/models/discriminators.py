@@ -193,6 +193,10 @@ class Discriminator(nn.Module):
     f = jnp.concatenate(pooled, axis=-1)  # -> [batch, d]
     return self.output(nn.relu(f + interaction))[:, 0]
 
+  def score_words(self, words: Utterances, interaction: jax.Array) -> jax.Array:
+    """Scores embedded words; see `score`."""
+    return self.score(self.lstm(words), interaction)
+
   def __call__(self, inputs: DiscriminatorInputs) -> list[jax.Array]:
     """Returns the scores `[batch]` of every batch of responses."""
     encoded, interaction = self.represent(inputs)

@@ -134,7 +134,11 @@ class EncoderDecoder(nn.Module):
     num_emotions: The number of emotion labels in the dataset.
     dtype: The type of products and activations. Parameters, normalisations,
       softmaxes, logits and everything that predicts the emotion are float32.
+    predicts_emotion: Whether the system perceives the user's emotion.
   """
+
+  # No field: Flax makes fields of annotated attributes alone.
+  predicts_emotion = True
 
   config: ModelConfig
   vocab_size: int
@@ -349,6 +353,22 @@ class EncoderDecoder(nn.Module):
     )
     return log_probs, cache, hidden
 
+  def excluded(self, source: jax.Array) -> jax.Array:
+    """Marks the special tokens that no response to a dialogue may hold.
+
+    Args:
+      source: The ids of the tokens the decoder attends to, `[batch, length]`.
+
+    Returns:
+      `[batch, special tokens]`, True at the impossible ones, from id 0 on.
+    """
+    copies = jnp.any(source == vocab.UNK, axis=-1)
+    copies &= self.config.pointer_generator
+    # Special tokens have logits like any other, which could win at any step.
+    ids = jnp.arange(len(vocab.SPECIAL_TOKENS))
+    never = ~jnp.isin(ids, jnp.array(_GENERATED))
+    return never | ((ids == vocab.UNK) & ~copies[:, None])
+
   def _advance(
     self, encoded: Encoding, x: jax.Array, cache: Cache, index: jax.Array
   ) -> tuple[jax.Array, Pointer | None, Cache, jax.Array]:
@@ -369,11 +389,8 @@ class EncoderDecoder(nn.Module):
     # source word, UNK is impossible.
     unknown = encoded.source == vocab.UNK
     copied_from = jnp.argmax(jnp.where(unknown, attention[:, 0], -1.0), axis=-1)
-    copies = jnp.any(unknown, axis=-1) & self.config.pointer_generator
-    # Special tokens have logits like any other, which could win at any step.
-    ids = jnp.arange(len(vocab.SPECIAL_TOKENS))
-    never = ~jnp.isin(ids, jnp.array(_GENERATED))
-    excluded = never | ((ids == vocab.UNK) & ~copies[:, None])
-    copied_from = jnp.where(copies, copied_from, -1).astype(jnp.int32)
+    excluded = self.excluded(encoded.source)
+    copied_from = jnp.where(excluded[:, vocab.UNK], -1, copied_from)
+    copied_from = copied_from.astype(jnp.int32)
     copied_from = cache.copied_from.at[:, index].set(copied_from)
     return hidden[:, 0], pointer, Cache(layer_caches, copied_from), excluded

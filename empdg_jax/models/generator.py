@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from empdg_jax.data import vocab
-from empdg_jax.models import encoders
+from empdg_jax.models import encoders, layers
 from empdg_jax.models.encoder_decoder import (
   EncoderDecoder,
   Encoding,
@@ -24,6 +24,9 @@ class Generator(EncoderDecoder):
     self.emotion_encoder = encoders.Encoder(self.config, self.dtype)
     # In float32, like everything after an encoder's first vector: these are
     # small, and the emotion loss reads them.
+    self.semantic_pool = layers.Pool(self.config)
+    self.emotional_pool = layers.Pool(self.config)
+    self.emotion_dropout = layers.Dropout(self.config.emotion_dropout)
     self.emotion = nn.Dense(self.num_emotions, use_bias=False)
     self.emotion_embedding = nn.Dense(self.config.emb_dim)
 
@@ -44,8 +47,12 @@ class Generator(EncoderDecoder):
     emotional = self.emotion_encoder(
       emotion_words + emotion_state, emotion_mask, keys
     )
+    pooled = (
+      self.emotional_pool(emotional[:, 0], emotion_words, emotion_mask, keys),
+      self.semantic_pool(semantic[:, 0], words, mask, keys),
+    )
     emotion_logits = self.emotion(
-      jnp.concatenate([emotional[:, 0], semantic[:, 0]], axis=-1)
+      self.emotion_dropout(jnp.concatenate(pooled, axis=-1), keys)
     )
     emotion_logits = choose_emotion(emotion_logits, inputs.emotion)
     # The decoder attends to one memory, C = [Cu ; Ce]. Its parts keep their

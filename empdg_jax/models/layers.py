@@ -147,6 +147,53 @@ class Dropout(nn.Module):
     return jnp.where(jax.vmap(keep)(keys), x / (1.0 - self.rate), 0.0)
 
 
+class Pool(nn.Module):
+  """The vector of a context that the classifier of emotions reads.
+
+  `config.emotion_pooling` is `"first"` (the encoder's first output, `x~0` or
+  `w~0` of eqs. 3 and 6), or `"mean"` or `"attention"` over the embedded words;
+  `"attention"` weights them by `softmax(v tanh(W x + b))` (Yang et al., 2016).
+  Only `"attention"` has parameters.
+
+  Attributes:
+    config: The kind, d, and the rate at which training drops whole words.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    first: jax.Array,
+    words: jax.Array,
+    mask: jax.Array,
+    keys: jax.Array | None,
+  ) -> jax.Array:
+    """Pools a context.
+
+    Args:
+      first: The encoder's first output, `[batch, d]`.
+      words: The embedded words, `[batch, length, d]`.
+      mask: True at real words, `[batch, length]`.
+      keys: Dropout keys, `[batch]`, or None for evaluation.
+
+    Returns:
+      `[batch, d]`.
+    """
+    c = self.config
+    if c.emotion_pooling == "first":
+      return first
+    kept = Dropout(c.word_dropout)(jnp.ones(mask.shape), keys) > 0
+    # The first one is CLS or LAB, so that something always remains.
+    mask &= kept.at[:, 0].set(True)
+    scores = jnp.zeros(mask.shape)
+    if c.emotion_pooling == "attention":
+      hidden = nn.tanh(nn.Dense(c.emb_dim, name="hidden")(words))
+      scores = nn.Dense(1, use_bias=False, name="score")(hidden)[..., 0]
+    weights = nn.softmax(jnp.where(mask, scores, NEGATIVE_INFINITY))
+    return jnp.einsum("bl,bld->bd", weights, words)
+
+
 class MultiHeadAttention(nn.Module):
   """Scaled dot-product attention with several heads and no biases.
 

@@ -126,6 +126,43 @@ def find_system(config: ModelConfig) -> SystemSpec:
   return SYSTEMS[config.name]
 
 
+def chosen_discriminators(config: Config) -> tuple[str, ...]:
+  """Returns the names of the system's discriminators that play.
+
+  Raises:
+    InputError: There is no such system, or it lacks the chosen discriminator.
+  """
+  names = find_system(config.model).discriminators
+  chosen = config.train.discriminators
+  if not names or chosen == "all":
+    return names
+  if chosen not in names:
+    raise InputError(
+      f"config.train.discriminators={chosen!r}: {config.model.name} has only "
+      f"{', '.join(names)}; expected one of all, {', '.join(names)}"
+    )
+  return (chosen,)
+
+
+def check_selection(config: Config) -> None:
+  """Checks that the system has the metrics that choose its checkpoints.
+
+  Raises:
+    InputError: One is the accuracy, and the system predicts no emotion.
+  """
+  spec = find_system(config.model)
+  names = ["mle_selection_metric"]
+  if spec.discriminators:
+    names.append("selection_metric")
+  for name in names:
+    metric = getattr(config.train, name)
+    if metric == "emotion_accuracy" and not spec.generator.predicts_emotion:
+      raise InputError(
+        f"config.train.{name}={metric!r}: {config.model.name} predicts no "
+        "emotion; expected perplexity, perplexity_per_example, joint or last"
+      )
+
+
 def check_size(config: ModelConfig, vocab_size: int) -> None:
   """Checks that a model can fit into this machine's memory, before any array.
 
@@ -191,9 +228,15 @@ def create_adversary(config: Config, is_emotional: np.ndarray) -> Adversary:
       booleans.
 
   Raises:
-    InputError: The convolutions cannot share d filters equally.
+    InputError: The convolutions cannot share d filters equally, or phase 3
+      has no learning rate.
   """
-  model = config.model
+  model, train = config.model, config.train
+  if train.schedule == "cosine" and not train.adversarial_learning_rate:
+    raise InputError(
+      "config.train.adversarial_learning_rate=0.0: expected more than 0 with "
+      "config.train.schedule=cosine, which has fallen to 0 before phase 3"
+    )
   if model.emb_dim % len(model.kernel_widths):
     raise InputError(
       f"config.model.kernel_widths={model.kernel_widths}: their number must "

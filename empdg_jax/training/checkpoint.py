@@ -31,6 +31,8 @@ _ITEMS = {
   GENERATOR: ("params", "optimizer"),
   DISCRIMINATOR: ("discriminators", "discriminator_optimizer"),
 }
+# The item with the generator's `TrainState.game`, if it has one.
+_GAME = "game"
 # The names of items in checkpoints of earlier versions, which stay readable.
 _FORMER_NAMES = {
   "discriminators": "critics",
@@ -215,6 +217,8 @@ class Checkpoints:
       params, optimizer = _ITEMS[player]
       trees[params] = _arrays(state.params)
       trees[optimizer] = _arrays(_optimizer(state))
+      if state.game is not None:
+        trees[_GAME] = _arrays(state.game)
     sums = {item: _checksums(tree) for item, tree in trees.items()}
     sums["progress"] = _checksums(_text(progress))
     items: dict[str, Any] = {
@@ -402,15 +406,25 @@ class Checkpoints:
   def restore_state(
     self, kind: str, player: str, like: TrainState, step: int | None = None
   ) -> TrainState:
-    """Reads a player's state; see `restore_params`."""
+    """Reads a player's state; see `restore_params`.
+
+    Its `game` is None if `like` or the checkpoint has none.
+    """
+    step = self.select(kind)[0].step if step is None else step
     params, optimizer = _ITEMS[player]
+    in_game = (self.folder(Selected(kind, step)) / _GAME).exists()
+    game = like.game if in_game else None
     with futures.ThreadPoolExecutor(1) as pool:
       # The larger item is checked while the other one is read.
       rest, check = self._restore(kind, optimizer, _optimizer(like), step)
       checked = pool.submit(check)
       found = self._read(kind, params, like.params, step)
       checked.result()
-    return TrainState(params=found, **rest)
+    return TrainState(
+      game=None if game is None else self._read(kind, _GAME, game, step),
+      params=found,
+      **rest,
+    )
 
   def restore_progress(
     self, kind: str, step: int | None = None

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from empdg_jax.config import Config
 from empdg_jax.data import prepare
@@ -74,9 +75,9 @@ class Learner:
       embeddings: The initial word embeddings, `[V, d]`, or None to draw them.
     """
     self._seed = config.train.seed
-    self._schedule = train_state.learning_rate(
-      config.train, config.model.emb_dim
-    )
+    self._config = config
+    self._rate = self._schedule(adversarial=False)
+    self._adversarial_rate = self._schedule(adversarial=True)
     # The generator's updates, counted here as well: to read its state's own
     # count is to wait for the devices.
     self._generator_steps = 0
@@ -91,13 +92,22 @@ class Learner:
       steps.eval_step, model=trainable.evaluator
     )
 
+  def _schedule(self, adversarial: bool) -> optax.Schedule:
+    c = self._config
+    return train_state.learning_rate(c.train, c.model.emb_dim, adversarial)
+
   def take_over(self, workdir: pathlib.Path) -> None:
     """Takes the best generator of another run, given its folder."""
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-      self._states[GENERATOR] = _read_best(checkpoints, self._states[GENERATOR])
+      self._states[GENERATOR] = self._read_best(
+        checkpoints, self._states[GENERATOR]
+      )
 
   def restore(self, checkpoints: Checkpoints) -> dict[str, Any]:
     """Takes the latest states; see `Checkpoints.resume`."""
+    generator = self._states[GENERATOR]
+    game = train_state.start_game(self._config.train, generator.params)
+    self._states[GENERATOR] = generator.replace(game=game)
     self._states, progress = checkpoints.resume(self._states)
     return progress
 
@@ -110,19 +120,45 @@ class Learner:
 
   def restore_best(self, checkpoints: Checkpoints) -> None:
     """Goes back to the best generator, with its optimiser's state."""
-    best = _read_best(checkpoints, devices.unreplicate(self._states[GENERATOR]))
+    best = self._read_best(
+      checkpoints, devices.unreplicate(self._states[GENERATOR])
+    )
     self._generator_steps = int(best.step)
     self._states[GENERATOR] = devices.replicate(best)
 
-  def states(self) -> dict[str, TrainState]:
-    """Returns the players' states as NumPy arrays."""
+  def _read_best(
+    self, checkpoints: Checkpoints, like: TrainState
+  ) -> TrainState:
+    """Reads the best generator, with what phases 2 and 3 add to its state."""
+    _, best = checkpoints.first_whole(
+      checkpoints.select(checkpoint.BEST),
+      lambda one: checkpoints.restore_state(
+        one.kind, GENERATOR, like, one.step
+      ),
+    )
+    game = train_state.start_game(self._config.train, best.params)
+    return best.replace(game=game)
+
+  def states(self, best: bool = False) -> dict[str, TrainState]:
+    """Returns the players' states as NumPy arrays.
+
+    Args:
+      best: Whether to put the parameters that `validate` scores in the place of
+        the generator's own.
+    """
     # Copies, since the next step reuses the memory on the devices while the
     # checkpoint is still being written.
-    return devices.unreplicate(self._states)
+    states = devices.unreplicate(self._states)
+    if best:
+      generator = states[GENERATOR]
+      states[GENERATOR] = generator.replace(
+        params=generator.evaluated, game=None
+      )
+    return states
 
   def learning_rate(self) -> float:
     """Returns the learning rate of the generator's latest update."""
-    return np.asarray(self._schedule(self._generator_steps - 1)).item()
+    return np.asarray(self._rate(self._generator_steps - 1)).item()
 
   def mle_step(self, call: Call) -> list[Update]:
     """Updates the generator by maximum likelihood, once for each batch."""
@@ -136,6 +172,7 @@ class Learner:
   def adversarial_generator_step(self, call: Call) -> list[Update]:
     """Updates the generator by likelihood and the discriminators' signal."""
     step = self._p_steps.adversarial
+    self._rate = self._adversarial_rate
     return self._take(GENERATOR, step, call, reads=[DISCRIMINATOR])
 
   def _take(
@@ -157,14 +194,5 @@ class Learner:
   def validate(self, batches: list[Batch]) -> dict[str, float]:
     """Scores a split with teacher forcing; see `validation.validate`."""
     return validation.validate(
-      self._p_eval_step, self._states[GENERATOR].params, batches
+      self._p_eval_step, self._states[GENERATOR].evaluated, batches
     )
-
-
-def _read_best(checkpoints: Checkpoints, like: TrainState) -> TrainState:
-  """Reads the best generator."""
-  _, state = checkpoints.first_whole(
-    checkpoints.select(checkpoint.BEST),
-    lambda one: checkpoints.restore_state(one.kind, GENERATOR, like, one.step),
-  )
-  return state

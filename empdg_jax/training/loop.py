@@ -17,6 +17,7 @@ from empdg_jax.training import (
   session,
   terminal,
   train_log,
+  validation,
 )
 from empdg_jax.training.calls import Call
 from empdg_jax.training.learner import Update
@@ -170,6 +171,10 @@ class _Trainer:
       self._window_start = time.perf_counter()
       # Other hosts may still compile the phase's steps.
       self.session.watchdog.feed(patient=True)
+      if phase.validates_first and not progress.done and progress.best is None:
+        with self.session.watchdog.expecting("a validation"):
+          self._validate(phase)
+        self._window_start = time.perf_counter()
       while progress.done < phase.total and progress.worse < phase.patience:
         before = progress.updates
         self._take_round(phase)
@@ -222,7 +227,7 @@ class _Trainer:
   def _say_finished(self, phase: Phase) -> None:
     progress = self._progress
     line = f"Finished {phase.title.lower()} at step {progress.updates:,}"
-    if progress.best is not None:
+    if progress.best is not None and phase.metric != "last":
       name = phase.metric.replace("_", " ")
       line += f": best valid {name} {progress.best:.4g}"
     self._log.say(line)
@@ -309,9 +314,11 @@ class _Trainer:
       phase.name,
       {f"valid/{k}": v for k, v in values.items() if k != "loss"},
     )
-    value = values[phase.metric]
-    sign = 1 if phase.metric == "emotion_accuracy" else -1
-    better = progress.best is None or sign * value > sign * progress.best
+    value, more = validation.selection_score(
+      values, phase.metric, progress.done
+    )
+    best = progress.best
+    better = best is None or (value > best if more else value < best)
     if better:
       # Before the save: the best checkpoint, too, counts itself as the best.
       progress.best, progress.worse = value, 0

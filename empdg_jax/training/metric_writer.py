@@ -56,8 +56,10 @@ class MetricWriter:
   later lines anyway.
   """
 
-  def __init__(self, workdir: pathlib.Path, resumed_step: int) -> None:
-    """Opens both, dropping metrics that were logged after `resumed_step`."""
+  def __init__(
+    self, workdir: pathlib.Path, resumed_step: int, phase: str
+  ) -> None:
+    """Opens both, dropping metrics logged after `resumed_step` of a phase."""
     self._workdir = workdir
     in_bucket = storage.in_bucket(workdir)
     self._scratch = tempfile.TemporaryDirectory() if in_bucket else None
@@ -65,7 +67,9 @@ class MetricWriter:
     kept = [
       json.dumps(entry) + "\n"
       for entry in read_metrics(workdir / "metrics.jsonl")
-      if entry["step"] <= resumed_step
+      # The next phase may have begun with a validation at the same step.
+      if entry["step"] < resumed_step
+      or (entry["step"] == resumed_step and entry.get("phase") == phase)
     ]
     with storage.atomic_path(folder / "metrics.jsonl") as temporary:
       temporary.write_text("".join(kept), encoding="utf-8")

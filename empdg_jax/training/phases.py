@@ -25,6 +25,8 @@ class Phase:
     eval_every: Rounds between validations; 0 for no validation.
     patience: Validations without a better one after which the phase ends.
     metric: The validation metric that chooses the best generator.
+    validates_first: Whether a validation comes before the first round, so that
+      a round must improve on the phase before.
   """
 
   name: str
@@ -35,6 +37,7 @@ class Phase:
   eval_every: int = 0
   patience: int = 1
   metric: str = "perplexity"
+  validates_first: bool = False
 
 
 def phases_of(config: TrainConfig, learner: Learner) -> list[Phase]:
@@ -47,6 +50,7 @@ def phases_of(config: TrainConfig, learner: Learner) -> list[Phase]:
     steps_per_call=learner.steps_per_call,
     eval_every=config.mle_eval_every,
     patience=config.mle_patience,
+    metric=config.mle_selection_metric,
   )
   if not learner.has_discriminators:
     return [mle]
@@ -67,5 +71,6 @@ def phases_of(config: TrainConfig, learner: Learner) -> list[Phase]:
       eval_every=config.adversarial_eval_every,
       patience=config.adversarial_patience,
       metric=config.selection_metric,
+      validates_first=True,
     ),
   ]

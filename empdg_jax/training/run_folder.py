@@ -31,6 +31,7 @@ _GENERATOR_FIELDS = (
   "feed_forward",
   "pointer_generator",
   "tie_embeddings",
+  "emotion_pooling",
 )
 
 EMOTIONS_FILE = "emotions.txt"

@@ -60,6 +60,10 @@ class TrainBatches:
     """Encodes the split; `open` comes before the first batch."""
     self._config = config
     self._encoded, self._shapes = dataset.encoded("train"), dataset.shapes
+    if self._config.feedback == "shuffled":
+      self._encoded = pipeline.shuffle_feedback(
+        self._encoded, self._config.seed
+      )
     self._batches: Any = None
     self._reader: Any = None
     self._position: Any = None
@@ -131,7 +135,7 @@ class Session:
     self.checkpoints.save(
       kind,
       self.progress.updates,
-      self.learner.states(),
+      self.learner.states(best=kind == checkpoint.BEST),
       dataclasses.asdict(self.progress),
     )
 
@@ -207,7 +211,7 @@ def open_session(
   batches.open(progress.phase, progress.data)
   # 6. the logs, which drop the lines after the checkpoint: those updates are
   # computed and logged again;
-  log.open(progress.updates)
+  log.open(progress.updates, progress.phase)
   valid_batches = list(
     pipeline.eval_batches(
       dataset.encoded("valid"),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from empdg_jax import decoding, losses
-from empdg_jax.config import EvalConfig, ModelConfig
+from empdg_jax.config import EvalConfig, ModelConfig, TrainConfig
 from empdg_jax.data import vocab
 from empdg_jax.data.pipeline import Array, Batch
 from empdg_jax.models import adversary as adversary_lib
@@ -199,7 +199,8 @@ def _update(
     "grad_norm": norm * sums["examples"],
     "skipped": 1.0 - good,
   }
-  return TrainState(state.step + 1, params, opt_state), sums
+  state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+  return state, sums
 
 
 def _mle_gradient(
@@ -350,6 +351,7 @@ def discriminator_step(
         its_inputs,
         jax.vmap(jax.random.uniform)(_fold_in(keys, name.encode())),
         adversary.config.gradient_penalty_weight,
+        adversary.config.gradient_penalty_at,
       )
       # The discriminators share an optimiser, so their losses add up; the other
       # terms are only logged.
@@ -360,6 +362,40 @@ def discriminator_step(
 
   grads, values = jax.grad(loss_fn, has_aux=True)(state.params)
   return _update(state, psum(grads), optimizer, _global_sums(values, judged))
+
+
+# The smoothed norms are averages over about 20 updates.
+_NORM_DECAY = 0.95
+
+
+def _weigh(
+  game: dict[str, Any] | None,
+  likelihood: jax.Array,
+  signal: jax.Array,
+  config: TrainConfig,
+) -> tuple[jax.Array, dict[str, Any] | None]:
+  """Returns the weight of the signal, and the state with both norms added.
+
+  Args:
+    game: See `train_state.start_game`; without it the norms are not smoothed.
+    likelihood: The norm of the gradient of the likelihood.
+    signal: The norm of the gradient of the signal.
+    config: The share of the likelihood's norm, or the weight itself.
+  """
+  if not config.generator_signal_share:
+    return jnp.float32(config.generator_signal_weight), game
+  norms = now = jnp.stack([likelihood, signal])
+  if game:
+    # Both start from 0, which cancels in their ratio. The update of a norm that
+    # is not finite is skipped, and must not stay in the average.
+    moved = _NORM_DECAY * game["norms"] + (1.0 - _NORM_DECAY) * now
+    norms = jnp.where(jnp.all(jnp.isfinite(now)), moved, game["norms"])
+    game = game | {"norms": norms}
+  # A signal of "constant" has no gradient.
+  weight = (
+    config.generator_signal_share * norms[0] / jnp.maximum(norms[1], 1e-20)
+  )
+  return jnp.where(norms[1] > 0, weight, 0.0), game
 
 
 def adversarial_generator_step(
@@ -415,15 +451,25 @@ def adversarial_generator_step(
   signal_grads, scores = jax.grad(signal_fn, has_aux=True)(state.params)
   signal_grads = psum(signal_grads)
   norm = optax.tree.norm(signal_grads)
-  weight = adversary.config.generator_signal_weight
+  weight, game = _weigh(
+    state.game, optax.tree.norm(grads), norm, adversary.config
+  )
   grads = jax.tree.map(lambda g, s: g - weight * s, grads, signal_grads)
   sums |= {
     "signal": psum(jnp.sum(scores, where=judged > 0)),
     "judged": psum(jnp.sum(judged)),
     # Like the other sums, it will be divided by the number of examples.
     "signal_grad_norm": norm * sums["examples"],
+    "signal_weight": weight * sums["examples"],
   }
-  return _update(state, grads, optimizer, sums, sums["signal"])
+  state = state.replace(game=game)
+  state, sums = _update(state, grads, optimizer, sums, sums["signal"])
+  if game and "average" in game:
+    average = optax.incremental_update(
+      state.params, game["average"], 1.0 - adversary.config.ema_decay
+    )
+    state = state.replace(game=game | {"average": average})
+  return state, sums
 
 
 def eval_step(

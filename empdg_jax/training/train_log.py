@@ -57,11 +57,11 @@ class TrainLog:
     )
     self._writer: MetricWriter | None = None
 
-  def open(self, step: int) -> None:
-    """Opens the files and drops the metrics logged after a step."""
+  def open(self, step: int, phase: str) -> None:
+    """Opens the files and drops the metrics logged after a phase's step."""
     self._say_missed(step, f"training goes on from step {step:,}")
     if hosts.is_main_process():
-      self._writer = MetricWriter(self._workdir, step)
+      self._writer = MetricWriter(self._workdir, step, phase)
 
   def say(self, line: str) -> None:
     """Prints a line; see `terminal.say`."""
@@ -198,6 +198,7 @@ def average(taken: Sequence[Update]) -> dict[str, float]:
       values["generator/signal_grad_norm"] = (
         generator["signal_grad_norm"] / examples
       )
+      values["generator/signal_weight"] = generator["signal_weight"] / examples
   if discriminators := summed(DISCRIMINATOR):
     judged = discriminators.pop("examples")
     values |= {

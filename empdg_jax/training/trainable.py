@@ -40,7 +40,8 @@ class Trainable:
 
   Attributes:
     generator: The module that responds.
-    optimizer: The generator's optimiser.
+    optimizer: The generator's optimiser in phase 1.
+    adversarial_optimizer: The same in phase 3, with the rate of that phase.
     discriminators: The names of the discriminators, empty for a system without
       phases 2 and 3.
     adversary: The discriminators' module and the way they read responses, None
@@ -50,6 +51,7 @@ class Trainable:
 
   generator: EncoderDecoder
   optimizer: optax.GradientTransformation
+  adversarial_optimizer: optax.GradientTransformation
   discriminators: tuple[str, ...]
   adversary: Adversary | None
   discriminator_optimizer: optax.GradientTransformation
@@ -113,7 +115,9 @@ class Trainable:
       compile_step(
         steps.discriminator_step, optimizer=self.discriminator_optimizer
       ),
-      compile_step(steps.adversarial_generator_step, optimizer=self.optimizer),
+      compile_step(
+        steps.adversarial_generator_step, optimizer=self.adversarial_optimizer
+      ),
     )
 
 
@@ -146,10 +150,15 @@ def assemble(
   generator = registry.create_model(
     config.model, vocab_size, num_emotions, dtype
   )
-  names = registry.find_system(config.model).discriminators
+  names = registry.chosen_discriminators(config)
+  registry.check_selection(config)
+  create_optimizer = functools.partial(
+    train_state.create_optimizer, config.train, config.model.emb_dim
+  )
   return Trainable(
     generator,
-    train_state.create_optimizer(config.train, config.model.emb_dim),
+    create_optimizer(),
+    create_optimizer(adversarial=True),
     names,
     registry.create_adversary(config, is_emotional) if names else None,
     optax.adam(config.train.discriminator_learning_rate),
