@@ -60,9 +60,9 @@ class TrainBatches:
     """Encodes the split; `open` comes before the first batch."""
     self._config = config
     self._encoded, self._shapes = dataset.encoded("train"), dataset.shapes
-    if self._config.feedback == "shuffled":
+    if self._config.train.feedback == "shuffled":
       self._encoded = pipeline.shuffle_feedback(
-        self._encoded, self._config.seed
+        self._encoded, self._config.train.seed
       )
     self._batches: Any = None
     self._reader: Any = None
