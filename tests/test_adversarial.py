@@ -580,7 +580,7 @@ def test_the_signal_alone_raises_the_score(signal: str) -> None:
   params["embedding"] = 0.1 * params["embedding"]
   generator = players.generator.replace(params=params)
   rises = []
-  for seed in range(8):
+  for seed in range(24):
     batch = make_dialogues(seed)
     after, before_metrics = play(
       players.generator_step, generator, players.discriminators, batch
