@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from tensorboardX import event_file_writer, summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto import event_pb2
 
 from empdg_jax import config as config_lib
 from empdg_jax import storage
 from empdg_jax.config import InputError
 
+_PROTO: Any = event_pb2  # Its classes are made when it is imported.
 _FLUSH_SECONDS = 30  # How often TensorBoard sees new events.
 
 
@@ -79,14 +80,14 @@ class MetricWriter:
     # Without the thread of its `SummaryWriter`: on a full disk, that thread
     # ends with a traceback, and the next call would wait for it for ever.
     self._events = event_file_writer.EventsWriter(str(board / "events"))
-    self._add_event(
-      resumed_step + 1, session_log=SessionLog(status=SessionLog.START)
-    )
+    # It drops what an earlier session has written after this step.
+    session = _PROTO.SessionLog(status=_PROTO.SessionLog.START)
+    self._add_event(resumed_step + 1, session_log=session)
     self._flush_events()
 
   def _add_event(self, step: int, **what: Any) -> None:
     """Writes what TensorBoard shows, or drops, at a step."""
-    event = Event(wall_time=time.time(), step=step, **what)
+    event = _PROTO.Event(wall_time=time.time(), step=step, **what)
     self._events.write_event(event)
 
   def _flush_events(self) -> None:
