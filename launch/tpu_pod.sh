@@ -229,6 +229,8 @@ create() {
     ${valid_until:+"--valid-until-duration=$valid_until"}
 }
 
+hours_are_over() { ((max_hours && SECONDS >= max_hours * 3600)); }
+
 # Waits for the slice. Fails if it can no longer become ACTIVE.
 wait_until_active() {
   local began=$SECONDS
@@ -242,6 +244,10 @@ wait_until_active() {
         return 1
         ;;
     esac
+    if [[ $COMMAND == run ]] && hours_are_over; then
+      echo "$SCRIPT: reached --max_hours=$max_hours before $name was ACTIVE" >&2
+      exit 3
+    fi
     sleep "$poll"
   done
 }
@@ -392,7 +398,7 @@ else kill -TERM "$(cat train.pid)" && echo "asked to save and stop"; fi'
 watch() {
   local unreachable=0 shown='' now
   while :; do
-    if ((max_hours && SECONDS >= max_hours * 3600)); then
+    if hours_are_over; then
       echo "$SCRIPT: reached --max_hours=$max_hours; training saves and stops" >&2
       stop
       sleep "$poll"
@@ -449,6 +455,8 @@ run_until_finished() {
         3) return 1 ;;
         *) return "$status" ;;
       esac
+    elif ((status == 3)); then
+      return 1
     else
       get_state ACTIVE || state=UNKNOWN
       case $state in

@@ -88,7 +88,7 @@ def argv_of(config: Config, workdir: pathlib.Path, *more: str) -> list[str]:
 
 
 # A size of which the disk holds one checkpoint, but not two.
-LARGE = ("--config.model.emb_dim=64", "--config.train.stall_minutes=0.1")
+LARGE = ("--config.model.emb_dim=64", "--config.train.stall_minutes=0.3")
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_a_full_disk(sample_config: Config, full_disk: pathlib.Path) -> None:
   assert done.returncode == 1, done.stderr
   line = done.stderr.strip().splitlines()[-1]
   assert "No space left" in line or "without a checkpoint" in line
-  assert "Event loop is closed" not in done.stderr, done.stderr
+  assert "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.slow
@@ -113,21 +113,23 @@ def test_a_full_disk_of_two_hosts(
   sample_config: Config, full_disk: pathlib.Path
 ) -> None:
   hosts = start(*argv_of(sample_config, full_disk / "run", *LARGE))
-  said = [host.communicate(timeout=150)[1] for host in hosts]
-  assert any(host.returncode == 1 for host in hosts)
-  assert all(host.returncode not in (0, 2, None) for host in hosts), said
-  # TensorBoard's writer may print one of its own.
-  assert "Event loop is closed" not in "".join(said)
+  said = [host.communicate(timeout=240)[1] for host in hosts]
+  for host, errors in zip(hosts, said, strict=True):
+    assert host.returncode == 1, errors
+    assert errors.strip().splitlines()[-1].startswith("empdg: "), errors
+    assert "Traceback" not in errors
+  assert "No space left" in said[0] or "without a checkpoint" in said[0]
 
 
 @pytest.mark.slow
 def test_a_stalled_host(sample_config: Config, tmp_path: pathlib.Path) -> None:
   """SIGSTOP: its connections stay open, and nothing comes over them."""
-  assert main.main(argv_of(sample_config, tmp_path / "one")) == 0
+  short = ("--config.model.name=transformer", "--config.train.mle_steps=40")
+  assert main.main(argv_of(sample_config, tmp_path / "one", *short)) == 0
   workdir = tmp_path / "run"
-  argv = argv_of(sample_config, workdir)
-  hosts = start(*argv, "--config.train.stall_minutes=0.2")
-  wait_for_step(workdir, 25)
+  argv = argv_of(sample_config, workdir, *short)
+  hosts = start(*argv, "--config.train.stall_minutes=0.3")
+  wait_for_step(workdir, 12)
   hosts[1].send_signal(signal.SIGSTOP)
   began = time.monotonic()
   _, errors = hosts[0].communicate(timeout=120)

@@ -146,22 +146,57 @@ def test_two_hosts_give_the_same_run(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
 def test_a_lost_host_ends_the_others(
   train_argv: tuple[str, ...],
   undisturbed: pathlib.Path,
   tmp_path: pathlib.Path,
+  killed: int,
 ) -> None:
   argv = (*train_argv, f"--workdir={tmp_path / 'run'}")
   hosts = start(*argv)
   wait_for_step(tmp_path / "run", 25)
-  hosts[1].kill()
+  hosts[killed].kill()
   lost = time.monotonic()
-  _, errors = hosts[0].communicate(timeout=120)
+  _, errors = hosts[1 - killed].communicate(timeout=120)
   assert time.monotonic() - lost < 120
-  assert hosts[0].returncode not in (0, None)
-  assert "another host is lost" in errors
+  assert hosts[1 - killed].returncode == 1, errors
+  assert "another host is lost" in errors.strip().splitlines()[-1]
+  hosts[killed].communicate()
   finish(start(*argv))
   assert_same_run(undisturbed, tmp_path / "run")
+
+
+# Waits outside of any step, where nothing but JAX's abort ends a host.
+_WAIT = """
+import os, sys, time
+from empdg_jax.parallel import hosts
+port, process = sys.argv[1:]
+hosts.initialize(f"127.0.0.1:{port}", 2, int(process))
+if process == "0":
+  time.sleep(1)
+  os._exit(9)
+time.sleep(60)
+"""
+
+
+def test_what_jax_aborts_ends_with_our_line() -> None:
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  _, other = [
+    subprocess.Popen(
+      [sys.executable, "-c", _WAIT, str(port), str(n)],
+      stderr=subprocess.PIPE,
+      text=True,
+      env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    for n in range(2)
+  ]
+  _, errors = other.communicate(timeout=50)
+  assert other.returncode == 1, errors
+  last = errors.strip().splitlines()[-1]
+  assert last.startswith("empdg: another host is lost (see above); start all")
 
 
 @pytest.mark.slow

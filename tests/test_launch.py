@@ -646,6 +646,16 @@ def test_deletes_at_the_end(cloud: Cloud, ended: str) -> None:
   assert output.endswith("Deleted pod: nothing is billed any more\n")
 
 
+def test_hours_in_the_queue_count(cloud: Cloud) -> None:
+  cloud.env["SECONDS"] = "3600"  # Where bash begins to count.
+  line = f"tpu_pod.sh run {SLICE} --delete_at_end --max_hours=1"
+  play = "NONE create WAITING_FOR_RESOURCES delete"
+  status, output, errors = cloud.follow(line, play)
+  assert status == 1
+  assert "reached --max_hours=1 before pod was ACTIVE" in errors
+  assert output.endswith("Deleted pod: nothing is billed any more\n")
+
+
 def test_deletes_when_given_up(cloud: Cloud) -> None:
   line = f"tpu_pod.sh run {SLICE} --delete_at_end --max_restarts=0"
   play = f"{NEW} ACTIVE probe=1,1 delete"

@@ -1,11 +1,13 @@
 """Several hosts: joining, refusing and failing together."""
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
 import pathlib
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -29,6 +31,10 @@ SHARED_SECONDS = 60  # The longest wait until all hosts see a new file.
 _HEARTBEAT_SECONDS = 60  # A host silent for so long counts as lost.
 _LEAVE_SECONDS = 10  # The longest wait until all hosts have refused an input.
 _CONNECT_SECONDS = 10  # The longest wait for a port that does not answer.
+_RESTART = (
+  "start all of them again with the same command: training goes on from its "
+  "latest checkpoint"
+)
 
 
 def initialize(
@@ -96,6 +102,22 @@ def initialize(
     ) from error
   finally:
     timer.cancel()
+  _catch_aborts()
+
+
+def _catch_aborts() -> None:
+  """Ends this process with our line and status 1 where JAX would abort it."""
+  # JAX aborts, from a thread in C++, as soon as it misses another host. Its own
+  # hook for that cannot be called from Python (its status has no Python type),
+  # and a handler of the `signal` module would run too late.
+  ctypes.CDLL(None).signal(signal.SIGABRT, _ABORT_HANDLER)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _ABORT_HANDLER(_: int) -> None:
+  line = f"empdg: another host is lost (see above); {_RESTART}\n"
+  os.write(2, line.encode())
+  os._exit(config_lib.FAILED)
 
 
 def _check_port_is_free(address: str) -> None:
@@ -195,9 +217,7 @@ def _leave(error: BaseException) -> NoReturn:
     if not isinstance(error, jax.errors.JaxRuntimeError | OSError):
       traceback.print_exception(error)
     reason = (
-      f"this host failed, or another host is lost ({reason[:200]}); start all "
-      "of them again with the same command: training goes on from its latest "
-      "checkpoint"
+      f"this host failed, or another host is lost ({reason[:200]}); {_RESTART}"
     )
   reason = config_lib.printable(reason)
   print(f"empdg: {reason}", file=sys.stderr, flush=True)

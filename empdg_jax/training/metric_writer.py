@@ -3,14 +3,19 @@
 import json
 import pathlib
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 from empdg_jax import config as config_lib
 from empdg_jax import storage
 from empdg_jax.config import InputError
+
+_PROTO: Any = event_pb2  # Its classes are made when it is imported.
+_FLUSH_SECONDS = 30  # How often TensorBoard sees new events.
 
 
 def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
@@ -74,18 +79,36 @@ class MetricWriter:
     with storage.atomic_path(folder / "metrics.jsonl") as temporary:
       temporary.write_text("".join(kept), encoding="utf-8")
     self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-    self._board = SummaryWriter(
-      str(folder / "tensorboard"), purge_step=resumed_step + 1
-    )
+    board = folder / "tensorboard"
+    board.mkdir(exist_ok=True)
+    # Without the thread of its `SummaryWriter`: on a full disk, that thread
+    # ends with a traceback, and the next call would wait for it for ever.
+    self._events = event_file_writer.EventsWriter(str(board / "events"))
+    # It drops what an earlier session has written after this step.
+    session = _PROTO.SessionLog(status=_PROTO.SessionLog.START)
+    self._add_event(resumed_step + 1, session_log=session)
+    self._flush_events()
+
+  def _add_event(self, step: int, **what: Any) -> None:
+    """Writes what TensorBoard shows, or drops, at a step."""
+    event = _PROTO.Event(wall_time=time.time(), step=step, **what)
+    self._events.write_event(event)
+
+  def _flush_events(self) -> None:
+    """Makes events visible to TensorBoard."""
+    self._events.flush()
+    self._flushed = time.monotonic()
 
   def write(self, step: int, phase: str, values: dict[str, float]) -> None:
     """Writes one step's values, given by their names."""
     for name, value in values.items():
       line = {"step": step, "phase": phase, "name": name, "value": value}
       self._file.write(json.dumps(line) + "\n")
-      self._board.add_scalar(name, value, step)
+      self._add_event(step, summary=summary.scalar(name, value))
     # A run that is killed keeps every line.
     self._file.flush()
+    if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+      self._flush_events()
 
   def copy(self) -> None:
     """Copies both to the run folder, if it is in a bucket.
@@ -94,12 +117,12 @@ class MetricWriter:
       SaveError: The bucket cannot be written.
     """
     if self._scratch:
-      self._board.flush()
+      self._flush_events()
       storage.copy_files(pathlib.Path(self._scratch.name), self._workdir)
 
   def close(self) -> None:
     """Closes both files, and copies them; see `copy`."""
-    self._board.close()
+    self._events.close()
     self._file.close()
     try:
       self.copy()
