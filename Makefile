@@ -54,7 +54,7 @@ check: $(INSTALLED)-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
-	$(BIN)/bandit --quiet --recursive empdg_jax configs
+	$(BIN)/bandit --quiet --severity-level=medium --recursive empdg_jax configs
 	$(BIN)/lint-imports
 	$(BIN)/pyrefly check
 	$(BIN)/shellcheck launch/*.sh launch/*.sbatch constraints/*.sh

@@ -64,7 +64,9 @@ def open_socket(host: str, port: int) -> socket.socket:
 def url(listening: socket.socket) -> str:
   """Returns the address of the page on this machine."""
   host, port = listening.getsockname()[:2]
-  host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+  # Replaces an address that means all interfaces; binds none.
+  loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # nosec B104
+  host = loopback.get(host, host)
   return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
