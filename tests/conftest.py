@@ -102,3 +102,14 @@ def storage() -> Generator[fake_bucket.FakeStorage]:
     for name, value in server.environment.items():
       patch.setenv(name, value)
     yield server
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Generator[None]:
+  """Frees what a module compiled.
+
+  Every compiled program holds mappings of memory, of which Linux allows a
+  process 65,530; a worker that compiles thousands of programs would crash.
+  """
+  yield
+  jax.clear_caches()
