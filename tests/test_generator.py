@@ -110,6 +110,7 @@ def make_model(
       tie_embeddings=tied,
       num_layers=num_layers,
       dropout_rate=dropout_rate,
+      emotion_dropout=dropout_rate,
     ),
     VOCAB,
     32,
@@ -317,7 +318,8 @@ def test_dropout_differs_between_sites_and_keys(dropped: Dropped) -> None:
   """Every embedding and sub-layer draws its own mask for each key."""
   one = (EXAMPLES[0],) * 3
   _, seen = dropped.call(*make_batch(one, SHAPE), KEYS)
-  assert len(seen) == 3 + 3 + 4  # Two encoders and a decoder of one layer.
+  # Two encoders and a decoder of one layer, and the input of the classifier.
+  assert len(seen) == 3 + 3 + 4 + 1
   masks = {}
   for path, (x, y) in seen.items():
     x, y = np.asarray(x), np.asarray(y)

@@ -86,9 +86,15 @@ def test_what_cannot_be_drawn(
   assert "give either run folders" in refused(capsys, "plot", image)
   said = refused(capsys, "plot", str(tmp_path), image)
   assert "no validation has both" in said
-  (tmp_path / "metrics.jsonl").write_text("[1]\n")
+  log = tmp_path / "metrics.jsonl"
+  log.write_text("[1]\n")  # Lines that are no entries are left out.
+  assert "no validation has both" in refused(
+    capsys, "plot", str(tmp_path), image
+  )
+  log.unlink()
+  log.mkdir()
   said = refused(capsys, "plot", str(tmp_path), image)
-  assert "metrics.jsonl: cannot read" in said
+  assert "metrics.jsonl: is no regular file" in said
   path = tmp_path / "p.jsonl"
   path.write_text('{"response": "a", "emotion": "sad"}\n')
   said = refused(capsys, "plot", f"--predictions={path}", image)

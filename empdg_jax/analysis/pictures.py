@@ -41,10 +41,9 @@ def read_course(workdir: pathlib.Path) -> Course:
   """
   found: dict[tuple[int, str], dict[str, float]] = {}
   path = workdir / "metrics.jsonl"
-  with storage.errors(f"{path}: cannot read", InputError):
-    for entry in read_metrics(path):
-      place = int(entry["step"]), str(entry["phase"])
-      found.setdefault(place, {})[entry["name"]] = float(entry["value"])
+  for entry in read_metrics(path):
+    place = entry["step"], str(entry.get("phase"))
+    found.setdefault(place, {})[entry["name"]] = float(entry["value"])
   whole = {p: v for p, v in sorted(found.items()) if {_X, _Y} <= v.keys()}
   if not whole:
     raise InputError(
