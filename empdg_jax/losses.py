@@ -15,6 +15,8 @@ import optax
 # Keeps log(0), and the derivative of a norm at 0, finite. It is far below any
 # probability or slope that matters.
 _TINY = 1e-20
+# Far below every logit and log-probability, but finite.
+_IMPOSSIBLE = -1e9
 
 
 class Pointer(NamedTuple):
@@ -30,6 +32,24 @@ class Pointer(NamedTuple):
   gate: jax.Array
   attention: jax.Array
   source: jax.Array
+
+
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Returns `a @ b` in float32, whatever the type of the factors."""
+  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def exclude(scores: jax.Array, excluded: jax.Array) -> jax.Array:
+  """Lowers the scores of impossible tokens to -1e9.
+
+  Args:
+    scores: Logits, probabilities or their logarithms, `[..., vocab]`.
+    excluded: Marks impossible tokens, from id 0 on; it broadcasts to
+      `[..., n]`.
+  """
+  count = excluded.shape[-1]
+  special = jnp.where(excluded, _IMPOSSIBLE, scores[..., :count])
+  return scores.at[..., :count].set(special)
 
 
 def _copied(pointer: Pointer, vocab: int) -> jax.Array:
@@ -84,30 +104,38 @@ def log_mixture(logits: jax.Array, pointer: Pointer | None) -> jax.Array:
   )
 
 
+def _at_source(
+  logits: jax.Array, log_normalizer: jax.Array, pointer: Pointer
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the log-probabilities of source words, generated and mixed.
+
+  Args:
+    logits: The logits of the source words, `[rows, source_length]`.
+    log_normalizer: The logsumexp of all logits, `[rows]`.
+    pointer: The copying part of each row; see `_Rows`.
+
+  Returns:
+    `log(g softmax)` and `log p`, each `[rows, source_length]`.
+  """
+  # A repeated word collects the attention to all its positions.
+  same = pointer.source[:, :, None] == pointer.source[:, None, :]
+  copied = jnp.einsum("rs,rst->rt", pointer.attention, same.astype(jnp.float32))
+  log_scale = jax.nn.log_sigmoid(pointer.gate) - log_normalizer
+  generated = logits + log_scale[:, None]
+  log_copy = jax.nn.log_sigmoid(-pointer.gate)[:, None]
+  return generated, _log_add_copies(generated, log_copy, copied)
+
+
 def _copy_gain(
-  at_source: jax.Array,
-  log_scale: jax.Array,
-  log_copy: jax.Array,
-  pointer: Pointer,
+  logits: jax.Array, log_normalizer: jax.Array, pointer: Pointer
 ) -> jax.Array:
   """Returns the sum over source words of `log p - log(g softmax)`.
 
-  Args:
-    at_source: The logits of the source words, `[rows, source_length]`.
-    log_scale: `log g - logsumexp(logits)`, `[rows]`.
-    log_copy: `log(1 - g)`, `[rows]`.
-    pointer: The attention and source ids of each row.
-
-  Returns:
-    `[rows]`, each distinct source word counted once.
+  Each distinct source word counts once, `[rows]`; see `_at_source`.
   """
+  generated, mixed = _at_source(logits, log_normalizer, pointer)
   same = pointer.source[:, :, None] == pointer.source[:, None, :]
-  # A repeated word collects the attention to all its positions, but counts at
-  # its first position alone.
   first = ~jnp.any(jnp.tril(same, k=-1), axis=-1)  # -> [rows, source_length]
-  copied = jnp.einsum("rs,rst->rt", pointer.attention, same.astype(jnp.float32))
-  generated = at_source + log_scale[:, None]
-  mixed = _log_add_copies(generated, log_copy[:, None], copied)
   return jnp.sum((mixed - generated) * first, axis=-1)
 
 
@@ -136,13 +164,8 @@ def likeliest(
   source = jnp.zeros((batch, 0), int) if pointer is None else pointer.source
 
   def score(rows: jax.Array) -> tuple[jax.Array, ...]:
-    logits = jnp.matmul(
-      hidden[rows],
-      kernel.astype(hidden.dtype),
-      preferred_element_type=jnp.float32,
-    )
-    special = jnp.where(excluded[rows], -1e9, logits[:, :count])
-    allowed = logits.at[:, :count].set(special)
+    logits = product(hidden[rows], kernel.astype(hidden.dtype))
+    allowed = exclude(logits, excluded[rows])
     top = jnp.max(allowed, axis=-1)
     ids = jnp.where(allowed == top[:, None], jnp.arange(vocab), vocab)
     return (
@@ -169,23 +192,16 @@ def likeliest(
   best, top, log_normalizer, at_source = found
   if pointer is None:
     return best
-  log_scale = jax.nn.log_sigmoid(pointer.gate) - log_normalizer
-  same = source[:, :, None] == source[:, None, :]
-  copied = jnp.einsum("bs,bst->bt", pointer.attention, same.astype(jnp.float32))
-  mixed = _log_add_copies(
-    at_source + log_scale[:, None],
-    jax.nn.log_sigmoid(-pointer.gate)[:, None],
-    copied,
-  )
+  _, mixed = _at_source(at_source, log_normalizer, pointer)
   impossible = jnp.take_along_axis(
     excluded, jnp.minimum(source, count - 1), axis=-1
   ) & (source < count)
   mixed = jnp.where(impossible, -jnp.inf, mixed)
-  largest = jnp.maximum(top + log_scale, jnp.max(mixed, axis=-1))
+  generated = top + (jax.nn.log_sigmoid(pointer.gate) - log_normalizer)
+  largest = jnp.maximum(generated, jnp.max(mixed, axis=-1))
   # The first of equally likely tokens, as `decoding.argmax`.
   copies = jnp.min(jnp.where(mixed == largest[:, None], source, vocab), axis=-1)
-  generated = jnp.where(top + log_scale == largest, best, vocab)
-  return jnp.minimum(copies, generated)
+  return jnp.minimum(copies, jnp.where(generated == largest, best, vocab))
 
 
 class _Rows(NamedTuple):
@@ -296,7 +312,7 @@ def _row_losses(
       # sum of log p over the vocabulary is that of all words, plus what the few
       # source words gain by copying.
       total += vocab * log_gate + _copy_gain(
-        values.at_source, log_gate - values.log_normalizer, log_copy, pointer
+        values.at_source, values.log_normalizer, pointer
       )
   nll = -log_likelihood
   if values.total is None:
@@ -352,9 +368,6 @@ def _score_blocks(
     # On a CPU, bfloat16 products are three times faster from rows as they lie.
     # The barrier keeps XLA from folding the transposes into the products.
     transposed, columns = jax.lax.optimization_barrier((factor.T, columns))
-
-  def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
   def score(index: jax.typing.ArrayLike) -> Any:
     chosen = jax.tree.map(
@@ -476,19 +489,6 @@ def vocabulary_loss(
   return results
 
 
-def _loss_forward(
-  hidden: jax.Array,
-  kernel: jax.Array,
-  targets: jax.Array,
-  pointer: Pointer | None,
-  weights: jax.Array,
-  label_smoothing: float,
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
-  return _score(
-    hidden, kernel, targets, pointer, weights, label_smoothing, True
-  )
-
-
 def _loss_backward(
   label_smoothing: float, gradients: Any, given: Any
 ) -> tuple[Any, ...]:
@@ -501,7 +501,9 @@ def _loss_backward(
   return hidden, kernel, None, pointer and Pointer(*pointer), None
 
 
-vocabulary_loss.defvjp(_loss_forward, _loss_backward)
+vocabulary_loss.defvjp(
+  functools.partial(_score, differentiate=True), _loss_backward
+)
 
 
 def gradient_penalty(

@@ -20,7 +20,6 @@ import numpy as np
 from empdg_jax import decoding, losses
 from empdg_jax.config import TrainConfig
 from empdg_jax.data import vocab
-from empdg_jax.models import layers
 from empdg_jax.models.discriminators import (
   Discriminator,
   DiscriminatorInputs,
@@ -193,15 +192,6 @@ def _sample(
   return sample(params, encoded)
 
 
-def _exclude(scores: jax.Array, excluded: jax.Array) -> jax.Array:
-  """Lowers scores `[batch, N, V]` of impossible special tokens to -1e9."""
-  count = excluded.shape[1]
-  special = jnp.where(
-    excluded[:, None], layers.NEGATIVE_INFINITY, scores[..., :count]
-  )
-  return scores.at[..., :count].set(special)
-
-
 def _gumbel(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Draws Gumbel noise `[batch, N, V]` from a key per example."""
   purpose = zlib.crc32(b"teacher_forced")
@@ -252,7 +242,7 @@ def respond(
 
     def choose(scores: jax.Array) -> jax.Array:
       """Returns the best possible token at each position, `[batch, N]`."""
-      tokens = decoding.argmax(_exclude(scores, excluded))
+      tokens = decoding.argmax(losses.exclude(scores, excluded[:, None]))
       return jnp.where(target == vocab.PAD, vocab.PAD, tokens)
 
     if signal == "expected":
@@ -260,7 +250,8 @@ def respond(
       embedded: Any = model.apply(frozen, probs, method="expected_embedding")
       return EmbeddedResponse(choose(probs), embedded), outputs.encoded
     log_probs = losses.log_mixture(outputs.logits, outputs.pointer)
-    noisy = _exclude(log_probs + _gumbel(keys, log_probs.shape), excluded)
+    noise = _gumbel(keys, log_probs.shape)
+    noisy = losses.exclude(log_probs + noise, excluded[:, None])
     weights = jax.nn.softmax(noisy / adversary.config.sample_temperature)
     tokens = choose(noisy)
     hard: Any = model.apply(frozen, tokens, weights, method="embed")

@@ -10,12 +10,7 @@ from empdg_jax.config import ModelConfig
 from empdg_jax.data import vocab
 from empdg_jax.models import decoder, encoders, layers
 from empdg_jax.models.decoder import DecoderLayer, LayerCache
-from empdg_jax.models.encoder_decoder import (
-  EncoderDecoder,
-  Encoding,
-  Inputs,
-  choose_emotion,
-)
+from empdg_jax.models.encoder_decoder import EncoderDecoder, Encoding, Inputs
 
 
 class Transformer(EncoderDecoder):
@@ -64,8 +59,6 @@ class EmoPrepend(EncoderDecoder):
     super().setup()
     self.encoder = encoders.Encoder(self.config, self.dtype)
     self.pool = layers.Pool(self.config)
-    self.emotion_dropout = layers.Dropout(self.config.emotion_dropout)
-    self.emotion = nn.Dense(self.num_emotions, use_bias=False)
     self.emotion_embedding = nn.Dense(self.config.emb_dim)
 
   def source_ids(self, inputs: Inputs) -> tuple[jax.Array, ...]:
@@ -80,8 +73,7 @@ class EmoPrepend(EncoderDecoder):
     mask = inputs.context != vocab.PAD
     semantic = self.encoder(words + states, mask, keys)
     pooled = self.pool(semantic[:, 0], words, mask, keys)
-    emotion_logits = self.emotion(self.emotion_dropout(pooled, keys))
-    emotion_logits = choose_emotion(emotion_logits, inputs.emotion)
+    emotion_logits = self.perceive(pooled, inputs, keys)
     return Encoding(
       semantic[:, 0],
       self.emotion_embedding(emotion_logits),
@@ -259,8 +251,6 @@ class MoEL(Transformer):
     """Creates the encoder and the classifier that weights the listeners."""
     super().setup()
     self.pool = layers.Pool(self.config)
-    self.emotion_dropout = layers.Dropout(self.config.emotion_dropout)
-    self.emotion = nn.Dense(self.num_emotions, use_bias=False)
 
   def create_decoder(self) -> ListenersDecoder:
     """Returns the decoder of all listeners."""
@@ -273,8 +263,7 @@ class MoEL(Transformer):
     encoded = super().read(inputs, embedded, keys)
     mask = inputs.context != vocab.PAD
     pooled = self.pool(encoded.semantic, embedded[0], mask, keys)
-    emotion_logits = self.emotion(self.emotion_dropout(pooled, keys))
-    emotion_logits = choose_emotion(emotion_logits, inputs.emotion)
+    emotion_logits = self.perceive(pooled, inputs, keys)
     weights = listener_weights(emotion_logits, self.config.listener_top_k)
     if inputs.listener is not None:
       gold = jax.nn.one_hot(inputs.listener, self.num_emotions)

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 
 from empdg_jax.config import ModelConfig
 from empdg_jax.data import vocab
-from empdg_jax.losses import Pointer, likeliest, log_mixture
+from empdg_jax.losses import (
+  Pointer,
+  exclude,
+  likeliest,
+  log_mixture,
+  product,
+)
 from empdg_jax.models import decoder, layers
 
 # The special tokens that a response may hold: UNK copies a source word.
@@ -154,6 +160,10 @@ class EncoderDecoder(nn.Module):
       (self.vocab_size, c.emb_dim),
     )
     self.decoder = self.create_decoder()
+    if self.predicts_emotion:
+      # In float32: these are small, and the emotion loss reads them.
+      self.emotion_dropout = layers.Dropout(c.emotion_dropout)
+      self.emotion = nn.Dense(self.num_emotions, use_bias=False)
     if c.pointer_generator:
       self.gate = nn.Dense(1)
     if not c.tie_embeddings:
@@ -186,11 +196,23 @@ class EncoderDecoder(nn.Module):
     """
     raise NotImplementedError
 
+  def perceive(
+    self, pooled: jax.Array, inputs: Inputs, keys: jax.Array | None
+  ) -> jax.Array:
+    """Returns the logits `ep` of the emotions (eq. 7), `[batch, emotions]`.
+
+    Args:
+      pooled: What the classifier reads of the contexts, `[batch, features]`.
+      inputs: The dialogues, with the emotions that users chose.
+      keys: The dropout keys, `[batch]`, or None for evaluation.
+    """
+    logits = self.emotion(self.emotion_dropout(pooled, keys))
+    return choose_emotion(logits, inputs.emotion)
+
   def expected_embedding(self, probs: jax.Array) -> jax.Array:
     """Returns the mean of `embed` over distributions `[..., V]`."""
     probs, table = probs.astype(self.dtype), self.embedding.astype(self.dtype)
-    mean = jnp.matmul(probs, table, preferred_element_type=jnp.float32)
-    return mean * self.config.emb_dim**0.5
+    return product(probs, table) * self.config.emb_dim**0.5
 
   def _embed_all(self, *ids: jax.Array) -> list[jax.Array]:
     """Returns `embed` of each argument, `[batch, length]`."""
@@ -347,11 +369,7 @@ class EncoderDecoder(nn.Module):
     hidden, pointer, cache, excluded = self._advance(encoded, x, cache, index)
     logits = self.project(hidden) + added
     log_probs = log_mixture(logits[:, None], pointer)[:, 0]
-    count = excluded.shape[1]
-    log_probs = log_probs.at[:, :count].set(
-      jnp.where(excluded, layers.NEGATIVE_INFINITY, log_probs[:, :count])
-    )
-    return log_probs, cache, hidden
+    return exclude(log_probs, excluded), cache, hidden
 
   def excluded(self, source: jax.Array) -> jax.Array:
     """Marks the special tokens that no response to a dialogue may hold.

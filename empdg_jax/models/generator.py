@@ -6,12 +6,7 @@ import jax.numpy as jnp
 
 from empdg_jax.data import vocab
 from empdg_jax.models import encoders, layers
-from empdg_jax.models.encoder_decoder import (
-  EncoderDecoder,
-  Encoding,
-  Inputs,
-  choose_emotion,
-)
+from empdg_jax.models.encoder_decoder import EncoderDecoder, Encoding, Inputs
 
 
 class Generator(EncoderDecoder):
@@ -22,12 +17,8 @@ class Generator(EncoderDecoder):
     super().setup()
     self.semantic_encoder = encoders.Encoder(self.config, self.dtype)
     self.emotion_encoder = encoders.Encoder(self.config, self.dtype)
-    # In float32, like everything after an encoder's first vector: these are
-    # small, and the emotion loss reads them.
     self.semantic_pool = layers.Pool(self.config)
     self.emotional_pool = layers.Pool(self.config)
-    self.emotion_dropout = layers.Dropout(self.config.emotion_dropout)
-    self.emotion = nn.Dense(self.num_emotions, use_bias=False)
     self.emotion_embedding = nn.Dense(self.config.emb_dim)
 
   def source_ids(self, inputs: Inputs) -> tuple[jax.Array, ...]:
@@ -51,10 +42,9 @@ class Generator(EncoderDecoder):
       self.emotional_pool(emotional[:, 0], emotion_words, emotion_mask, keys),
       self.semantic_pool(semantic[:, 0], words, mask, keys),
     )
-    emotion_logits = self.emotion(
-      self.emotion_dropout(jnp.concatenate(pooled, axis=-1), keys)
+    emotion_logits = self.perceive(
+      jnp.concatenate(pooled, axis=-1), inputs, keys
     )
-    emotion_logits = choose_emotion(emotion_logits, inputs.emotion)
     # The decoder attends to one memory, C = [Cu ; Ce]. Its parts keep their
     # padding between them: the mask hides it and no shape depends on lengths.
     memory = self.decoder.project_memory(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from empdg_jax.config import ModelConfig
+from empdg_jax.losses import product
 from empdg_jax.rng import random_words
 
 # Finite, so that a softmax over masked positions alone is not NaN.
@@ -45,11 +46,7 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
   of the plain product, but the kernel's gradient is faster. The type of `x` is
   that of the products' factors.
   """
-  return _product(x, kernel.astype(x.dtype))
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+  return product(x, kernel.astype(x.dtype))
 
 
 def _project_backward(
@@ -63,8 +60,8 @@ def _project_backward(
   rows = x.reshape(-1, x.shape[-1])
   gradient = gradient.astype(x.dtype)
   return (
-    _product(gradient, kernel.T.astype(x.dtype)).astype(x.dtype),
-    _product(rows.T, gradient.reshape(len(rows), -1)),
+    product(gradient, kernel.T.astype(x.dtype)).astype(x.dtype),
+    product(rows.T, gradient.reshape(len(rows), -1)),
   )
 
 
