@@ -27,12 +27,6 @@ import numpy as np
 STEPS = ("mle", "critics", "greedy")
 # The largest relative difference of losses and gradients in float32.
 TOLERANCE = 1e-4
-# The allocator of `empdg train`, for all: see `main._use_large_pages`.
-_ALLOCATOR = (
-  "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:"
-  "glibc.malloc.mmap_threshold=4294967296:"
-  "glibc.malloc.trim_threshold=17179869184"
-)
 _FOLDER = pathlib.Path(__file__).resolve().parent
 
 
@@ -482,12 +476,14 @@ def _programs(
   args: argparse.Namespace, folder: str
 ) -> Iterator[dict[str, _Program]]:
   """Starts the processes; ends them on leaving."""
+  # Not in workers, which may import another version of the package.
+  sys.path.insert(0, str(_FOLDER.parent))
+  from empdg_jax.main import ALLOCATOR
+
   workers = {}
   dtypes = args.dtype.split(",")
-  has_dtype = _has_compute_dtype()
   for dtype in dtypes:
-    if dtype == "float32" or has_dtype:
-      workers[f"ours, {dtype}"] = f"ours::{dtype}", str(_FOLDER.parent)
+    workers[f"ours, {dtype}"] = f"ours::{dtype}", str(_FOLDER.parent)
   for checkout in args.checkout:
     name = f"{pathlib.Path(checkout).name}, float32"
     workers[name] = "ours::float32", checkout
@@ -501,7 +497,8 @@ def _programs(
     for name, (worker, root) in workers.items():
       environment = os.environ | {
         "PYTHONPATH": root,
-        "GLIBC_TUNABLES": _ALLOCATOR,
+        # All have the allocator of `empdg train`.
+        "GLIBC_TUNABLES": ALLOCATOR,
       }
       command = [sys.executable, __file__, *sys.argv[1:]]
       command += [f"--worker={worker}", f"--folder={folder}"]
@@ -515,13 +512,6 @@ def _programs(
     for program in programs.values():
       program.process.kill()
       program.process.wait()
-
-
-def _has_compute_dtype() -> bool:
-  sys.path.insert(0, str(_FOLDER.parent))
-  from empdg_jax.config import TrainConfig
-
-  return hasattr(TrainConfig(), "compute_dtype")
 
 
 def differences(

@@ -325,6 +325,14 @@ def _print_overview(*argv: str) -> None:
     )
 
 
+# The allocator's settings of `_use_large_pages`, as glibc reads them.
+ALLOCATOR = (
+  "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:"
+  "glibc.malloc.mmap_threshold=4294967296:"
+  "glibc.malloc.trim_threshold=17179869184"
+)
+
+
 def _use_large_pages() -> None:
   """Restarts the process once with an allocator that suits large arrays.
 
@@ -335,15 +343,24 @@ def _use_large_pages() -> None:
   """
   if platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
     return
-  os.environ["GLIBC_TUNABLES"] = (
-    "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:"
-    "glibc.malloc.mmap_threshold=4294967296:"
-    "glibc.malloc.trim_threshold=17179869184"
-  )
+  os.environ["GLIBC_TUNABLES"] = ALLOCATOR
   # The same program with the same arguments, and no shell.
   os.execv(  # nosec B606
     sys.executable, [sys.executable, "-m", "empdg_jax.main", *sys.argv[1:]]
   )
+
+
+def _unknown_command(
+  word: str, known: Sequence[str], before: str = ""
+) -> InputError:
+  """Returns the refusal of a command, with the nearest one or all of them."""
+  near = difflib.get_close_matches(word, known, n=1)
+  hint = (
+    f"did you mean {before + near[0]!r}?"
+    if near
+    else "expected one of " + ", ".join(known)
+  )
+  return InputError(f"unknown command {before + word!r}; {hint}")
 
 
 def _in_group(name: str, rest: Sequence[str]) -> list[str]:
@@ -357,10 +374,7 @@ def _in_group(name: str, rest: Sequence[str]) -> list[str]:
     tyro.cli(_group(name), prog=f"empdg {name}", args=["--help"], **_SETTINGS)
   if f"{name} {word}" not in _COMMANDS:
     known = [c.partition(" ")[2] for c in _COMMANDS if c.startswith(f"{name} ")]
-    near = difflib.get_close_matches(word, known, n=1)
-    hint = f"did you mean 'empdg {name} {near[0]}'?" if near else "expected one"
-    hint += "" if near else " of " + ", ".join(known)
-    raise InputError(f"unknown command 'empdg {name} {word}'; {hint}")
+    raise _unknown_command(word, known, f"empdg {name} ")
   return [f"{name} {word}", *flags]
 
 
@@ -391,10 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       _print_overview("--tyro-write-completion", shell, "-")
     else:
       known = [*(c for c in _COMMANDS if " " not in c), *_GROUPS]
-      near = difflib.get_close_matches(name, known, n=1)
-      hint = f"did you mean {near[0]!r}?" if near else "expected one of "
-      hint += "" if near else ", ".join(known)
-      raise InputError(f"unknown command {name!r}; {hint}")
+      raise _unknown_command(name, known)
     return 0
   except (InputError, OSError) as error:
     line = config_lib.printable(" ".join(str(error).splitlines()))

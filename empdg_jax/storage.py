@@ -202,6 +202,12 @@ def read_text(path: pathlib.Path) -> str:
     return read_bounded(file, str(path)).decode("utf-8")
 
 
+def with_ending(stem: pathlib.Path, ending: str) -> pathlib.Path:
+  """Returns `STEM.ending`, also if the stem holds a dot."""
+  # Not `with_suffix`, which would cut the stem there.
+  return stem.with_name(f"{stem.name}.{ending}")
+
+
 def in_bucket(path: pathlib.Path) -> bool:
   """Returns whether a path is in a bucket."""
   return "://" in str(path)

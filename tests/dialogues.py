@@ -115,3 +115,19 @@ def run_on_devices(
       text=True,
     )
   return runs
+
+
+def run_again_on_eight_devices(module: str, chosen: str) -> None:
+  """Runs tests of a module, by pytest's `-k`, in a process with 8 devices."""
+  flags = "--xla_force_host_platform_device_count=8"
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "pytest", "-n0", "-q", "-pno:cacheprovider"),
+      *(module, "-k", chosen),
+    ],
+    env={**os.environ, "XLA_FLAGS": flags},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stdout

@@ -1,9 +1,6 @@
 """Runs of batches, calls of several steps, and the thread that reads ahead."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from dialogues import flat, relative_difference
+from dialogues import flat, relative_difference, run_again_on_eight_devices
 from encoded import SHAPES, invented
 
 from empdg_jax import config as config_lib
@@ -187,15 +184,4 @@ def test_calls_of_several_steps_change_no_number(
 @pytest.mark.slow
 def test_all_of_these_on_eight_devices() -> None:
   """The other tests again, in a process with 8 devices."""
-  flags = "--xla_force_host_platform_device_count=8"
-  done = subprocess.run(
-    [
-      *(sys.executable, "-m", "pytest", "-n0", "-q", "-pno:cacheprovider"),
-      *(__file__, "-k", "several_steps or reader"),
-    ],
-    env={**os.environ, "XLA_FLAGS": flags},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stdout
+  run_again_on_eight_devices(__file__, "several_steps or reader")

@@ -4,8 +4,6 @@ As a program, `test_steps.py FILE` writes what `take_three` returns to FILE.
 """
 
 import dataclasses
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +25,7 @@ from dialogues import (
   make_batch,
   make_examples,
   relative_difference,
+  run_again_on_eight_devices,
   run_on_devices,
 )
 from reference import (
@@ -343,18 +342,7 @@ def test_any_number_of_devices_gives_the_same_update(
 @pytest.mark.slow
 def test_all_of_these_on_eight_devices() -> None:
   """The other tests again, in a process with 8 devices."""
-  flags = "--xla_force_host_platform_device_count=8"
-  done = subprocess.run(
-    [
-      *(sys.executable, "-m", "pytest", "-n0", "-q", "-pno:cacheprovider"),
-      *(__file__, "-k", "not any_number_of_devices"),
-    ],
-    env={**os.environ, "XLA_FLAGS": flags},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stdout
+  run_again_on_eight_devices(__file__, "not any_number_of_devices")
 
 
 if __name__ == "__main__":

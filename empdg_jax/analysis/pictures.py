@@ -135,8 +135,7 @@ def save(figure: Figure, stem: pathlib.Path) -> list[pathlib.Path]:
   Raises:
     InputError: The pictures cannot be written.
   """
-  # Not `with_suffix`, which would cut a stem that holds a dot.
-  paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+  paths = [storage.with_ending(stem, kind) for kind in ("png", "svg")]
   with storage.errors(f"--image={stem}: cannot write", InputError):
     stem.parent.mkdir(parents=True, exist_ok=True)
     for path in paths:

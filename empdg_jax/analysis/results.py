@@ -13,6 +13,7 @@ from empdg_jax import config as config_lib
 from empdg_jax import metrics, storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data.corpora import SPLITS
+from empdg_jax.training import run_folder
 
 # What a run's `record.json` may say of its training, None where it does not.
 RECORD = "record.json"
@@ -23,9 +24,7 @@ _LEFT_OUT = (
   "data.data_dir",
   "train.seed",
   "train.mle_checkpoint",
-  "train.profile_steps",
-  "train.keep_checkpoints",
-  "train.lease_seconds",
+  *run_folder.NOT_OF_THE_RUN,
 )
 _NAMES = ("", "official", "sample", "nrclex", "empathetic_dialogues")
 _FILES = ("data.source", "data.emotions", "data.lexicon", "data.vectors")
@@ -164,9 +163,6 @@ def write(stem: pathlib.Path, values: dict[str, Any], table: str) -> None:
   """
   with storage.errors(f"--results={stem}: cannot write", InputError):
     stem.parent.mkdir(parents=True, exist_ok=True)
-    for kind, text in (
-      ("json", json.dumps(values, indent=2) + "\n"),
-      ("md", table),
-    ):
-      # Not `with_suffix`, which would cut a stem that holds a dot.
-      storage.write_text(stem.with_name(f"{stem.name}.{kind}"), text)
+    text = json.dumps(values, indent=2) + "\n"
+    storage.write_text(storage.with_ending(stem, "json"), text)
+    storage.write_text(storage.with_ending(stem, "md"), table)

@@ -138,8 +138,8 @@ def is_emotional(
   >>> is_emotional("a full time job .".split(), frozenset({"job"}))
   [False, True, False, True, False]
   """
-  # Tagged as a whole, since a word's tag depends on its neighbours.
   stop_words = _STOP_WORDS[rules]
+  # Tagged as a whole, since a word's tag depends on its neighbours.
   return [
     token not in stop_words and (token in lexicon or tag.startswith("JJ"))
     for token, tag in parser.find_tags(tokens)

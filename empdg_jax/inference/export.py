@@ -293,8 +293,11 @@ def _metrics_of(
     if path.exists():
       try:
         values = json.loads(storage.read_text(path))
-        sampled = "temperature" in values, "temperature" in origin
-        if origin.items() <= values.items() and len({*sampled}) == 1:
+        # Only of sampled responses do metrics name a temperature.
+        sampled = "temperature" in values
+        if origin.items() <= values.items() and (
+          sampled == ("temperature" in origin)
+        ):
           found[split] = values
       except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(

@@ -553,11 +553,10 @@ def _text(value: Any) -> np.ndarray:
 
 def _checksums(tree: Any) -> dict[str, int]:
   """Returns the checksum of each array by its path."""
-  arrays = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): array
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): _checksum(array)
     for path, array in jax.tree_util.tree_leaves_with_path(tree)
   }
-  return {name: _checksum(array) for name, array in arrays.items()}
 
 
 def _checksum(array: np.ndarray) -> int:

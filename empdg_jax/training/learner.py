@@ -1,6 +1,8 @@
 """The generator and its discriminators in training: states and steps."""
 
 import contextlib
+import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -45,6 +47,22 @@ class Update(NamedTuple):
   def sums(self) -> dict[str, float]:
     """The metric sums over the whole batch; waits for the devices."""
     return self.call.numbers[self.index]
+
+  @property
+  def not_finite(self) -> list[str]:
+    """The names of the metrics that are not finite."""
+    return [n for n, value in self.sums.items() if not math.isfinite(value)]
+
+  @property
+  def examples(self) -> list[int]:
+    """The positions of this host's examples in the train split."""
+    return [int(i) for i in self.batch.index[self.batch.mask > 0]]
+
+  def to_json(self) -> str:
+    """Returns everything about it; infinity and NaN as text."""
+    sums = {name: str(value) for name, value in self.sums.items()}
+    batch = {name: x.tolist() for name, x in self.batch._asdict().items()}
+    return json.dumps({"player": self.player, "sums": sums, "batch": batch})
 
 
 class Learner:

@@ -283,16 +283,15 @@ class _Trainer:
     """Names the skipped updates; raises InputError after too many in a row."""
     first = self._progress.updates - len(window) + 1
     for step, update in enumerate(window, start=first):
-      skipped = train_log.skipped(update)
-      if skipped is None:
+      if not update.sums["skipped"]:
         self._skipped_in_a_row = 0
         continue
       self._skipped_in_a_row += 1
-      terms = f"{skipped.player} {', '.join(skipped.terms)}"
-      self._log.keep(f"not_finite/{step}.json", skipped.to_json())
+      terms = f"{update.player} {', '.join(update.not_finite)}"
+      self._log.keep(f"not_finite/{step}.json", update.to_json())
       self._log.say(
         f"Warning: step {step:,} is skipped, not finite: {terms}; examples "
-        + ", ".join(map(str, skipped.examples))
+        + ", ".join(map(str, update.examples))
       )
       if self._skipped_in_a_row == MAX_SKIPPED:
         # Skipped updates change nothing, so the state is still a good one.

@@ -11,7 +11,7 @@ from empdg_jax.data.vocab import Vocabulary
 from empdg_jax.models import registry
 
 # Fields that a resumed run may change, since no update depends on them.
-_NOT_OF_THE_RUN = (
+NOT_OF_THE_RUN = (
   "train.steps_per_call",
   "train.profile_steps",
   "train.keep_checkpoints",
@@ -99,7 +99,7 @@ def check_same_config(workdir: pathlib.Path, config: Config) -> None:
   different = [
     name
     for name in ours
-    if ours[name] != theirs[name] and name not in _NOT_OF_THE_RUN
+    if ours[name] != theirs[name] and name not in NOT_OF_THE_RUN
   ]
   if different:
     name = different[0]

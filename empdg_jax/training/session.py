@@ -235,8 +235,8 @@ def _with_dtype(config: Config, workdir: pathlib.Path) -> Config:
     # The type of the run, whatever would be faster on this machine.
     chosen = run_folder.read_config(workdir).train.compute_dtype
   else:
-    chosen = precision.resolve(config.train)
-    fast = hosts.decided_by_main(chosen == "bfloat16")
+    fast = precision.resolve(config.train) == "bfloat16"
+    fast = hosts.decided_by_main(fast)
     chosen = "bfloat16" if fast else "float32"
   train = dataclasses.replace(config.train, compute_dtype=chosen)
   return dataclasses.replace(config, train=train)

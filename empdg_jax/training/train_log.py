@@ -1,12 +1,10 @@
 """The log of training: lines on the console, metrics and traces."""
 
 import contextlib
-import json
 import math
 import pathlib
 from collections import Counter
 from collections.abc import Generator, Sequence
-from typing import NamedTuple
 
 import jax
 import rich.console
@@ -14,7 +12,6 @@ import rich.console
 from empdg_jax import config as config_lib
 from empdg_jax import storage
 from empdg_jax.config import SaveError, TrainConfig
-from empdg_jax.data.pipeline import Batch
 from empdg_jax.parallel import hosts
 from empdg_jax.training import terminal, validation
 from empdg_jax.training.learner import Update
@@ -125,42 +122,6 @@ class TrainLog:
         f"Warning: config.train.profile_steps={self._profile_steps}: nothing "
         f"is traced: {why}"
       )
-
-
-class Skipped(NamedTuple):
-  """An update that was skipped because something in it is not finite.
-
-  Attributes:
-    player: The player.
-    sums: The metric sums, as numbers.
-    batch: This host's rows of the batch.
-  """
-
-  player: str
-  sums: dict[str, float]
-  batch: Batch
-
-  @property
-  def terms(self) -> list[str]:
-    """The names of the metrics that are not finite."""
-    return [n for n, value in self.sums.items() if not math.isfinite(value)]
-
-  @property
-  def examples(self) -> list[int]:
-    """The positions of the examples in the train split."""
-    return [int(i) for i in self.batch.index[self.batch.mask > 0]]
-
-  def to_json(self) -> str:
-    """Returns everything about it; infinity and NaN as text."""
-    sums = {name: str(value) for name, value in self.sums.items()}
-    batch = {name: x.tolist() for name, x in self.batch._asdict().items()}
-    return json.dumps({"player": self.player, "sums": sums, "batch": batch})
-
-
-def skipped(update: Update) -> Skipped | None:
-  """Returns what is known of an update that was skipped, None of others."""
-  sums = update.sums
-  return Skipped(update.player, sums, update.batch) if sums["skipped"] else None
 
 
 def average(taken: Sequence[Update]) -> dict[str, float]:

@@ -135,8 +135,7 @@ class Demo:
       raise InputError("temperature, top-p or length: out of range")
     if not 0 <= seed < 2**31 or seed != int(seed):
       raise InputError("seed: expected a whole number of at least 0")
-    chosen = labels.index(emotion) - 1
-    assert chosen >= PERCEIVED
+    chosen = labels.index(emotion) + PERCEIVED
     return Settings(
       decoding, float(temperature), float(top_p), int(seed), int(length), chosen
     )
