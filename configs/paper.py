@@ -1,4 +1,4 @@
-"""The paper's protocol for a system, with the settings that worked best.
+"""The paper's protocol for a system, with regularisation and a cosine schedule.
 
 empdg train --config=configs/paper.py:empdg_wo_d --workdir=runs/empdg_wo_d
   --config.data.lexicon=nrc_words.txt --config.data.vectors=glove.6B.300d.txt

@@ -86,29 +86,29 @@ def read_report(
   Returns:
     A JSON value, whose figures are for one chip, except for rates:
 
-    step: The step's name.
-    arguments: Memory for parameters, state and batch, bytes.
-    outputs: Memory for results that are not updated in place, bytes.
-    temporaries: Memory for intermediate values, bytes.
-    code: Memory for the program, bytes.
-    memory: The sum of these.
-    memory_share: The sum's share of the chip's memory.
-    flops: Floating-point operations; a loop's body counts as often as it runs
+    - step: The step's name.
+    - arguments: Memory for parameters, state and batch, bytes.
+    - outputs: Memory for results that are not updated in place, bytes.
+    - temporaries: Memory for intermediate values, bytes.
+    - code: Memory for the program, bytes.
+    - memory: The sum of these.
+    - memory_share: The sum's share of the chip's memory.
+    - flops: Floating-point operations; a loop's body counts as often as it runs
       at most, here and below.
-    traffic: Memory traffic, bytes; a look-up counts its rows.
-    bytes_accessed: XLA's own count of it, where a look-up may count the whole
+    - traffic: Memory traffic, bytes; a look-up counts its rows.
+    - bytes_accessed: XLA's own count of it, where a look-up may count the whole
       table, and what all but the first run of each loop add to `traffic`.
-    all_reduces: The number of all-reduce operations.
-    bytes_reduced: The bytes that they sum over the chips.
-    all_gathers: The number of all-gather operations.
-    compute_seconds: Time for the operations at the published peak rate.
-    memory_seconds: Time for the traffic at the published bandwidth.
-    all_reduce_seconds: Time for the sums; see `all_reduce_seconds`.
-    least_seconds: The longest of these three, which may overlap.
-    utilisation: The share of the peak rate that the operations then take.
-    steps_per_second: Steps a second at the least time.
-    examples_per_second: Examples a second of the whole slice at that rate.
-    compile_seconds: Time to compile, on this machine.
+    - all_reduces: The number of all-reduce operations.
+    - bytes_reduced: The bytes that they sum over the chips.
+    - all_gathers: The number of all-gather operations.
+    - compute_seconds: Time for the operations at the published peak rate.
+    - memory_seconds: Time for the traffic at the published bandwidth.
+    - all_reduce_seconds: Time for the sums; see `all_reduce_seconds`.
+    - least_seconds: The longest of these three, which may overlap.
+    - utilisation: The share of the peak rate that the operations then take.
+    - steps_per_second: Steps a second at the least time.
+    - examples_per_second: Examples a second of the whole slice at that rate.
+    - compile_seconds: Time to compile, on this machine.
   """
   chip, text = slice_.chip, compiled.as_text()
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()

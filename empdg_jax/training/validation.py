@@ -35,6 +35,7 @@ def selection_score(
   """Returns what a checkpoint is chosen by, and whether more of it is better.
 
   By `metric`, which is the same for all systems:
+
   - `"perplexity"`, exp(sum of token losses / tokens): less is better;
   - `"perplexity_per_example"`, exp(mean over examples of their mean token
     loss): less is better;
