@@ -29,6 +29,7 @@ def get_config(system: str = "empdg") -> Config:
   # The rate falls to the end: no early stop.
   config.train.mle_patience = 7
   config.train.adversarial_learning_rate = 2e-4
+  config.train.validation_responses = True
   # The paper's released responses run to 51 tokens.
   config.eval.max_decode_steps = 50
   return config

@@ -244,6 +244,9 @@ class TrainConfig:
   # Norm of the signal's gradient as a share of the likelihood's, both smoothed
   # over about 20 updates; it replaces the weight. 0 for the weight (the paper).
   generator_signal_share: float = 0.0
+  # Whether validations also respond to the split, greedily, for the metrics of
+  # its responses: Distinct, BLEU, length and repetition.
+  validation_responses: bool = False
   sample_steps: int = 20  # Maximum tokens of a sampled response, with its EOS.
   # Temperature of the sampled responses' gradients; see `decoding.py`.
   sample_temperature: float = 1.0

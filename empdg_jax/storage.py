@@ -11,7 +11,7 @@ from typing import Any
 
 import platformdirs
 
-from empdg_jax.config import InputError, SaveError
+from empdg_jax.config import InputError, SaveError, parse_json
 
 # The most bytes that a file may hold, once unpacked, to be read as a whole. The
 # official archive has far fewer.
@@ -200,6 +200,21 @@ def read_text(path: pathlib.Path) -> str:
   check_plain(path)
   with path.open("rb") as file:
     return read_bounded(file, str(path)).decode("utf-8")
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+  """Returns a file's JSON object; an empty one if there is no such file.
+
+  Raises:
+    InputError: It is damaged.
+  """
+  if not path.exists():
+    return {}
+  with errors(f"{path}: damaged", InputError):
+    values = parse_json(read_text(path))
+    if not isinstance(values, dict):
+      raise ValueError("it holds no object")
+    return values
 
 
 def with_ending(stem: pathlib.Path, ending: str) -> pathlib.Path:

@@ -24,13 +24,9 @@ from empdg_jax.data import lexicon as lexicon_lib
 from empdg_jax.data import pipeline, prepare
 from empdg_jax.data.corpora import EMOTIONS
 from empdg_jax.inference import export, export_files, predictions
-from empdg_jax.inference.system import (
-  load_system,
-  params_like,
-  response_tokens,
-  source_words,
-)
+from empdg_jax.inference.system import load_system, params_like
 from empdg_jax.training import checkpoint, loop, run_folder
+from empdg_jax.training.responding import response_tokens, source_words
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -10,13 +10,17 @@ import subprocess
 import jax
 import numpy as np
 import pytest
+import rich.console
 from helpers import run_training
 
 from empdg_jax import config as config_lib
 from empdg_jax.config import TEXT_RULES, Config, InputError, SaveError
+from empdg_jax.inference import evaluate
+from empdg_jax.inference.system import load_system
 from empdg_jax.training import (
   checkpoint,
   loop,
+  record,
   run_folder,
   train_log,
   validation,
@@ -45,6 +49,7 @@ def trained(
 ) -> tuple[Config, pathlib.Path]:
   """A run that was never disturbed, and its configuration."""
   config = _short(copy.deepcopy(sample_config))
+  config.train.validation_responses = True
   workdir = tmp_path_factory.mktemp("undisturbed") / "run"
   assert loop.train(config, workdir)
   return config, workdir
@@ -76,6 +81,43 @@ def test_run_folder(trained: tuple[Config, pathlib.Path]) -> None:
   assert checkpoints.step(checkpoint.BEST) in (8, 16, 24)
   latest = [c.step for c in checkpoints.all() if c.kind == checkpoint.LATEST]
   assert latest == [24, 21, 18]  # `keep_checkpoints` of them.
+
+
+def test_validations_score_the_responses_that_evaluation_gives(
+  trained: tuple[Config, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+  _, workdir = trained
+  system = load_system(workdir, which="24")
+  console = rich.console.Console(quiet=True)
+  evaluated = evaluate.evaluate_split(system, "valid", tmp_path, console)
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  logged = {
+    entry["name"]: entry["value"]
+    for entry in map(json.loads, lines)
+    if entry["step"] == 24
+  }
+  assert evaluated["distinct_2"] > 0
+  for name in validation.OF_RESPONSES:
+    assert logged[f"valid/{name}"] == pytest.approx(evaluated[name]), name
+
+
+def test_the_record_adds_up_the_sessions(
+  trained: tuple[Config, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+  config, workdir = trained
+  written = json.loads((workdir / record.RECORD).read_text())
+  assert written["updates"] == 24
+  assert written["compute_dtype"] in ("float32", "bfloat16")
+  assert 0 < written["hours"] < 1
+  assert "cores of" in written["hardware"] or "device" in written["hardware"]
+  earlier = {"commit": "0123", "hardware": "an abacus", "hours": 2.5}
+  (tmp_path / record.RECORD).write_text(json.dumps(earlier))
+  recorder = record.Recorder(tmp_path, "float32")
+  resumed = json.loads(recorder.to_json(30))
+  assert resumed["hours"] == pytest.approx(2.5, abs=0.1)
+  assert resumed["hardware"] == f"an abacus; {written['hardware']}"
+  assert resumed["commit"].startswith("0123")
+  assert resumed["updates"] == 30
 
 
 def test_loss_falls(trained: tuple[Config, pathlib.Path]) -> None:

@@ -3,20 +3,17 @@
 import dataclasses
 import functools
 import hashlib
-import importlib.resources
 import json
 import pathlib
-import subprocess
 from typing import Any
 
 from empdg_jax import config as config_lib
 from empdg_jax import metrics, storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data.corpora import SPLITS
-from empdg_jax.training import run_folder
+from empdg_jax.training import record, run_folder
 
-# What a run's `record.json` may say of its training, None where it does not.
-RECORD = "record.json"
+# What a run's record says of its training, None where it has none.
 _RECORDED = ("commit", "compute_dtype", "updates", "hardware", "hours")
 # Fields that do not make another system: the seed, paths, and what no update
 # depends on.
@@ -63,34 +60,6 @@ def config_hash(config: Config) -> str:
   return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def program_commit() -> str | None:
-  """Returns the commit of this program's checkout, None outside of one."""
-  folder = pathlib.Path(str(importlib.resources.files("empdg_jax")))
-  try:
-    found = subprocess.run(
-      ["git", "-C", folder.parent, "rev-parse", "HEAD"],
-      capture_output=True,
-      text=True,
-      check=True,
-    )
-  except (OSError, subprocess.CalledProcessError):
-    return None
-  # A package that is installed inside some other repository is not that.
-  own = (folder.parent / ".git").exists()
-  return found.stdout.strip() if own else None
-
-
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
-  """Returns a file's JSON object; an empty one if there is no such file."""
-  if not path.exists():
-    return {}
-  with storage.errors(f"{path}: damaged", InputError):
-    values = config_lib.parse_json(storage.read_text(path))
-    if not isinstance(values, dict):
-      raise ValueError("it holds no object")
-    return values
-
-
 def describe_run(
   folder: pathlib.Path, config: Config, split: str, values: dict[str, Any]
 ) -> dict[str, Any]:
@@ -112,14 +81,14 @@ def describe_run(
   entry: dict[str, Any] = {"seed": config.train.seed}
   updates = None
   for name in SPLITS:
-    read = _read_object(folder / "eval" / name / "metrics.json")
+    read = storage.read_object(folder / "eval" / name / "metrics.json")
     if name == split:
       entry[name], updates = values, read.get("step")
     elif read:
       entry[name] = {n: read[n] for n in metrics.METRICS if n in read}
-  record = _read_object(folder / RECORD)
+  recorded = storage.read_object(folder / record.RECORD)
   entry["config_hash"] = config_hash(config)
-  entry |= {name: record.get(name) for name in _RECORDED}
+  entry |= {name: recorded.get(name) for name in _RECORDED}
   if entry["updates"] is None:
     entry["updates"] = updates
   return entry
@@ -144,7 +113,7 @@ def describe(comparison: Any) -> dict[str, Any]:
     }
   return {
     "protocol": comparison.protocol,
-    "commit": program_commit(),
+    "commit": record.program_commit(),
     "systems": systems,
     "tests": [dataclasses.asdict(test) for test in comparison.tests],
   }

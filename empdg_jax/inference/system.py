@@ -11,15 +11,14 @@ import numpy as np
 
 from empdg_jax import config as config_lib
 from empdg_jax.config import Config
-from empdg_jax.data import pipeline, text, vocab
+from empdg_jax.data import pipeline, text
 from empdg_jax.data.lexicon import Lexicon
-from empdg_jax.data.pipeline import Batch, EncodedExample, Shape
-from empdg_jax.data.vocab import Vocabulary
+from empdg_jax.data.pipeline import Batch, EncodedExample
 from empdg_jax.inference import export_files
 from empdg_jax.models import registry
 from empdg_jax.models.encoder_decoder import EncoderDecoder
 from empdg_jax.parallel import devices, hosts
-from empdg_jax.training import checkpoint, run_folder, steps
+from empdg_jax.training import checkpoint, responding, run_folder, steps
 from empdg_jax.training.run_folder import Run
 from empdg_jax.training.train_state import count_parameters, init_params
 
@@ -44,41 +43,6 @@ class Response:
   def text(self) -> str:
     """The response as readable text."""
     return text.join_tokens(self.tokens)
-
-
-def response_tokens(
-  ids: np.ndarray,
-  copied_from: np.ndarray,
-  words: Sequence[str],
-  vocabulary: Vocabulary,
-) -> tuple[str, ...]:
-  """Turns ids into tokens up to EOS; an UNK becomes the word it copies.
-
-  Args:
-    ids: The generated ids, `[max_steps]`.
-    copied_from: The source position that an UNK copies, `[max_steps]`.
-    words: The source's tokens by position, from `source_words`.
-    vocabulary: The tokens of ids.
-
-  Returns:
-    The tokens.
-  """
-  tokens = []
-  for token, position in zip(ids, copied_from, strict=True):
-    # PAD ends a response too: decoding fills with it after EOS.
-    if token in (vocab.EOS, vocab.PAD):
-      break
-    unknown = token == vocab.UNK and position >= 0
-    tokens.append(words[position] if unknown else vocabulary.tokens[token])
-  return tuple(tokens)
-
-
-def source_words(encoded: EncodedExample, shape: Shape) -> list[str]:
-  """Returns the text at each position of the decoder's source."""
-  context = ["CLS", *encoded.words]
-  # The emotional context begins after the padded context, whatever its length.
-  context += ["PAD"] * (shape.context - len(context))
-  return [*context, "LAB", *encoded.emotion_words]
 
 
 def create_model(run: Run) -> EncoderDecoder:
@@ -168,48 +132,34 @@ class System:
     Yields:
       Each example's index and response, batch by batch.
     """
-    # Without targets, examples group by their contexts alone, which takes fewer
-    # shapes to compile and pads less.
-    blank = [e._replace(target=[vocab.EOS], feedback=[]) for e in encoded]
-    shapes = sorted({Shape(s.context, s.emotion, 1) for s in self.eval_shapes})
-    for batch in self._batches(blank, shapes, batch_size):
+
+    def predict(batch: Batch) -> steps.Prediction:
       sharded = devices.shard(batch._replace(index=batch.index + first))
       if choices is None:
-        predicted = self.p_predict_step(self.params, sharded)
-      else:
-        chosen = jax.tree.map(lambda x, rows=batch.index: x[rows], choices)
-        predicted = self.p_choose_step(
-          self.params, sharded, devices.shard(chosen)
-        )
-      prediction = devices.unshard(predicted)
-      shape = Shape(batch.context.shape[1], batch.emotion_context.shape[1], 1)
-      # Every host needs all rows, not its own alone: metrics are of the split.
-      prediction, indices, mask = devices.gather(
-        (prediction, batch.index, batch.mask)
-      )
-      for row in np.flatnonzero(mask):
-        example = encoded[indices[row]]
-        emotion, emotions = None, None
-        if prediction.emotion_probs is not None:
-          emotions = prediction.emotion_probs[row]
-          emotion = self.emotions[int(emotions.argmax())]
-        tokens = response_tokens(
-          prediction.tokens[row],
-          prediction.copied_from[row],
-          source_words(example, shape),
-          self.vocabulary,
-        )
-        yield (
-          int(indices[row]),
-          Response(tokens, emotion, emotions, example.cut[0]),
-        )
+        return self.p_predict_step(self.params, sharded)
+      chosen = jax.tree.map(lambda x: x[batch.index], choices)
+      return self.p_choose_step(self.params, sharded, devices.shard(chosen))
+
+    for index, tokens, emotions in responding.respond(
+      predict, encoded, self.eval_shapes, self.vocabulary, batch_size
+    ):
+      emotion = None
+      if emotions is not None:
+        emotion = self.emotions[int(emotions.argmax())]
+      cut = encoded[index].cut[0]
+      yield index, Response(tokens, emotion, emotions, cut)
 
   def score(
     self, encoded: Sequence[EncodedExample]
   ) -> Iterator[tuple[int, float, int]]:
     """Yields each example's index, summed token loss, and token count."""
     batch_size = self.config.eval.batch_size
-    for batch in self._batches(encoded, self.eval_shapes, batch_size):
+    for batch in pipeline.eval_batches(
+      encoded,
+      self.eval_shapes,
+      batch_size=batch_size,
+      rows=hosts.rows(batch_size),
+    ):
       _, values = self.p_eval_step(self.params, devices.shard(batch))
       values, indices, mask = devices.gather(
         (devices.unshard(values), batch.index, batch.mask)
@@ -217,18 +167,6 @@ class System:
       for row in np.flatnonzero(mask):
         nll, tokens = values["nll"][row], values["tokens"][row]
         yield int(indices[row]), float(nll), int(tokens)
-
-  def _batches(
-    self,
-    encoded: Sequence[EncodedExample],
-    shapes: Sequence[Shape],
-    batch_size: int,
-  ) -> Iterator[Batch]:
-    """Yields this host's part of each batch of the examples."""
-    rows = hosts.rows(batch_size)
-    return pipeline.eval_batches(
-      encoded, shapes, batch_size=batch_size, rows=rows
-    )
 
 
 def load_system(

@@ -1,6 +1,7 @@
 """The generator and its discriminators in training: states and steps."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import pathlib
@@ -106,8 +107,13 @@ class Learner:
     self._states = trainable.create_states(self._seed, embeddings)
     self.steps_per_call = calls.steps_per_call(config)
     self._p_steps = trainable.compile_steps(steps_per_call=self.steps_per_call)
+    self._dataset = dataset
     self._p_eval_step = steps.compile_step(
       steps.eval_step, model=trainable.evaluator
+    )
+    greedy = dataclasses.replace(config.eval, beam_size=1, temperature=0.0)
+    self._p_predict_step = steps.compile_step(
+      steps.predict_step, model=trainable.evaluator, config=greedy
     )
 
   def _schedule(self, adversarial: bool) -> optax.Schedule:
@@ -210,7 +216,20 @@ class Learner:
     ]
 
   def validate(self, batches: list[Batch]) -> dict[str, float]:
-    """Scores a split with teacher forcing; see `validation.validate`."""
-    return validation.validate(
-      self._p_eval_step, self._states[GENERATOR].evaluated, batches
-    )
+    """Scores the valid split, and its responses if the run asks for them.
+
+    Args:
+      batches: Its batches; see `validation.validate`.
+
+    Returns:
+      See `validation.average_metrics` and `validation.score_responses`.
+    """
+    params = self._states[GENERATOR].evaluated
+    values = validation.validate(self._p_eval_step, params, batches)
+    if self._config.train.validation_responses:
+      values |= validation.score_responses(
+        lambda batch: self._p_predict_step(params, devices.shard(batch)),
+        self._dataset,
+        self._config.eval.batch_size,
+      )
+    return values

@@ -59,6 +59,7 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
   return finished
 
 
+_D2 = "distinct_2"
 # Updates in a row that are not finite before training gives up.
 MAX_SKIPPED = 10
 
@@ -328,5 +329,6 @@ class _Trainer:
     self._log.say(
       f"step {progress.updates:,}: valid perplexity {values['perplexity']:.2f}"
       + ("" if accuracy is None else f", emotion accuracy {accuracy:.3f}")
+      + (f", Distinct-2 {values[_D2]:.2f}" if _D2 in values else "")
       + (" (best)" if better else "")
     )

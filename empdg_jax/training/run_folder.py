@@ -13,6 +13,7 @@ from empdg_jax.models import registry
 # Fields that a resumed run may change, since no update depends on them.
 NOT_OF_THE_RUN = (
   "train.steps_per_call",
+  "train.validation_responses",
   "train.profile_steps",
   "train.keep_checkpoints",
   "train.lease_seconds",

@@ -16,7 +16,7 @@ from empdg_jax.data import pipeline, prepare, vectors
 from empdg_jax.data.pipeline import Batch
 from empdg_jax.models import registry
 from empdg_jax.parallel import devices, hosts
-from empdg_jax.training import checkpoint, precision, run_folder
+from empdg_jax.training import checkpoint, precision, record, run_folder
 from empdg_jax.training.calls import Call, CallReader
 from empdg_jax.training.learner import Learner
 from empdg_jax.training.phases import DISCRIMINATOR, MLE
@@ -124,6 +124,7 @@ class Session:
   batches: TrainBatches
   valid_batches: list[Batch]
   watchdog: Watchdog
+  recorder: record.Recorder
 
   def save(self, kind: str) -> None:
     """Begins to write a checkpoint of this position; see `Checkpoints.save`."""
@@ -131,6 +132,8 @@ class Session:
     # A bucket holds only what was copied to it: without this copy, a run that
     # resumes here would find no metrics of the updates before.
     self.log.save()
+    written = self.recorder.to_json(self.progress.updates)
+    self.log.keep(record.RECORD, written)
     self.progress.data = self.batches.state()
     self.checkpoints.save(
       kind,
@@ -174,6 +177,7 @@ def open_session(
       workdir, config, dataset.vocabulary, dataset.corpus.emotions
     )
     other_run = _other_run(run)
+    recorder = record.Recorder(workdir, config.train.compute_dtype)
   hosts.check_same(lambda: config_lib.to_json(config), "configurations")
   hosts.check_same(dataset.digest, "data")
   hosts.check_shared(workdir, "workdir")
@@ -223,7 +227,15 @@ def open_session(
   # 7. the devices, once the states on the host are final.
   learner.start()
   return Session(
-    lock, log, learner, checkpoints, progress, batches, valid_batches, watchdog
+    lock,
+    log,
+    learner,
+    checkpoints,
+    progress,
+    batches,
+    valid_batches,
+    watchdog,
+    recorder,
   )
 
 

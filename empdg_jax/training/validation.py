@@ -5,8 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from empdg_jax import metrics
+from empdg_jax.data import pipeline
 from empdg_jax.data.pipeline import Batch
+from empdg_jax.data.prepare import Dataset
 from empdg_jax.parallel import devices
+from empdg_jax.training import responding
 
 
 def sum_metrics(values: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -61,6 +64,42 @@ def selection_score(
     loss = math.log(values["perplexity_per_example"])
     return loss - values.get("emotion_accuracy", 0.0), False
   return values[metric], metric == "emotion_accuracy"
+
+
+# The metrics of responses that a validation logs.
+OF_RESPONSES = (
+  "distinct_1",
+  "distinct_2",
+  "bleu",
+  "average_length",
+  "repetition",
+)
+
+
+def score_responses(
+  predict: Callable[[Batch], Any], dataset: Dataset, batch_size: int
+) -> dict[str, float]:
+  """Responds to the valid split; returns the metrics `OF_RESPONSES`.
+
+  Args:
+    predict: See `responding.respond`.
+    dataset: The prepared data.
+    batch_size: Contexts a step, over all devices.
+  """
+  examples = dataset.examples["valid"]
+  shapes = pipeline.coarse_shapes(dataset.shapes)
+  vocabulary = dataset.vocabulary
+  lines = [
+    {
+      "response": " ".join(reply.tokens),
+      "reference": " ".join(examples[reply.index].target.tokens),
+    }
+    for reply in responding.respond(
+      predict, dataset.encoded("valid"), shapes, vocabulary, batch_size
+    )
+  ]
+  values = metrics.text_metrics(lines, len(vocabulary))
+  return {name: values[name] for name in OF_RESPONSES}
 
 
 def validate(
