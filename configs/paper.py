@@ -28,7 +28,19 @@ def get_config(system: str = "empdg") -> Config:
   config.train.mle_eval_every = 1_000
   # The rate falls to the end: no early stop.
   config.train.mle_patience = 7
+  config.train.discriminator_steps = 300
+  config.train.gradient_penalty_weight = 10.0
+  config.train.generator_signal = "expected"
+  config.train.generator_signal_share = 0.3
   config.train.adversarial_learning_rate = 2e-4
+  config.train.ema_decay = 0.99
+  config.train.d_steps = 1
+  config.train.g_steps = 1
+  # A fixed number of rounds: the game swings, and a peak would be luck.
+  config.train.adversarial_rounds = 300
+  config.train.adversarial_eval_every = 50
+  config.train.adversarial_patience = 6
+  config.train.selection_metric = "last"
   config.train.validation_responses = True
   # The paper's released responses run to 51 tokens.
   config.eval.max_decode_steps = 50
