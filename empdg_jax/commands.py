@@ -439,6 +439,134 @@ def compare(values: Any) -> None:
     tables.write_results(comparison, stem)
 
 
+# Where the inputs of the paper's tables come from.
+_ORIGINS = {
+  "data": "the dataset's archive empatheticdialogues.tar.gz, from "
+  "https://github.com/facebookresearch/EmpatheticDialogues; or official, which "
+  "downloads it",
+  "lexicon": "the NRC emotion lexicon, from "
+  "https://saifmohammad.com/WebPages/NRC-Emotion-Lexicon.htm, or nrclex for "
+  "the copy in the package of that name",
+  "vectors": "GloVe's vectors glove.6B.300d.txt, from "
+  "https://nlp.stanford.edu/projects/glove",
+}
+
+
+def _inputs(values: Any) -> dict[str, str]:
+  """Returns the fields of the data that `reproduce` is given.
+
+  Raises:
+    InputError: One is missing, or there is no such file.
+  """
+  fields = {"data.example_set": values.example_set}
+  if values.data == "sample":
+    # The embedded corpus needs nothing else.
+    fields |= {"data.source": "sample", "data.lexicon": values.lexicon}
+    return {name: value for name, value in fields.items() if value}
+  for flag in ("data", "lexicon", "vectors"):
+    given = _given(values, flag, f"give {_ORIGINS[flag]}")
+    for name in [given] if isinstance(given, str) else given:
+      # A path in a bucket, or on a disk.
+      known = name in ("official", "nrclex") or "://" in name
+      if not known and not pathlib.Path(name).exists():
+        raise InputError(
+          f"--{flag}={name}: no such file; give {_ORIGINS[flag]}"
+        )
+  fields |= {"data.source": values.data, "data.lexicon": values.lexicon}
+  return fields
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+  """Returns the whole numbers of a flag such as --seeds=0,1,2."""
+  numbers = [config_lib.parse(part, int) for part in text.split(",")]
+  for number in numbers:
+    if config_lib.expected(number, int) or int(number) < 0:
+      raise InputError(f"--{flag}={text}: expected numbers such as 0,1,2")
+  return list(dict.fromkeys(numbers))
+
+
+def reproduce(values: Any) -> None:
+  r"""Reproduces the paper's Tables 1 and 2: trains, evaluates, compares.
+
+  The same command goes on where it was stopped, and does nothing twice.
+
+  Examples:
+    empdg reproduce --data=empatheticdialogues.tar.gz \
+      --lexicon=nrc_words.txt --vectors=glove.6B.300d.txt --workdir=paper
+    empdg reproduce --data=sample --workdir=tiny --systems=empdg --seeds=0 \
+      --print_commands
+  """
+  fields = _inputs(values)
+  workdir = _workdir(values, "give the folder for runs and results")
+  if storage.in_bucket(workdir):
+    raise InputError(f"--workdir={workdir}: expected a folder on a disk")
+  if values.jobs < 1:
+    raise InputError(f"--jobs={values.jobs}: expected at least 1")
+  from empdg_jax.analysis import reproduce
+
+  if values.vectors:
+    from empdg_jax.data import vectors
+
+    fields["data.vectors"] = values.vectors[0]
+    if len(values.vectors) > 1:
+      joined = workdir / "vectors.txt.gz"
+      if not joined.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        vectors.join_vectors(values.vectors, joined)
+      fields["data.vectors"] = str(joined)
+  plan = reproduce.make_plan(
+    values.systems.split(",")
+    if values.systems
+    else reproduce.default_systems(),
+    _numbers(values.seeds, "seeds"),
+    values.config,
+    fields,
+    workdir / "runs",
+  )
+  if values.print_commands:
+    for line in reproduce.shell_commands(plan):
+      print(line)
+    return
+  results = workdir / "results"
+  if values.results:
+    results = storage.disk_path(values.results, "--results")
+  stem = results / reproduce.stem_of(values.example_set)
+  _reproduce(plan, workdir, stem, values.jobs)
+
+
+def _reproduce(
+  plan: list[Any], workdir: pathlib.Path, stem: pathlib.Path, jobs: int
+) -> None:
+  """Prints a plan with its time, executes it, and exports the best EmpDG."""
+  from empdg_jax.analysis import reproduce
+  from empdg_jax.training import terminal
+
+  console = _console()
+  reproduce.print_plan(plan, console)
+  if playing := reproduce.to_time(plan):
+    _start_jax()
+    from empdg_jax.data import prepare
+    from empdg_jax.hardware import benchmark
+
+    dataset = prepare.load_dataset(playing.data)
+    seconds = benchmark.step_seconds(dataset, playing, console)
+    hours = reproduce.hours_left(plan, seconds)
+    terminal.say(
+      f"About {hours:.1f} hours of training at {seconds['mle'] * 1e3:.0f} ms a "
+      "step of maximum likelihood, evaluation aside; Ctrl-C stops it, and the "
+      "same command goes on",
+      console,
+    )
+  reproduce.execute(plan, stem, jobs, console)
+  best, out = reproduce.best_run(plan), workdir / "export"
+  if best and not out.exists():
+    _start_jax()
+    from empdg_jax.inference import export
+
+    export.export(best.workdir, out, None, 0, "float32", console)
+  terminal.say(f"Results in {stem}.md and {stem}.json", console)
+
+
 def _study(values: Any) -> pathlib.Path:
   """Returns the folder of --study."""
   advice = "give the folder that 'empdg study create' wrote"

@@ -10,6 +10,7 @@ import pathlib
 import re
 import runpy
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 # Exit statuses. After FAILED the same command may be given again.
@@ -545,6 +546,24 @@ def from_file(given: str) -> Config:
   if not isinstance(config, Config):
     raise InputError(f"--config={given}: get_config() must return a Config")
   return config
+
+
+def with_fields(config: Config, fields: Mapping[str, str]) -> Config:
+  """Returns a configuration with other values, given as texts by dotted name.
+
+  >>> with_fields(Config(), {"train.seed": "3"}).train.seed
+  3
+  """
+  hints = field_types()
+  sections = {
+    section.name: getattr(config, section.name)
+    for section in dataclasses.fields(config)
+  }
+  for name, text in fields.items():
+    section, _, field = name.partition(".")
+    value = parse(text, hints[name])
+    sections[section] = dataclasses.replace(sections[section], **{field: value})
+  return Config(**sections)
 
 
 def parse_json(text: str) -> Any:

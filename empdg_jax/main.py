@@ -58,6 +58,23 @@ _FLAGS: dict[str, tuple[Any, Any, str]] = {
   "dtype": (Literal["float32", "bfloat16"], "float32", "Type of parameters."),
   "format": (Literal["terminal", "json"], "terminal", "Format to print."),
   "compare.format": (_TableFormat, "terminal", "Format to print."),
+  "data": (str, "", "The dataset's archive, or official to download it."),
+  "lexicon": (str, "", "Emotion lexicon: a file, or nrclex."),
+  "vectors": (
+    list[str], [], "Word vectors; repeat to put two files side by side.",
+  ),
+  "systems": (str, "", "Systems, with commas; all by default."),
+  "seeds": (str, "0,1,2", "Seeds, with commas."),
+  "example_set": (
+    Literal["empdg", "all_turns"], "empdg", "The paper's examples, or all.",
+  ),
+  "jobs": (int, 1, "Runs at the same time."),
+  "print_commands": (bool, False, "Print the commands instead, a line a run."),
+  "reproduce.config": (
+    str, "paper", "File of configs/ whose get_config takes a system's name.",
+  ),
+  "reproduce.workdir": (str, "", "Folder for runs, results and the export."),
+  "reproduce.results": (str, "", "Folder for results; else WORKDIR/results."),
   "study": (str, "", "Folder of a human evaluation."),
   "study create.dir": (
     list[str], [], "Run, export or NAME.jsonl; --dir= may be left out.",
@@ -103,6 +120,10 @@ _COMMANDS = {
   "evaluate": ("split", "out", "samples", *_HOSTS, *_SYSTEM),
   "metrics": ("predictions", "vocab_size"),
   "compare": ("dir", "split", "format", "cases", "study", "results"),
+  "reproduce": (
+    "data", "lexicon", "vectors", "workdir", "systems", "seeds", "example_set",
+    "jobs", "print_commands", "results", "config",
+  ),
   "generate": ("input", *_SYSTEM),
   "chat": _SYSTEM,
   "demo": ("workdir", "bundle", "host", "port"),

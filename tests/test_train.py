@@ -107,9 +107,10 @@ def test_the_record_adds_up_the_sessions(
   config, workdir = trained
   written = json.loads((workdir / record.RECORD).read_text())
   assert written["updates"] == 24
+  assert written["finished"]
   assert written["compute_dtype"] in ("float32", "bfloat16")
   assert 0 < written["hours"] < 1
-  assert "cores of" in written["hardware"] or "device" in written["hardware"]
+  assert " of " in written["hardware"] or "device" in written["hardware"]
   earlier = {"commit": "0123", "hardware": "an abacus", "hours": 2.5}
   (tmp_path / record.RECORD).write_text(json.dumps(earlier))
   recorder = record.Recorder(tmp_path, "float32")
@@ -118,6 +119,7 @@ def test_the_record_adds_up_the_sessions(
   assert resumed["hardware"] == f"an abacus; {written['hardware']}"
   assert resumed["commit"].startswith("0123")
   assert resumed["updates"] == 30
+  assert not resumed["finished"]
 
 
 def test_loss_falls(trained: tuple[Config, pathlib.Path]) -> None:

@@ -14,7 +14,7 @@ from empdg_jax import config as config_lib
 from empdg_jax import metrics, storage
 from empdg_jax.analysis import results, significance
 from empdg_jax.analysis.significance import Corpus
-from empdg_jax.config import InputError, text_rules
+from empdg_jax.config import Config, InputError, text_rules
 from empdg_jax.data import text
 from empdg_jax.inference import export_files, predictions
 from empdg_jax.inference.system import create_model
@@ -222,12 +222,23 @@ def _groups(evaluations: Sequence[_Evaluation]) -> list[list[_Evaluation]]:
 
 def _titles(groups: Sequence[Sequence[_Evaluation]]) -> list[str]:
   """Returns the systems' titles, with the folder where two are alike."""
-  names = [group[0].run.config.model.name for group in groups]
+  names = []
+  for group in groups:
+    config = group[0].run.config
+    name = registry.SYSTEMS[config.model.name].title
+    if _is_control(config):
+      name += ", control"
+    names.append(name)
   return [
-    registry.SYSTEMS[name].title
-    + (f" ({group[0].run.workdir.name})" if names.count(name) > 1 else "")
+    name + (f" ({group[0].run.workdir.name})" if names.count(name) > 1 else "")
     for name, group in zip(names, groups, strict=True)
   ]
+
+
+def _is_control(config: Config) -> bool:
+  """Returns whether the discriminators play and do not move the generator."""
+  plays = registry.find_system(config.model).discriminators
+  return bool(plays) and config.train.generator_signal == "constant"
 
 
 def compare(

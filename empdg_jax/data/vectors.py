@@ -1,7 +1,11 @@
 """Pre-trained word vectors for the embedding table."""
 
+import contextlib
 import gzip
+import itertools
 import math
+import pathlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -23,6 +27,19 @@ def random_embeddings(
   # drown in their own embedding.
   embeddings[: len(SPECIAL_TOKENS)] *= 0.1
   return embeddings.astype(np.float32)
+
+
+def _open_lines(
+  stack: contextlib.ExitStack, path: str, where: str
+) -> Iterator[str]:
+  """Opens a file of vectors, which `stack` closes; returns its lines."""
+  file = storage.disk_path(path, where)
+  storage.check_plain(file)
+  gzipped = path.endswith(".gz")
+  # A plain file ends, and GloVe's largest has 5.6 GB; a bomb may not.
+  most = 2**31 if gzipped else math.inf
+  opened = stack.enter_context((gzip.open if gzipped else open)(file, "rb"))
+  return storage.bounded_lines(opened, path, most)
 
 
 def load_vectors(
@@ -49,39 +66,36 @@ def load_vectors(
   embeddings = random_embeddings(len(vocabulary), dim, rng)
   width = 0
   found: set[int] = set()
-  with storage.errors(
-    f"config.data.vectors: cannot read {path!r}; give a file in GloVe's text "
-    "format, or '' for none",
-    InputError,
+  with (
+    storage.errors(
+      f"config.data.vectors: cannot read {path!r}; give a file in GloVe's text "
+      "format, or '' for none",
+      InputError,
+    ),
+    contextlib.ExitStack() as stack,
   ):
-    file = storage.disk_path(path, "config.data.vectors")
-    storage.check_plain(file)
-    gzipped = path.endswith(".gz")
-    # A plain file ends, and GloVe's largest has 5.6 GB; a bomb may not.
-    most = 2**31 if gzipped else math.inf
-    with (gzip.open if gzipped else open)(file, "rb") as opened:
-      lines = storage.bounded_lines(opened, path, most)
-      for number, line in enumerate(lines, start=1):
-        # At spaces alone: some of GloVe's words hold other white space.
-        word, *values = line.rstrip("\r\n").split(" ")
-        width = width or len(values)
-        if len(values) != width or not values:
-          raise InputError(
-            f"{path}:{number}: {len(values)} numbers; expected {width or 1}"
-            " as on the first line"
-          )
-        if width > dim:
-          raise InputError(
-            f"{path}: vectors of {width} numbers do not fit "
-            f"config.model.emb_dim={dim}"
-          )
-        # Only these rows are parsed: most of the file is other words.
-        if (token := vocabulary.ids.get(word)) is not None:
-          with storage.errors(f"{path}:{number}: no numbers", InputError):
-            embeddings[token, :width] = np.array(values, np.float32)
-          if not np.isfinite(embeddings[token]).all():
-            raise InputError(f"{path}:{number}: expected finite numbers")
-          found.add(token)
+    lines = _open_lines(stack, path, "config.data.vectors")
+    for number, line in enumerate(lines, start=1):
+      # At spaces alone: some of GloVe's words hold other white space.
+      word, *values = line.rstrip("\r\n").split(" ")
+      width = width or len(values)
+      if len(values) != width or not values:
+        raise InputError(
+          f"{path}:{number}: {len(values)} numbers; expected {width or 1}"
+          " as on the first line"
+        )
+      if width > dim:
+        raise InputError(
+          f"{path}: vectors of {width} numbers do not fit "
+          f"config.model.emb_dim={dim}"
+        )
+      # Only these rows are parsed: most of the file is other words.
+      if (token := vocabulary.ids.get(word)) is not None:
+        with storage.errors(f"{path}:{number}: no numbers", InputError):
+          embeddings[token, :width] = np.array(values, np.float32)
+        if not np.isfinite(embeddings[token]).all():
+          raise InputError(f"{path}:{number}: expected finite numbers")
+        found.add(token)
   if not width:
     raise InputError(f"{path}: holds no vector")
   # The model multiplies embeddings by sqrt(dim), which makes these of size 1.
@@ -91,3 +105,34 @@ def load_vectors(
   if rows and (size := np.sqrt(np.mean(embeddings[rows, :width] ** 2))):
     embeddings[rows, :width] *= dim**-0.5 / size
   return embeddings, len(found) / (len(vocabulary) - len(SPECIAL_TOKENS))
+
+
+def join_vectors(paths: Sequence[str], out: pathlib.Path) -> None:
+  """Writes vectors side by side: a word, then its numbers in each file.
+
+  Args:
+    paths: Files in GloVe's text format that have the same words in the same
+      order, as those of one release have, gzipped if their names end in `.gz`.
+    out: The file to write, gzipped.
+
+  Raises:
+    InputError: A file cannot be read, or their words differ.
+  """
+  where = "--vectors"
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(storage.errors(f"{where}: cannot join", InputError))
+    files = [_open_lines(stack, path, where) for path in paths]
+    temporary = stack.enter_context(storage.atomic_path(out))
+    # Level 1: the numbers hardly compress, and there are 400,000 lines.
+    with gzip.open(temporary, "wt", compresslevel=1, encoding="utf-8") as to:
+      lines = itertools.zip_longest(*files, fillvalue="")
+      for number, row in enumerate(lines, start=1):
+        split = [line.rstrip("\r\n").partition(" ") for line in row]
+        word = split[0][0]
+        for path, (other, _, _) in zip(paths, split, strict=True):
+          if other != word:
+            raise InputError(
+              f"{path}:{number}: the word {other!r:.50}, where {paths[0]} has "
+              f"{word!r:.50}; files side by side need the same words"
+            )
+        to.write(" ".join([word, *(numbers for _, _, numbers in split)]) + "\n")

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from empdg_jax import storage
-from empdg_jax.config import Config, InputError
+from empdg_jax.config import Config, InputError, TrainConfig
 from empdg_jax.data import pipeline
 from empdg_jax.data.pipeline import Batch, EncodedExample, Shape
 from empdg_jax.data.prepare import Dataset
@@ -237,19 +237,28 @@ def _adversarial_steps(
   for signal in ("straight_through", "expected"):
     train = dataclasses.replace(config.train, generator_signal=signal)
     trainable = assemble_for(dataset, dataclasses.replace(config, train=train))
-    # Every step donates its state, so that each signal needs its own.
-    states = trainable.create_states(config.train.seed)
-    states[GENERATOR] = states[GENERATOR].replace(params=params)
-    states = replicate(states)
-    compiled = trainable.compile_steps()
+    game = _game(trainable, config.train, params, batch, key)
+    calls |= {f"{player}, {signal}": call for player, call in game.items()}
+  return calls
+
+
+def _game(
+  trainable: Trainable, config: TrainConfig, params: Any, batch: Any, key: Any
+) -> dict[str, Callable[[], Any]]:
+  """Returns calls of phases 2 and 3 on one batch, by player."""
+  # Every step donates its state, so that each game needs its own.
+  states = trainable.create_states(config.seed)
+  generator = states[GENERATOR].replace(params=params)
+  game = train_state.start_game(config, params)
+  states = replicate(states | {GENERATOR: generator.replace(game=game)})
+  compiled = trainable.compile_steps()
+  return {
+    player: functools.partial(_advance, states, player, step, batch, key, other)
     for player, other, step in (
       (DISCRIMINATOR, GENERATOR, compiled.discriminator),
       (GENERATOR, DISCRIMINATOR, compiled.adversarial),
-    ):
-      calls[f"{player}, {signal}"] = functools.partial(
-        _advance, states, player, step, batch, key, other
-      )
-  return calls
+    )
+  }
 
 
 def _time_decoding(
@@ -376,6 +385,41 @@ def benchmark(
     "training_peak_memory_bytes": training_memory,
     "peak_memory_bytes": _peak_memory(),
   }
+
+
+def step_seconds(
+  dataset: Dataset, config: Config, console: Console, rounds: int = 5
+) -> dict[str, float]:
+  """Times a system's steps at the most frequent padded length.
+
+  Args:
+    dataset: The dataset, for its shapes.
+    config: The system's configuration.
+    console: The terminal, for progress.
+    rounds: Timed calls of each step.
+
+  Returns:
+    The median times of a step of maximum likelihood (`"mle"`) and, for a system
+    with discriminators, of theirs (`"discriminator"`) and of the generator in
+    phase 3 (`"generator"`), in seconds.
+  """
+  trainable = assemble_for(dataset, config)
+  initial = trainable.create_states(config.train.seed)[GENERATOR]
+  params = unreplicate(replicate(initial.params))
+  states = {GENERATOR: replicate(initial)}
+  key = replicate(jax.random.key(config.train.seed))
+  encoded = dataset.encoded("train")
+  batch = shard(_batches_by_shape(encoded, config, dataset.shapes)[0][2])
+  p_mle_step = trainable.compile_steps().mle
+  calls = {
+    "mle": functools.partial(
+      _advance, states, GENERATOR, p_mle_step, batch, key
+    ),
+  }
+  if trainable.adversary is not None:
+    calls |= _game(trainable, config.train, params, batch, key)
+  seconds = _median_seconds(list(calls.values()), rounds, console)
+  return dict(zip(calls, seconds, strict=True))
 
 
 def print_benchmark(values: dict[str, Any], console: Console) -> None:

@@ -29,6 +29,7 @@ class SystemSpec(NamedTuple):
     paper: The metrics that the paper reports, by their names in `metrics.json`.
     discriminators: The names of its discriminators, `"semantic"` before
       `"emotional"`; a system without any has no phases 2 and 3.
+    start: The system without discriminators whose training is its phase 1.
     ratings: The paper's human ratings: empathy, relevance and fluency.
     preferences: The per cent of the paper's comparisons in which EmpDG won,
       lost and tied against it.
@@ -40,6 +41,7 @@ class SystemSpec(NamedTuple):
   tables: tuple[str, ...] = (TABLE_1,)
   paper: Mapping[str, float] = {}
   discriminators: tuple[str, ...] = ()
+  start: str = ""
   ratings: tuple[float, ...] = ()
   preferences: tuple[float, ...] = ()
 
@@ -93,6 +95,7 @@ SYSTEMS: dict[str, SystemSpec] = {
     paper=_paper(0.3431, 34.18, 1.81, 6.94),
     ratings=(3.58, 3.91, 3.67),
     discriminators=("semantic", "emotional"),
+    start="empdg_wo_d",
   ),
   "empdg_wo_g": SystemSpec(
     EmoPrepend,
@@ -101,6 +104,7 @@ SYSTEMS: dict[str, SystemSpec] = {
     tables=(TABLE_2,),
     paper=_paper(0.3281, 33.94, 1.27, 5.21),
     discriminators=("semantic",),
+    start="emoprepend",
   ),
   "empdg_wo_d": SystemSpec(
     Generator,

@@ -137,6 +137,7 @@ class _Trainer:
         return False
       self._say_finished(phase)
     self._log.finish(self._progress.updates)
+    self.session.save_record(finished=True)
     terminal.say(f"Next: empdg evaluate --workdir={self._workdir} --split=test")
     return True
 

@@ -39,7 +39,7 @@ def describe_hardware() -> str:
   if jax.devices()[0].platform != "cpu":
     return devices.describe_devices()
   cores = len(os.sched_getaffinity(0))
-  return f"{cores} cores of {_processor()}"
+  return f"{cores} core{'s' * (cores > 1)} of {_processor()}"
 
 
 def _processor(path: str = "/proc/cpuinfo") -> str:
@@ -56,8 +56,9 @@ class Recorder:
   """Keeps a run's record over all the sessions that train it.
 
   It has the program's commit, the type that it computed in, the updates of all
-  players, the hardware, and the hours from each session's start to its latest
-  checkpoint. Sessions that differ in commit or hardware are all named.
+  players, the hardware, the hours from each session's start to its latest
+  checkpoint, and whether training is finished. Sessions that differ in commit
+  or hardware are all named.
   """
 
   def __init__(self, workdir: pathlib.Path, compute_dtype: str) -> None:
@@ -71,8 +72,8 @@ class Recorder:
     self._now = {"commit": program_commit(), "hardware": describe_hardware()}
     self._compute_dtype = compute_dtype
 
-  def to_json(self, updates: int) -> str:
-    """Returns the record at a checkpoint after so many updates."""
+  def to_json(self, updates: int, finished: bool = False) -> str:
+    """Returns the record after so many updates."""
     values: dict[str, Any] = {"compute_dtype": self._compute_dtype}
     for name, now in self._now.items():
       named = [*str(self._before.get(name) or "").split("; "), now or ""]
@@ -80,4 +81,5 @@ class Recorder:
     values["updates"] = updates
     hours = (time.monotonic() - self._start) / 3600
     values["hours"] = round(float(self._before.get("hours") or 0) + hours, 4)
+    values["finished"] = finished
     return json.dumps(values, indent=2) + "\n"

@@ -132,8 +132,7 @@ class Session:
     # A bucket holds only what was copied to it: without this copy, a run that
     # resumes here would find no metrics of the updates before.
     self.log.save()
-    written = self.recorder.to_json(self.progress.updates)
-    self.log.keep(record.RECORD, written)
+    self.save_record()
     self.progress.data = self.batches.state()
     self.checkpoints.save(
       kind,
@@ -141,6 +140,11 @@ class Session:
       self.learner.states(best=kind == checkpoint.BEST),
       dataclasses.asdict(self.progress),
     )
+
+  def save_record(self, finished: bool = False) -> None:
+    """Writes the run's record."""
+    written = self.recorder.to_json(self.progress.updates, finished)
+    self.log.keep(record.RECORD, written)
 
   def close(self) -> None:
     """Waits for background writes, then closes logs and checkpoints."""
