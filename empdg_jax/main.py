@@ -13,7 +13,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -208,23 +208,33 @@ def _options(name: str) -> Callable[..., Any]:
   )
 
 
+def _any_of(kinds: Mapping[str, Any], about: str = "") -> Any:
+  """Returns a dataclass whose one field is any of several commands.
+
+  Args:
+    kinds: The dataclass of each command.
+    about: The docstring of the result.
+  """
+  named = []
+  for name, kind in kinds.items():
+    text, *_ = (inspect.getdoc(kind) or "").splitlines()
+    called = tyro.conf.subcommand(name, description=text, prefix_name=False)
+    named.append(Annotated[kind, called])
+  # With a text of its own: Tyro would look for one in the source of modules.
+  setting = tyro.conf.arg(name="", help="What to run")
+  union: Any = typing.Union
+  return dataclasses.make_dataclass(
+    "Commands",
+    [("command", Annotated[union[tuple(named)], setting])],
+    namespace={"__doc__": about},
+  )
+
+
 def _group(name: str) -> Any:
   """Returns a dataclass of a group of commands, such as `empdg study`."""
-  defaults = {
-    command.partition(" ")[2]: _options(command)()
-    for command in _COMMANDS
-    if command.startswith(f"{name} ")
-  }
-  texts = {
-    word: inspect.getdoc(type(given)) or "" for word, given in defaults.items()
-  }
-  kind = tyro.extras.subcommand_type_from_defaults(
-    defaults,
-    descriptions={w: text.splitlines()[0] for w, text in texts.items()},
-    prefix_names=False,
-  )
-  about = {"__doc__": _GROUPS[name]}
-  return dataclasses.make_dataclass(name, [("command", kind)], namespace=about)
+  names = [command for command in _COMMANDS if command.startswith(f"{name} ")]
+  kinds = {command.partition(" ")[2]: _options(command) for command in names}
+  return _any_of(kinds, _GROUPS[name])
 
 
 def _spelled_out(name: str, argv: Sequence[str]) -> list[str]:
@@ -334,15 +344,15 @@ def _parse(name: str, argv: Sequence[str]) -> Any:
 
 def _print_overview(*argv: str) -> None:
   """Prints the help of all commands, or a script that completes them."""
+  kinds = {name: _options(name) for name in _COMMANDS if " " not in name}
+  kinds |= {name: _group(name) for name in _GROUPS}
+  about = (
+    "'empdg COMMAND --help' explains a command; --version prints the version,\n"
+    "--completion=SHELL a script for bash, fish or zsh."
+  )
   with contextlib.suppress(SystemExit):
-    tyro.extras.subcommand_cli_from_dict(
-      {name: _options(name) for name in _COMMANDS if " " not in name}
-      | {name: _group(name) for name in _GROUPS},
-      prog="empdg",
-      description="'empdg COMMAND --help' explains a command; --version prints "
-      "the version,\n--completion=SHELL a script for bash, fish or zsh.",
-      args=argv,
-      **_SETTINGS,
+    tyro.cli(
+      _any_of(kinds), prog="empdg", description=about, args=argv, **_SETTINGS
     )
 
 

@@ -1,5 +1,7 @@
 """Every form in which a command line may be written."""
 
+import contextlib
+import inspect
 import json
 import pathlib
 import subprocess
@@ -332,6 +334,27 @@ def test_a_shell_can_complete(capsys: pytest.CaptureFixture[str]) -> None:
   said = capsys.readouterr().out
   for text in ("compile-check", "--config.train.mle_steps", "--find_batch"):
     assert text in said
+  # Of `empdg study create`, which is a command of a command.
+  assert "'--dialogues'" in said
+  assert "--command." not in said
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["study", "--help"]])
+def test_the_overview_reads_no_source(
+  argv: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Tyro would look for the text of a field in the source of `typing`."""
+  modules: list[Any] = []
+  read = inspect.getsource
+
+  def getsource(thing: Any) -> str:
+    modules.append(thing)
+    return read(thing)
+
+  monkeypatch.setattr(inspect, "getsource", getsource)
+  with contextlib.suppress(SystemExit):
+    main.main(argv)
+  assert not modules
 
 
 def test_a_pipe_may_close_early() -> None:

@@ -1,5 +1,6 @@
 """Checkpoints of a run (Orbax), written in the background."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import rich.console
+import tensorstore
 from etils import epath
 
 from empdg_jax import storage
@@ -41,6 +43,7 @@ _FORMER_NAMES = {
 # The item with the checksums of the others, which earlier versions lack.
 _CHECKSUMS = "checksums"
 _BLOCK = 4096  # Words of 8 bytes that a checksum adds up at a time.
+_THREADS = min(4, os.cpu_count() or 1)  # The memory keeps up with no more.
 # What Orbax raises for missing and damaged files and for other trees. A disk or
 # a bucket that fails raises other errors, or names a status of these in one.
 _DAMAGE = (
@@ -106,14 +109,35 @@ class _CheckedShapes(ocp.type_handlers.NumpyHandler):
     Raises:
       InputError: A shape differs.
     """
-    found_arrays = await self.metadata(infos)
-    for info, arg, found in zip(infos, args, found_arrays, strict=True):
-      if found.shape != arg.global_shape:
+    # Each array is opened once; Orbax's own methods would open it for its
+    # shape, and then again to read it.
+    stores = await asyncio.gather(*map(_open_array, infos, args))
+    for info, arg, store in zip(infos, args, stores, strict=True):
+      if store.shape != arg.global_shape:
         raise InputError(
-          f"{info.parent_dir.parent}: {info.name} has shape {found.shape};"
+          f"{info.parent_dir.parent}: {info.name} has shape {store.shape};"
           f" this configuration needs {arg.global_shape}"
         )
-    return await super().deserialize(infos, args)
+    return await _read_arrays(stores)
+
+
+async def _open_array(info: Any, arg: Any) -> tensorstore.TensorStore:
+  """Opens an array as Orbax does, with a conversion to the type of `arg`."""
+  kinds = ocp.type_handlers
+  spec = kinds.get_json_tspec_read(
+    info,
+    info.is_ocdbt_checkpoint,
+    raise_array_data_missing_error=info.raise_array_data_missing_error,
+  )
+  spec = kinds.get_cast_tspec_deserialize(spec, arg)
+  return await tensorstore.open(
+    tensorstore.Spec(spec), open=True, context=info.ts_context
+  )
+
+
+async def _read_arrays(stores: Sequence[tensorstore.TensorStore]) -> Any:
+  """Reads arrays at the same time."""
+  return await asyncio.gather(*(store.read() for store in stores))
 
 
 def _reading_handler() -> ocp.CompositeCheckpointHandler:
@@ -553,10 +577,14 @@ def _text(value: Any) -> np.ndarray:
 
 def _checksums(tree: Any) -> dict[str, int]:
   """Returns the checksum of each array by its path."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): _checksum(array)
-    for path, array in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  # NumPy and zlib free Python's lock, so that every core can add.
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    sums = pool.map(_checksum, (array for _, array in leaves))
+    return {
+      jax.tree_util.keystr(path, simple=True, separator="/"): one
+      for (path, _), one in zip(leaves, sums, strict=True)
+    }
 
 
 def _checksum(array: np.ndarray) -> int:
