@@ -14,13 +14,12 @@ from helpers import refused
 from two_hosts import (
   ROOT,
   TINY,
-  assert_same_run,
+  assert_equal_run,
   finish,
   start,
   wait_for_step,
 )
 
-from empdg_jax import main
 from empdg_jax.config import Config
 
 _HANGS = """
@@ -88,13 +87,22 @@ def argv_of(config: Config, workdir: pathlib.Path, *more: str) -> list[str]:
 
 
 # A size of which the disk holds one checkpoint, but not two.
-LARGE = ("--config.model.emb_dim=64", "--config.train.stall_minutes=0.3")
+LARGE = (
+  "--config.model.name=transformer",
+  "--config.model.emb_dim=64",
+  "--config.train.stall_minutes=0.3",
+)
 
 
-@pytest.mark.slow
-def test_a_full_disk(sample_config: Config, full_disk: pathlib.Path) -> None:
-  argv = argv_of(sample_config, full_disk / "run", *LARGE)
-  done = subprocess.run(
+def enlarge(disk: pathlib.Path) -> None:
+  """Makes room on the full disk, as somebody would who deletes files there."""
+  remount = ["mount", "-o", "remount,size=64m", str(disk)]
+  subprocess.run(remount, check=True, capture_output=True)
+
+
+def train(*argv: str) -> subprocess.CompletedProcess[str]:
+  """Trains in one process."""
+  return subprocess.run(
     [sys.executable, "-m", "empdg_jax.main", *argv],
     env={**os.environ, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
@@ -102,30 +110,49 @@ def test_a_full_disk(sample_config: Config, full_disk: pathlib.Path) -> None:
     check=False,
     timeout=120,
   )
+
+
+@pytest.mark.slow
+def test_a_full_disk(
+  sample_config: Config, full_disk: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  argv = argv_of(sample_config, full_disk / "run", *LARGE)
+  done = train(*argv)
   assert done.returncode == 1, done.stderr
   line = done.stderr.strip().splitlines()[-1]
   assert "No space left" in line or "without a checkpoint" in line
   assert "Traceback" not in done.stderr, done.stderr
+  enlarge(full_disk)
+  assert train(*argv).returncode == 0
+  undisturbed = tmp_path / "undisturbed"
+  assert train(*argv_of(sample_config, undisturbed, *LARGE)).returncode == 0
+  assert_equal_run(undisturbed, full_disk / "run")
 
 
 @pytest.mark.slow
 def test_a_full_disk_of_two_hosts(
-  sample_config: Config, full_disk: pathlib.Path
+  sample_config: Config, full_disk: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-  hosts = start(*argv_of(sample_config, full_disk / "run", *LARGE))
+  argv = argv_of(sample_config, full_disk / "run", *LARGE)
+  hosts = start(*argv)
   said = [host.communicate(timeout=240)[1] for host in hosts]
   for host, errors in zip(hosts, said, strict=True):
     assert host.returncode == 1, errors
     assert errors.strip().splitlines()[-1].startswith("empdg: "), errors
     assert "Traceback" not in errors
   assert "No space left" in said[0] or "without a checkpoint" in said[0]
+  enlarge(full_disk)
+  finish(start(*argv))
+  undisturbed = tmp_path / "undisturbed"
+  finish(start(*argv_of(sample_config, undisturbed, *LARGE)))
+  assert_equal_run(undisturbed, full_disk / "run")
 
 
 @pytest.mark.slow
 def test_a_stalled_host(sample_config: Config, tmp_path: pathlib.Path) -> None:
   """SIGSTOP: its connections stay open, and nothing comes over them."""
   short = ("--config.model.name=transformer", "--config.train.mle_steps=40")
-  assert main.main(argv_of(sample_config, tmp_path / "one", *short)) == 0
+  finish(start(*argv_of(sample_config, tmp_path / "undisturbed", *short)))
   workdir = tmp_path / "run"
   argv = argv_of(sample_config, workdir, *short)
   hosts = start(*argv, "--config.train.stall_minutes=0.3")
@@ -142,7 +169,7 @@ def test_a_stalled_host(sample_config: Config, tmp_path: pathlib.Path) -> None:
   hosts[1].kill()
   hosts[1].communicate()
   finish(start(*argv))
-  assert_same_run(tmp_path / "one", workdir)
+  assert_equal_run(tmp_path / "undisturbed", workdir)
 
 
 @pytest.mark.parametrize(

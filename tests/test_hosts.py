@@ -21,6 +21,7 @@ from etils import epath
 from two_hosts import (
   ROOT,
   TINY,
+  assert_equal_run,
   assert_same_run,
   finish,
   metrics_of,
@@ -84,6 +85,15 @@ def undisturbed(
   return workdir
 
 
+@pytest.fixture(scope="module")
+def undisturbed_pair(
+  train_argv: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[pathlib.Path, list[str]]:
+  """The run of two hosts, and what each of them printed."""
+  workdir = tmp_path_factory.mktemp("hosts") / "two"
+  return workdir, finish(start(*train_argv, f"--workdir={workdir}"))
+
+
 def assert_same_predictions(one: pathlib.Path, other: pathlib.Path) -> None:
   """Compares scores to 1e-5 and everything else exactly."""
   expected, found = (
@@ -127,13 +137,10 @@ def test_eight_devices_give_the_same_run(
 
 @pytest.mark.slow
 def test_two_hosts_give_the_same_run(
-  train_argv: tuple[str, ...],
-  undisturbed: pathlib.Path,
-  tmp_path: pathlib.Path,
+  undisturbed: pathlib.Path, undisturbed_pair: tuple[pathlib.Path, list[str]]
 ) -> None:
   """Each phase's 20 steps, then every prediction."""
-  workdir = tmp_path / "two"
-  said, little = finish(start(*train_argv, f"--workdir={workdir}"))
+  workdir, (said, little) = undisturbed_pair
   assert "valid perplexity" in said
   last = f"Next: empdg evaluate --workdir={workdir} --split=test\n"
   assert said.endswith(last)
@@ -149,7 +156,7 @@ def test_two_hosts_give_the_same_run(
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_lost_host_ends_the_others(
   train_argv: tuple[str, ...],
-  undisturbed: pathlib.Path,
+  undisturbed_pair: tuple[pathlib.Path, list[str]],
   tmp_path: pathlib.Path,
   killed: int,
 ) -> None:
@@ -164,7 +171,7 @@ def test_a_lost_host_ends_the_others(
   assert "another host is lost" in errors.strip().splitlines()[-1]
   hosts[killed].communicate()
   finish(start(*argv))
-  assert_same_run(undisturbed, tmp_path / "run")
+  assert_equal_run(undisturbed_pair[0], tmp_path / "run")
 
 
 # Waits outside of any step, where nothing but JAX's abort ends a host.
@@ -203,6 +210,7 @@ def test_what_jax_aborts_ends_with_our_line() -> None:
 @pytest.mark.parametrize("place", ["disk", "bucket"])
 def test_killed_hosts_start_again_at_once(
   train_argv: tuple[str, ...],
+  undisturbed_pair: tuple[pathlib.Path, list[str]],
   tmp_path: pathlib.Path,
   monkeypatch: pytest.MonkeyPatch,
   place: str,
@@ -239,6 +247,7 @@ def test_killed_hosts_start_again_at_once(
       data[len(data) // 2] ^= 1
       path.write_bytes(data)
     said, _ = finish(start(*argv))
+    assert_equal_run(undisturbed_pair[0], workdir)
   assert "Next: empdg evaluate" in said
   assert "Resuming" in said
   assert ("waiting up to 12 s" in said) == (place == "bucket")
@@ -251,7 +260,7 @@ def test_killed_hosts_start_again_at_once(
 @pytest.mark.parametrize("step", [23, 44])  # In phases 2 and 3.
 def test_preempted_hosts_save_and_resume(
   train_argv: tuple[str, ...],
-  undisturbed: pathlib.Path,
+  undisturbed_pair: tuple[pathlib.Path, list[str]],
   tmp_path: pathlib.Path,
   step: int,
 ) -> None:
@@ -264,7 +273,7 @@ def test_preempted_hosts_save_and_resume(
     assert "Stopped and saved at step" in said.splitlines()[-1]
   assert max(step for step, _ in metrics_of(tmp_path / "run")) < 40 + 7 * 4
   finish(start(*argv))
-  assert_same_run(undisturbed, tmp_path / "run")
+  assert_equal_run(undisturbed_pair[0], tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -102,6 +102,12 @@ def params_of(workdir: pathlib.Path) -> np.ndarray:
   return np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)])
 
 
+def assert_equal_run(one: pathlib.Path, other: pathlib.Path) -> None:
+  """Compares all metrics and the parameters, which must have the same bits."""
+  assert metrics_of(other) == metrics_of(one)
+  np.testing.assert_array_equal(params_of(other), params_of(one))
+
+
 def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
   """Compares all metrics to 1e-5 and the parameters to 1e-5 of their size."""
   expected, found = metrics_of(one), metrics_of(other)
