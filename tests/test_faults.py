@@ -175,7 +175,8 @@ def test_a_stalled_host(sample_config: Config, tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
   ("flag", "message"),
   [
-    ("--workdir=az://container/run", "gs://BUCKET/FOLDER, or s3://"),
+    ("--workdir=s3://bucket/run", "gs://BUCKET/FOLDER, or a folder on a disk"),
+    ("--workdir=az://container/run", "writes checkpoints to no other storage"),
     ("--config=pod:0", "expected a number of devices, such as :8, not 0"),
     ("--config=pod:abc", "expected a number of devices, such as :8, not abc"),
   ],
@@ -187,6 +188,28 @@ def test_refusals(
   said = refused(capsys, "train", *config, flag)
   assert message in said
   assert "InputError" not in said
+
+
+def test_a_bucket_without_its_package(tmp_path: pathlib.Path) -> None:
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-c",
+      "import sys; sys.modules['gcsfs'] = None\n"
+      "from empdg_jax import main; main.run()",
+      "train",
+      "--config=quickstart",
+      "--workdir=gs://bucket/run",
+    ],
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=240,
+  )
+  assert done.returncode == 2, done.stderr
+  assert "pip install -e '.[gcs]'" in done.stderr
 
 
 def test_id_0_is_taken(

@@ -174,36 +174,48 @@ def test_a_lost_host_ends_the_others(
   assert_equal_run(undisturbed_pair[0], tmp_path / "run")
 
 
-# Waits outside of any step, where nothing but JAX's abort ends a host.
-_WAIT = """
-import os, sys, time
+# Outside of any step, where nothing but JAX's abort ends a host.
+_ABORTS = """
+import os, sys, threading, time
 from empdg_jax.parallel import hosts
-port, process = sys.argv[1:]
+port, process, ends = sys.argv[1:]
 hosts.initialize(f"127.0.0.1:{port}", 2, int(process))
 if process == "0":
   time.sleep(1)
-  os._exit(9)
+  exec(ends)
 time.sleep(60)
 """
 
 
-def test_what_jax_aborts_ends_with_our_line() -> None:
+@pytest.mark.parametrize(
+  ("ends", "status"),
+  [
+    ("os._exit(9)", 9),
+    # A crash of its own, which must not be taken for a lost host.
+    ("os.abort()", -signal.SIGABRT),
+    ("threading.Thread(target=os.abort).start()", -signal.SIGABRT),
+  ],
+)
+def test_what_jax_aborts_ends_with_our_line(ends: str, status: int) -> None:
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  _, other = [
+  one, other = [
     subprocess.Popen(
-      [sys.executable, "-c", _WAIT, str(port), str(n)],
+      [sys.executable, "-c", _ABORTS, str(port), str(n), ends],
       stderr=subprocess.PIPE,
       text=True,
       env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     for n in range(2)
   ]
-  _, errors = other.communicate(timeout=50)
+  _, errors = other.communicate(timeout=100)
   assert other.returncode == 1, errors
   last = errors.strip().splitlines()[-1]
   assert last.startswith("empdg: another host is lost (see above); start all")
+  _, errors = one.communicate(timeout=100)
+  assert one.returncode == status, errors
+  assert "another host is lost" not in errors
 
 
 @pytest.mark.slow
@@ -247,7 +259,7 @@ def test_killed_hosts_start_again_at_once(
       data[len(data) // 2] ^= 1
       path.write_bytes(data)
     said, _ = finish(start(*argv))
-    assert_equal_run(undisturbed_pair[0], workdir)
+    assert metrics_of(workdir) == metrics_of(undisturbed_pair[0])
   assert "Next: empdg evaluate" in said
   assert "Resuming" in said
   assert ("waiting up to 12 s" in said) == (place == "bucket")

@@ -70,7 +70,7 @@ def start(
 
 def finish(hosts: list[subprocess.Popen[str]], status: int = 0) -> list[str]:
   """Waits for both hosts; returns their output."""
-  said = [host.communicate(timeout=240) for host in hosts]
+  said = [host.communicate(timeout=480) for host in hosts]
   for host, (_, errors) in zip(hosts, said, strict=True):
     assert host.returncode == status, errors
   # Gloo prints its connections among our lines.
