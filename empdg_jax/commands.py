@@ -740,15 +740,22 @@ def compile_check(values: Any) -> None:
 
   # The compiler needs no device, and looking for a TPU takes JAX a while.
   jax.config.update("jax_platforms", "cpu")
-  from empdg_jax.data import prepare
+  from empdg_jax.data import corpora, prepare
   from empdg_jax.hardware import compile_check, compile_report
+  from empdg_jax.training import session
 
   slice_ = compile_check.describe_topology(topology)
+  if not values.find_batch:
+    session.check_without_data(config, len(slice_.devices))
   # Off, since JAX warns that its cache cannot hold programs without a device.
   jax.config.update("jax_enable_compilation_cache", False)
   size = values.vocab_size
   if size is None:
-    size = len(prepare.load_dataset(config.data).vocabulary)
+    dataset = prepare.load_dataset(config.data)
+    size, epoch = len(dataset.vocabulary), len(dataset.examples["train"])
+  else:
+    published = dict(corpora.find_corpus(config.data).train_examples)
+    epoch = published.get(config.data.example_set)
   console = _console()
   arguments = config, size, slice_, _console(stderr=True)
   if values.find_batch:
@@ -757,7 +764,7 @@ def compile_check(values: Any) -> None:
     return
   reports, too_large = compile_check.check(*arguments)
   compile_report.print_reports(
-    reports, too_large, slice_.name, values.format, console
+    reports, too_large, slice_, epoch, values.format, console
   )
   if too_large:
     raise InputError(

@@ -313,7 +313,7 @@ def _parse(name: str, argv: Sequence[str]) -> Any:
       about += "\n\nThe configuration is the run's own; of it, only the fields "
       about += "below can change."
     if name == "compile-check":
-      about += "\n\nKnown slices:\n  " + "\n  ".join(chips.known_slices())
+      about += f"\n\nChips of --topology: {', '.join(chips.CHIPS)}."
     tyro.cli(
       options,
       prog=f"empdg {name}",

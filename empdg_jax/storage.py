@@ -40,11 +40,11 @@ def run_path(name: str, flag: str) -> pathlib.Path:
   """
   if "://" not in name:
     return disk_path(name, f"--{flag}")
-  if not name.startswith(("gs://", "s3://")):
-    # Orbax writes arrays through TensorStore, which knows no Azure storage.
+  if not name.startswith("gs://"):
+    # Orbax names buckets of no other kind to TensorStore, which writes arrays.
     raise InputError(
-      f"--{flag}={name}: expected a folder on a disk, a mounted one included, "
-      "or in a bucket (gs://BUCKET/FOLDER, or s3:// with fsspec's package)"
+      f"--{flag}={name}: expected gs://BUCKET/FOLDER, or a folder on a disk, a "
+      "mounted one included; Orbax writes checkpoints to no other storage"
     )
   from etils import epath
 
@@ -55,7 +55,7 @@ def run_path(name: str, flag: str) -> pathlib.Path:
       path.exists()
     except ImportError as error:
       raise InputError(
-        f"--{flag}={name}: needs a package for buckets; for gs://, in a clone: "
+        f"--{flag}={name}: needs a package for buckets; in a clone: "
         f"pip install -e '.[gcs]' ({error})"
       ) from error
   return path

@@ -25,8 +25,9 @@
 #                   minutes each (default: 5; two tries, and status 2, if
 #                   nothing answers at the first host's port)
 #   EMPDG_LOG_COPY  file or gs:// object to which the output is copied when the
-#                   command ends (default: train-N.log in a run folder in a
-#                   bucket, N being the host; "none" for no copy)
+#                   command ends (default: train-N.log in the run folder, N
+#                   being the host, if that is in a bucket or of several hosts;
+#                   "none" for no copy)
 #
 # examples:
 #   launch/train.sh --config=configs/quickstart.py --workdir=runs/quickstart
@@ -188,7 +189,10 @@ copy=${EMPDG_LOG_COPY:-}
 number=$(sed -n 's/^--process_id=//p' \
   <<<"$(printf '%s\n' ${arguments[@]+"${arguments[@]}"})")
 : "${number:=${TPU_WORKER_ID:-${JOB_COMPLETION_INDEX:-${SLURM_PROCID:-0}}}}"
-[[ -n $copy || $workdir != gs://* ]] || copy=$workdir/$subcommand-$number.log
+if [[ -z $copy && ($workdir == gs://* || -n $several_hosts && -d $workdir) ]]
+then
+  copy=$workdir/$subcommand-$number.log
+fi
 case $copy in
   '' | none) ;;
   gs://*)

@@ -151,6 +151,9 @@ def cloud(folder: pathlib.Path, name: str, argv: list[str]) -> None:
   verb = verb_of(name, argv)
   record(folder / "calls", verb, [name, *argv])
   if name in ("git", "ssh-add") or verb == "storage":
+    if verb == "storage" and pathlib.Path(argv[-2]).is_file():
+      text = pathlib.Path(argv[-2]).read_text()
+      (folder / "stored").write_text(text)
     sys.exit((folder / f"{verb}-fails").exists())
   if "ssh" in argv and (folder / "worker").exists():
     command = argv[-1].removeprefix("--command=")

@@ -84,6 +84,8 @@ SMALL = (
   "--config.model.filter_size=12",
   "--config.model.kernel_widths=(1,2)",
   "--config.train.batch_size=8",
+  # Named, so that the tests compute the same on every machine.
+  "--config.train.compute_dtype=float32",
 )
 
 

@@ -6,15 +6,18 @@ Tests that need the TPU compiler are marked `tpu` and run by `make test-tpu`.
 import json
 import math
 import pathlib
+import re
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import helpers
+import jax
 import pytest
 
 from empdg_jax import main
-from empdg_jax.hardware import chips, compile_check
+from empdg_jax.hardware import chips, compile_check, compile_report
 from empdg_jax.models import registry
 from empdg_jax.training.train_state import count_parameters
 
@@ -159,23 +162,105 @@ def refused(capsys: pytest.CaptureFixture[str], *more: str) -> str:
   return helpers.refused(capsys, *command("transformer", *more))
 
 
-def test_help_lists_the_known_slices(
-  capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_help_lists_the_chips(capsys: pytest.CaptureFixture[str]) -> None:
   with pytest.raises(SystemExit):
     main.main(["compile-check", "--help"])
+  assert f"Chips of --topology: {', '.join(chips.CHIPS)}." in (
+    capsys.readouterr().out
+  )
+
+
+@pytest.mark.parametrize(
+  ("accelerator", "topology"),
+  [
+    ("v5litepod-1", "v5e:1x1"),
+    ("v5litepod-8", "v5e:2x4"),
+    ("v5litepod-256", "v5e:16x16"),
+    ("v6e-32", "v6e:4x8"),
+    ("v4-8", "v4:2x2x1"),
+    ("v4-512", "v4:4x8x8"),
+    ("v5p-16", "v5p:2x2x2"),
+    ("v5p-12288", "v5p:16x16x24"),
+    ("tpu7x-8", "tpu7x:2x2x1"),
+    ("v5p-7", "v5p-7"),
+    ("v5e:4x4", "v5e:4x4"),
+    ("h100-8", "h100-8"),
+  ],
+)
+def test_accelerator_types(accelerator: str, topology: str) -> None:
+  assert chips.topology_of(accelerator) == topology
+
+
+def test_words(
+  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  """In 80 columns; a given vocabulary's size needs no data and no network.
+
+  The processor stands in for a chip.
+  """
+  slice_ = compile_report.Slice(
+    "v5e:1x1", chips.CHIPS["v5e"], tuple(jax.devices())
+  )
+  monkeypatch.setattr(compile_check, "describe_topology", lambda _: slice_)
+
+  def fail(*_: Any) -> None:
+    raise AssertionError("tries the network")
+
+  monkeypatch.setattr(socket.socket, "connect", fail)
+  monkeypatch.setenv("COLUMNS", "80")
+  argv = command("transformer", "--topology=v5e:1x1")
+  assert main.main([*argv, "--config.data.data_dir=/nowhere/data"]) == 0
   said = capsys.readouterr().out
-  for line in chips.known_slices():
-    assert line in said
+  assert max(map(len, said.splitlines())) <= 80
+  assert re.search(
+    r"^mle: 8 examples, 8 a chip: 0\.0 of 16 GiB a chip: fits\n"
+    r"  at least \d+\.\d\d ms a step; model FLOPs utilisation \d+%; "
+    r"[\d,]+ examples/s\n"
+    r"  at least \d\.\d{5} hours an epoch of 20,724 examples$",
+    said,
+    re.MULTILINE,
+  )
+  assert "hours" not in said.partition("\neval: ")[2]
+  # Figures are never folded.
+  for title in ("memory of a chip", "work of a chip", "sums over chips"):
+    table = said.partition(title)[2]
+    row = next(line for line in table.splitlines() if " mle" in line)
+    assert "…" not in row
+
+
+@pytest.mark.parametrize(
+  "more",
+  [
+    ("--config.train.batch_size=60",),
+    ("--config.train.mle_checkpoint=run",),
+    ("--config.model.num_heads=0",),
+  ],
+)
+def test_refuses_what_training_refuses(
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+  more: tuple[str, ...],
+) -> None:
+  """In the same words, before any data are read."""
+  slice_ = compile_report.Slice(
+    "v5e:2x4", chips.CHIPS["v5e"], (*jax.devices(),) * 8
+  )
+  monkeypatch.setattr(compile_check, "describe_topology", lambda _: slice_)
+  monkeypatch.setattr(jax, "device_count", lambda: 8)
+  config = f"--config={ROOT}/configs/transformer.py"
+  train = ["train", config, *TINY[:-1], *more, "--workdir=/nowhere/run"]
+  said = helpers.refused(capsys, *train, "--config.data.source=/nowhere")
+  assert "/nowhere" not in said
+  assert said == refused(capsys, "--topology=v5e:2x4", *more)
 
 
 def test_bad_input(
   monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
   assert "--topology is missing" in refused(capsys)
-  for name in ("v9:2x2", "v5e:3x5", "v5e"):
+  for name in ("v9:2x2", "v5e", "v5e:4", "v5e:0x2", "v5e:999x999", "v5p-7"):
     said = refused(capsys, f"--topology={name}")
-    assert f"--topology={name}: expected one of v4: 2x2x1" in said
+    assert f"--topology={name}: expected a chip and a layout" in said
   said = refused(capsys, "--topology=v5e:2x2", "--format=csv")
   assert "--format=csv" in said
   monkeypatch.setitem(sys.modules, "libtpu", None)  # As if not installed.
@@ -191,6 +276,42 @@ def test_what_the_compiler_refuses(capsys: pytest.CaptureFixture[str]) -> None:
   )
   assert "mle, discriminator" not in said
   assert "v5e:2x2: mle: more than the memory of a chip" in said
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+  ("name", "devices"),
+  [
+    ("v5e:1x1", 1),
+    ("v5litepod-8", 8),
+    ("v5e:4x2", 8),
+    ("v5p:8x8x8", 512),
+    ("v4-16", 8),
+    ("v6e:16x16", 256),
+    ("tpu7x:2x2x1", 8),  # A chip is two devices.
+  ],
+)
+def test_what_the_compiler_describes(name: str, devices: int) -> None:
+  assert len(compile_check.describe_topology(name).devices) == devices
+
+
+@pytest.mark.tpu
+def test_what_the_compiler_cannot_describe(
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  said = refused(capsys, "--topology=v5e:3x5")
+  assert "--topology=v5e:3x5: the compiler knows no such slice" in said
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("name", ["v5e:1x1", "tpu7x:2x2x1"])
+def test_small_slices_compile(
+  name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+  argv = command("transformer", f"--topology={name}", "--format=json")
+  assert main.main(argv) == 0
+  checked = json.loads(capsys.readouterr().out)
+  assert [s["step"] for s in checked["steps"]] == ["mle", "eval", "predict"]
 
 
 @pytest.mark.tpu

@@ -10,17 +10,17 @@ import time
 from collections.abc import Generator
 
 import pytest
+from etils import epath
 from helpers import refused
 from two_hosts import (
   ROOT,
   TINY,
-  assert_same_run,
+  assert_equal_run,
   finish,
   start,
   wait_for_step,
 )
 
-from empdg_jax import main
 from empdg_jax.config import Config
 
 _HANGS = """
@@ -88,13 +88,22 @@ def argv_of(config: Config, workdir: pathlib.Path, *more: str) -> list[str]:
 
 
 # A size of which the disk holds one checkpoint, but not two.
-LARGE = ("--config.model.emb_dim=64", "--config.train.stall_minutes=0.3")
+LARGE = (
+  "--config.model.name=transformer",
+  "--config.model.emb_dim=64",
+  "--config.train.stall_minutes=0.3",
+)
 
 
-@pytest.mark.slow
-def test_a_full_disk(sample_config: Config, full_disk: pathlib.Path) -> None:
-  argv = argv_of(sample_config, full_disk / "run", *LARGE)
-  done = subprocess.run(
+def enlarge(disk: pathlib.Path) -> None:
+  """Makes room on the full disk, as somebody would who deletes files there."""
+  remount = ["mount", "-o", "remount,size=64m", str(disk)]
+  subprocess.run(remount, check=True, capture_output=True)
+
+
+def train(*argv: str) -> subprocess.CompletedProcess[str]:
+  """Trains in one process."""
+  return subprocess.run(
     [sys.executable, "-m", "empdg_jax.main", *argv],
     env={**os.environ, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
@@ -102,30 +111,49 @@ def test_a_full_disk(sample_config: Config, full_disk: pathlib.Path) -> None:
     check=False,
     timeout=120,
   )
+
+
+@pytest.mark.slow
+def test_a_full_disk(
+  sample_config: Config, full_disk: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  argv = argv_of(sample_config, full_disk / "run", *LARGE)
+  done = train(*argv)
   assert done.returncode == 1, done.stderr
   line = done.stderr.strip().splitlines()[-1]
   assert "No space left" in line or "without a checkpoint" in line
   assert "Traceback" not in done.stderr, done.stderr
+  enlarge(full_disk)
+  assert train(*argv).returncode == 0
+  undisturbed = tmp_path / "undisturbed"
+  assert train(*argv_of(sample_config, undisturbed, *LARGE)).returncode == 0
+  assert_equal_run(undisturbed, full_disk / "run")
 
 
 @pytest.mark.slow
 def test_a_full_disk_of_two_hosts(
-  sample_config: Config, full_disk: pathlib.Path
+  sample_config: Config, full_disk: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-  hosts = start(*argv_of(sample_config, full_disk / "run", *LARGE))
+  argv = argv_of(sample_config, full_disk / "run", *LARGE)
+  hosts = start(*argv)
   said = [host.communicate(timeout=240)[1] for host in hosts]
   for host, errors in zip(hosts, said, strict=True):
     assert host.returncode == 1, errors
     assert errors.strip().splitlines()[-1].startswith("empdg: "), errors
     assert "Traceback" not in errors
   assert "No space left" in said[0] or "without a checkpoint" in said[0]
+  enlarge(full_disk)
+  finish(start(*argv))
+  undisturbed = tmp_path / "undisturbed"
+  finish(start(*argv_of(sample_config, undisturbed, *LARGE)))
+  assert_equal_run(undisturbed, full_disk / "run")
 
 
 @pytest.mark.slow
 def test_a_stalled_host(sample_config: Config, tmp_path: pathlib.Path) -> None:
   """SIGSTOP: its connections stay open, and nothing comes over them."""
   short = ("--config.model.name=transformer", "--config.train.mle_steps=40")
-  assert main.main(argv_of(sample_config, tmp_path / "one", *short)) == 0
+  finish(start(*argv_of(sample_config, tmp_path / "undisturbed", *short)))
   workdir = tmp_path / "run"
   argv = argv_of(sample_config, workdir, *short)
   hosts = start(*argv, "--config.train.stall_minutes=0.3")
@@ -142,13 +170,14 @@ def test_a_stalled_host(sample_config: Config, tmp_path: pathlib.Path) -> None:
   hosts[1].kill()
   hosts[1].communicate()
   finish(start(*argv))
-  assert_same_run(tmp_path / "one", workdir)
+  assert_equal_run(tmp_path / "undisturbed", workdir)
 
 
 @pytest.mark.parametrize(
   ("flag", "message"),
   [
-    ("--workdir=az://container/run", "gs://BUCKET/FOLDER, or s3://"),
+    ("--workdir=s3://bucket/run", "gs://BUCKET/FOLDER, or a folder on a disk"),
+    ("--workdir=az://container/run", "writes checkpoints to no other storage"),
     ("--config=pod:0", "expected a number of devices, such as :8, not 0"),
     ("--config=pod:abc", "expected a number of devices, such as :8, not abc"),
   ],
@@ -160,6 +189,17 @@ def test_refusals(
   said = refused(capsys, "train", *config, flag)
   assert message in said
   assert "InputError" not in said
+
+
+def test_a_bucket_without_its_package(
+  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  def fail(_: object) -> bool:
+    raise ImportError("install gcsfs")
+
+  monkeypatch.setattr(type(epath.Path("gs://bucket")), "exists", fail)
+  said = refused(capsys, "train", "--config=quickstart", "--workdir=gs://b/r")
+  assert "pip install -e '.[gcs]' (install gcsfs)" in said
 
 
 def test_id_0_is_taken(

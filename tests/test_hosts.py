@@ -21,6 +21,7 @@ from etils import epath
 from two_hosts import (
   ROOT,
   TINY,
+  assert_equal_run,
   assert_same_run,
   finish,
   metrics_of,
@@ -84,6 +85,15 @@ def undisturbed(
   return workdir
 
 
+@pytest.fixture(scope="module")
+def undisturbed_pair(
+  train_argv: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[pathlib.Path, list[str]]:
+  """The run of two hosts, and what each of them printed."""
+  workdir = tmp_path_factory.mktemp("hosts") / "two"
+  return workdir, finish(start(*train_argv, f"--workdir={workdir}"))
+
+
 def assert_same_predictions(one: pathlib.Path, other: pathlib.Path) -> None:
   """Compares scores to 1e-5 and everything else exactly."""
   expected, found = (
@@ -127,13 +137,10 @@ def test_eight_devices_give_the_same_run(
 
 @pytest.mark.slow
 def test_two_hosts_give_the_same_run(
-  train_argv: tuple[str, ...],
-  undisturbed: pathlib.Path,
-  tmp_path: pathlib.Path,
+  undisturbed: pathlib.Path, undisturbed_pair: tuple[pathlib.Path, list[str]]
 ) -> None:
   """Each phase's 20 steps, then every prediction."""
-  workdir = tmp_path / "two"
-  said, little = finish(start(*train_argv, f"--workdir={workdir}"))
+  workdir, (said, little) = undisturbed_pair
   assert "valid perplexity" in said
   last = f"Next: empdg evaluate --workdir={workdir} --split=test\n"
   assert said.endswith(last)
@@ -149,7 +156,7 @@ def test_two_hosts_give_the_same_run(
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_lost_host_ends_the_others(
   train_argv: tuple[str, ...],
-  undisturbed: pathlib.Path,
+  undisturbed_pair: tuple[pathlib.Path, list[str]],
   tmp_path: pathlib.Path,
   killed: int,
 ) -> None:
@@ -164,45 +171,58 @@ def test_a_lost_host_ends_the_others(
   assert "another host is lost" in errors.strip().splitlines()[-1]
   hosts[killed].communicate()
   finish(start(*argv))
-  assert_same_run(undisturbed, tmp_path / "run")
+  assert_equal_run(undisturbed_pair[0], tmp_path / "run")
 
 
-# Waits outside of any step, where nothing but JAX's abort ends a host.
-_WAIT = """
-import os, sys, time
+# Outside of any step, where nothing but JAX's abort ends a host.
+_ABORTS = """
+import os, sys, threading, time
 from empdg_jax.parallel import hosts
-port, process = sys.argv[1:]
+port, process, ends = sys.argv[1:]
 hosts.initialize(f"127.0.0.1:{port}", 2, int(process))
 if process == "0":
   time.sleep(1)
-  os._exit(9)
+  exec(ends)
 time.sleep(60)
 """
 
 
-def test_what_jax_aborts_ends_with_our_line() -> None:
+@pytest.mark.parametrize(
+  ("ends", "status"),
+  [
+    ("os._exit(9)", 9),
+    # A crash of its own, which must not be taken for a lost host.
+    ("os.abort()", -signal.SIGABRT),
+    ("threading.Thread(target=os.abort).start()", -signal.SIGABRT),
+  ],
+)
+def test_what_jax_aborts_ends_with_our_line(ends: str, status: int) -> None:
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  _, other = [
+  one, other = [
     subprocess.Popen(
-      [sys.executable, "-c", _WAIT, str(port), str(n)],
+      [sys.executable, "-c", _ABORTS, str(port), str(n), ends],
       stderr=subprocess.PIPE,
       text=True,
       env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     for n in range(2)
   ]
-  _, errors = other.communicate(timeout=50)
+  _, errors = other.communicate(timeout=100)
   assert other.returncode == 1, errors
   last = errors.strip().splitlines()[-1]
   assert last.startswith("empdg: another host is lost (see above); start all")
+  _, errors = one.communicate(timeout=100)
+  assert one.returncode == status, errors
+  assert "another host is lost" not in errors
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["disk", "bucket"])
 def test_killed_hosts_start_again_at_once(
   train_argv: tuple[str, ...],
+  undisturbed_pair: tuple[pathlib.Path, list[str]],
   tmp_path: pathlib.Path,
   monkeypatch: pytest.MonkeyPatch,
   place: str,
@@ -239,6 +259,7 @@ def test_killed_hosts_start_again_at_once(
       data[len(data) // 2] ^= 1
       path.write_bytes(data)
     said, _ = finish(start(*argv))
+    assert metrics_of(workdir) == metrics_of(undisturbed_pair[0])
   assert "Next: empdg evaluate" in said
   assert "Resuming" in said
   assert ("waiting up to 12 s" in said) == (place == "bucket")
@@ -251,7 +272,7 @@ def test_killed_hosts_start_again_at_once(
 @pytest.mark.parametrize("step", [23, 44])  # In phases 2 and 3.
 def test_preempted_hosts_save_and_resume(
   train_argv: tuple[str, ...],
-  undisturbed: pathlib.Path,
+  undisturbed_pair: tuple[pathlib.Path, list[str]],
   tmp_path: pathlib.Path,
   step: int,
 ) -> None:
@@ -264,7 +285,7 @@ def test_preempted_hosts_save_and_resume(
     assert "Stopped and saved at step" in said.splitlines()[-1]
   assert max(step for step, _ in metrics_of(tmp_path / "run")) < 40 + 7 * 4
   finish(start(*argv))
-  assert_same_run(undisturbed, tmp_path / "run")
+  assert_equal_run(undisturbed_pair[0], tmp_path / "run")
 
 
 @pytest.mark.slow

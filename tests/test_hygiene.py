@@ -220,7 +220,7 @@ def test_an_error_spells_control_characters_out(
     ("chat --bundle=foo://x", "gs://BUCKET/FOLDER"),
     ("metrics --predictions=foo://x", "gs://BUCKET/FOLDER"),
     ("compare foo://x", "gs://BUCKET/FOLDER"),
-    ("train FILE --workdir=s3://x/y", "pip install -e '.[gcs]'"),
+    ("train FILE --workdir=s3://x/y", "gs://BUCKET/FOLDER"),
     ("prepare FILE --config.data.source=foo://x", "a path on a disk"),
     ("prepare FILE --config.data.lexicon=gs://x", "a path on a disk"),
     ("prepare FILE --config.data.vectors=gs://x", "a path on a disk"),

@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Generator
 
 import fake_commands
+import helpers
 import kubernetes_validate
 import pytest
 import yaml
@@ -151,6 +153,7 @@ def test_tpu_pod_dry_run(cloud: Cloud) -> None:
   status, output, errors = cloud.run(f"tpu_pod.sh run {SLICE} {flags}")
   assert (status, errors, cloud.calls()) == (0, "", [])
   lines = output.splitlines()
+  assert "# Quota: 16 v5litepod chips, on-demand, of " in output
   assert (
     "gcloud compute tpus queued-resources create pod --node-id=pod "
     "--zone=us-west4-a --project=p --accelerator-type=v5litepod-16 "
@@ -176,6 +179,25 @@ def test_setup_sends_head(cloud: Cloud) -> None:
   assert archive[-1] == "HEAD"
   assert f"--output={copy[5]}" in archive
   assert copy[6:] == ["pod:", "--zone=us-west4-a", "--worker=all"]
+
+
+def test_setup_where_pip_refuses(cloud: Cloud) -> None:
+  """An externally managed Python gets `uv` all the same."""
+  worker = cloud.folder / "worker"
+  worker.mkdir()
+  with tarfile.open(worker / "empdg.tar.gz", "w:gz"):
+    pass
+  helpers.write_executable(
+    cloud.folder / "bin" / "python3",
+    f'#!/bin/sh\necho "$*" >> {cloud.folder}/python\n'
+    'case "$*" in *break-system-packages*) ;;\n'
+    "*--user*) echo externally-managed-environment >&2; exit 1;; esac\n",
+  )
+  status, _, errors = cloud.run(f"tpu_pod.sh setup {SLICE}")
+  assert (status, errors) == (0, "")
+  said = (cloud.folder / "python").read_text().splitlines()
+  assert said[1].endswith("--user --break-system-packages uv")
+  assert "uv pip install" in said[-1]
 
 
 RUNNING = "probe=running,running"
@@ -395,6 +417,39 @@ def test_train_tells_of_a_lost_host(cloud: Cloud, says: str, told: str) -> None:
   last = errors.strip().splitlines()[-1]
   assert last.startswith(f"train.sh: {told}")
   assert "training resumes from step 40 as soon as all hosts" in last
+
+
+def test_train_copies_its_log(cloud: Cloud) -> None:
+  """Into the run folder, so that it outlives the slice, however it ends."""
+  line = "train.sh --workdir=gs://b/run --coordinator_address=auto"
+  cloud.env["TPU_WORKER_ID"] = "3"
+  for play, says in (("stop", "Stopped and saved"), ("says:Gone", "Gone")):
+    ended = cloud.run(f"{line} --play={play}")
+    (*_, call) = cloud.calls("storage")
+    assert call[:4] == ["gcloud", "storage", "cp", "--quiet"]
+    assert call[-1] == "gs://b/run/train-3.log"
+    stored = (cloud.folder / "stored").read_text()
+    assert says in stored
+    assert "".join(ended.errors.splitlines()[-1:]) in stored
+  calls = len(cloud.calls("storage"))
+  cloud.env["EMPDG_LOG_COPY"] = "none"
+  cloud.run(f"{line} --play=finish")
+  assert len(cloud.calls("storage")) == calls
+  del cloud.env["EMPDG_LOG_COPY"]
+  (cloud.folder / "disk").mkdir()
+  shared = line.replace("gs://b/run", "disk")
+  cloud.run(f"{shared} --process_id=1 --play=finish")
+  log = (cloud.folder / "disk" / "train-1.log").read_text()
+  assert "Next: empdg evaluate" in log
+  cloud.run("train.sh --workdir=disk --play=finish")  # Alone, on its own disk.
+  assert len(list((cloud.folder / "disk").iterdir())) == 1
+
+
+def test_a_log_that_cannot_be_copied(cloud: Cloud) -> None:
+  (cloud.folder / "storage-fails").touch()
+  status, _, errors = cloud.run("train.sh --workdir=gs://b/run --play=finish")
+  assert status == 0
+  assert errors == ("train.sh: cannot copy the log to gs://b/run/train-0.log\n")
 
 
 def test_train_runs_other_commands(cloud: Cloud) -> None:

@@ -70,7 +70,7 @@ def start(
 
 def finish(hosts: list[subprocess.Popen[str]], status: int = 0) -> list[str]:
   """Waits for both hosts; returns their output."""
-  said = [host.communicate(timeout=240) for host in hosts]
+  said = [host.communicate(timeout=480) for host in hosts]
   for host, (_, errors) in zip(hosts, said, strict=True):
     assert host.returncode == status, errors
   # Gloo prints its connections among our lines.
@@ -100,6 +100,12 @@ def params_of(workdir: pathlib.Path) -> np.ndarray:
   like = params_like(run)
   params = checkpoints.restore_params(checkpoint.LATEST, like)
   return np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)])
+
+
+def assert_equal_run(one: pathlib.Path, other: pathlib.Path) -> None:
+  """Compares all metrics and the parameters, which must have the same bits."""
+  assert metrics_of(other) == metrics_of(one)
+  np.testing.assert_array_equal(params_of(other), params_of(one))
 
 
 def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:

@@ -51,6 +51,8 @@ class Corpus:
       that the published example sets leave out.
     joins_situations: Whether neighbouring conversations about one situation
       form a single dialogue, as in the published example sets.
+    train_examples: The number of training examples in each example set; none
+      where only the data tell.
   """
 
   title: str
@@ -61,6 +63,7 @@ class Corpus:
   # Both rules exist to reproduce published sizes, so they are off elsewhere.
   dropped_conversations: int = 0
   joins_situations: bool = False
+  train_examples: tuple[tuple[str, int], ...] = ()
 
 
 _EMPATHETIC_DIALOGUES = Corpus(
@@ -73,6 +76,7 @@ _EMPATHETIC_DIALOGUES = Corpus(
   emotions=EMOTIONS,
   dropped_conversations=2,
   joins_situations=True,
+  train_examples=(("empdg", 20_724), ("all_turns", 40_250)),
 )
 
 
@@ -107,11 +111,13 @@ def find_corpus(
       title="EmpDG-JAX's embedded corpus",
       licence="The corpus was written for EmpDG-JAX and has its licence.",
       citation="",
+      train_examples=(),
     )
   if config.source != "official":
     return dataclasses.replace(
       _EMPATHETIC_DIALOGUES,
       title=_EMPATHETIC_DIALOGUES.title + ", or other data in its format",
+      train_examples=(),
     )
   return _EMPATHETIC_DIALOGUES
 

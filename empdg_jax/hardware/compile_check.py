@@ -15,17 +15,22 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.progress import track
 
+from empdg_jax import storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import corpora, pipeline
 from empdg_jax.data.pipeline import Batch, EncodedExample, Shape
 from empdg_jax.hardware import chips
-from empdg_jax.hardware.compile_report import Fit, Slice, read_report
+from empdg_jax.hardware.compile_report import (
+  WITHOUT_UPDATE,
+  Fit,
+  Slice,
+  read_report,
+)
 from empdg_jax.parallel.devices import check_batches
 from empdg_jax.training import steps
 from empdg_jax.training.train_state import DISCRIMINATOR, GENERATOR
 from empdg_jax.training.trainable import assemble
 
-_WITHOUT_UPDATE = ("eval", "predict")
 # Otherwise the compiler asks the cloud which machine this is, and insists on
 # being the only user of its TPU.
 _WITHOUT_TPU = {
@@ -57,10 +62,12 @@ def describe_topology(name: str) -> Slice:
   """
   name = chips.topology_of(name)
   version, _, layout = name.partition(":")
-  chip = chips.CHIPS.get(version)
-  if chip is None or layout not in chip.layouts:
+  chip, sides = chips.CHIPS.get(version), chips.sides_of(layout)
+  if chip is None or not sides:
     raise InputError(
-      f"--topology={name}: expected one of " + "; ".join(chips.known_slices())
+      f"--topology={name}: expected a chip and a layout, such as v5e:2x4 or "
+      "v5p:2x2x4, or an accelerator type, such as v5litepod-8; the chips are "
+      + ", ".join(chips.CHIPS)
     )
   # JAX's own error would name neither the package nor the extra.
   if importlib.util.find_spec("libtpu") is None:
@@ -70,7 +77,17 @@ def describe_topology(name: str) -> Slice:
     )
   for variable, value in _WITHOUT_TPU.items():
     os.environ.setdefault(variable, value)
-  topology = topologies.get_topology_desc(name, "tpu", **dict(chip.options))
+  options: dict[str, Any] = dict(chip.options)
+  if math.prod(sides) < 4:
+    # A part of a host, whose chips are 2x2 otherwise.
+    options["chips_per_host_bounds"] = (*sides, 1)[:3]
+  try:
+    topology = topologies.get_topology_desc(name, "tpu", **options)
+  except jax.errors.JaxRuntimeError as error:
+    raise InputError(
+      f"--topology={name}: the compiler knows no such slice "
+      f"({storage.first_line(error)})"
+    ) from error
   return Slice(name, chip, tuple(topology.devices))
 
 
@@ -143,7 +160,7 @@ def _abstract_steps(
       name,
       function,
       arguments,
-      eval_rows if name in _WITHOUT_UPDATE else train_rows,
+      eval_rows if name in WITHOUT_UPDATE else train_rows,
     )
     for name, (function, arguments) in found.items()
   ]
@@ -203,7 +220,7 @@ def find_batch(
 
   def share(rows: int) -> float:
     every = _abstract_steps(config, vocab_size, slice_.devices, rows, rows)
-    tried = [step for step in every if step.name not in _WITHOUT_UPDATE]
+    tried = [step for step in every if step.name not in WITHOUT_UPDATE]
     start = time.perf_counter()
     with console.status(f"Compiling for {rows:,} examples a device"):
       reports = list(_compile_all(tried, slice_))

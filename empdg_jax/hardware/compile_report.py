@@ -13,6 +13,8 @@ from empdg_jax.hardware import traffic
 from empdg_jax.hardware.chips import Chip
 from empdg_jax.training import terminal
 
+WITHOUT_UPDATE = ("eval", "predict")  # The steps that do not train.
+
 
 class Slice(NamedTuple):
   """A part of a TPU pod.
@@ -106,6 +108,7 @@ def read_report(
     - all_reduce_seconds: Time for the sums; see `all_reduce_seconds`.
     - least_seconds: The longest of these three, which may overlap.
     - utilisation: The share of the peak rate that the operations then take.
+    - examples: Examples of a chip.
     - steps_per_second: Steps a second at the least time.
     - examples_per_second: Examples a second of the whole slice at that rate.
     - compile_seconds: Time to compile, on this machine.
@@ -149,6 +152,7 @@ def read_report(
     **times,
     "least_seconds": least,
     "utilisation": flops / chip.flops / least,
+    "examples": examples,
     "steps_per_second": 1.0 / least,
     "examples_per_second": examples * chips / least,
     "compile_seconds": seconds,
@@ -181,7 +185,8 @@ def print_fit(fit: Fit, slice_: Slice, form: str, console: Console) -> None:
   )
 
 
-# Columns: the title, the report's key, its unit and the format.
+# Columns: the title, the report's key, its unit and the format. All tables fit
+# into 80 columns.
 _MEMORY = (
   ("arguments MiB", "arguments", 2**20, ",.0f"),
   ("outputs MiB", "outputs", 2**20, ",.1f"),
@@ -196,22 +201,20 @@ _WORK = (
   ("memory GB", "traffic", 1e9, ",.2f"),
   ("by XLA", "bytes_accessed", 1e9, ",.2f"),
   ("ms", "memory_seconds", 1e-3, ",.1f"),
+)
+_SUMS = (
   ("all-reduces", "all_reduces", 1, ".0f"),
   ("MB", "bytes_reduced", 1e6, ",.1f"),
   ("ms", "all_reduce_seconds", 1e-3, ",.2f"),
-)
-_RATES = (
-  ("least ms", "least_seconds", 1e-3, ",.2f"),
-  ("utilisation", "utilisation", 1, ".1%"),
   ("steps/s", "steps_per_second", 1, ",.1f"),
-  ("examples/s of the slice", "examples_per_second", 1, ",.0f"),
 )
 
 
 def print_reports(
   reports: Sequence[dict[str, Any]],
   too_large: Sequence[str],
-  topology: str,
+  slice_: Slice,
+  epoch: int | None,
   form: str,
   console: Console,
 ) -> None:
@@ -220,54 +223,74 @@ def print_reports(
   Args:
     reports: The result of `read_report` for each step that compiled.
     too_large: Names of the steps that do not fit.
-    topology: The slice's name.
+    slice_: The slice.
+    epoch: The number of training examples; None if it is not known.
     form: The format, `"terminal"` or `"json"`.
     console: The terminal.
   """
+  name = slice_.name
   if form == "json":
     console.print_json(
-      data={"topology": topology, "steps": reports, "too_large": too_large}
+      data={"topology": name, "steps": reports, "too_large": too_large}
     )
   elif reports:
     for report in reports:
-      terminal.say(fit_in_words(report), console)
+      for line in in_words(report, len(slice_.devices), epoch):
+        terminal.say(line, console)
     console.print(
-      _report_table(reports, _MEMORY, title=f"{topology}: memory of a chip")
+      _report_table(reports, _MEMORY, title=f"{name}: memory of a chip")
     )
     console.print(
       _report_table(
         reports,
         _WORK,
-        title=f"{topology}: work of a chip, and its least time at published "
-        "rates",
+        title=f"{name}: work of a chip, and its least time at published rates",
         caption="A loop counts as often as it runs at most, a look-up its "
         "rows; XLA counts the whole table.",
       )
     )
     console.print(
       _report_table(
-        reports, _RATES, title=f"{topology}: at the longest of these times"
+        reports, _SUMS, title=f"{name}: sums over chips, and rate at most"
       )
     )
 
 
-def fit_in_words(report: dict[str, Any]) -> str:
-  """Returns whether a step fits into a chip's memory, and its least time.
+def in_words(
+  report: dict[str, Any], chips: int, epoch: int | None
+) -> list[str]:
+  r"""Returns what a step needs of a slice, in lines of at most 80 columns.
+
+  Args:
+    report: The result of `read_report`.
+    chips: The number of the slice's chips.
+    epoch: The number of training examples; None if it is not known.
 
   >>> report = {
   ...   "step": "mle", "memory": 3.1 * 2**30, "memory_share": 3.1 / 16,
-  ...   "least_seconds": 4e-3, "utilisation": 0.25,
+  ...   "least_seconds": 4e-3, "utilisation": 0.25, "examples": 32,
+  ...   "examples_per_second": 8 * 32 / 4e-3,
   ... }
-  >>> fit_in_words(report)
-  'mle: 3.1 of 16 GiB a chip: fits; at least 4.00 ms a step, 25% of the peak'
+  >>> print(*in_words(report, 8, 20_724), sep="\n")
+  mle: 256 examples, 32 a chip: 3.1 of 16 GiB a chip: fits
+    at least 4.00 ms a step; model FLOPs utilisation 25%; 64,000 examples/s
+    at least 0.00009 hours an epoch of 20,724 examples
   """
   memory, share = report["memory"] / 2**30, report["memory_share"]
-  return (
-    f"{report['step']}: {memory:.1f} of {memory / share:.0f} GiB a chip: "
-    f"{'fits' if share <= 1 else 'does not fit'}; at least "
-    f"{1e3 * report['least_seconds']:.2f} ms a step, "
-    f"{report['utilisation']:.0%} of the peak"
-  )
+  rows, rate = report["examples"], report["examples_per_second"]
+  lines = [
+    f"{report['step']}: {rows * chips:,} examples, {rows:,} a chip: "
+    f"{memory:.1f} of {memory / share:.0f} GiB a chip: "
+    f"{'fits' if share <= 1 else 'does not fit'}",
+    f"  at least {1e3 * report['least_seconds']:.2f} ms a step; model FLOPs "
+    f"utilisation {report['utilisation']:.0%}; {rate:,.0f} examples/s",
+  ]
+  if epoch and report["step"] not in WITHOUT_UPDATE:
+    lines.append(
+      f"  at least {epoch / rate / 3600:.5f} hours an epoch of {epoch:,} "
+      "examples"
+    )
+  return lines
 
 
 def _report_table(

@@ -115,9 +115,26 @@ def _catch_aborts() -> None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _ABORT_HANDLER(_: int) -> None:
+  if not _in_agents_thread():
+    return  # Something else has failed; the abort goes on.
   line = f"empdg: another host is lost (see above); {_RESTART}\n"
   os.write(2, line.encode())
   os._exit(config_lib.FAILED)
+
+
+def _in_agents_thread() -> bool:
+  """Returns whether this may be the thread in which JAX misses a host."""
+  # JAX starts that thread without a name, so that it has the process's. XLA
+  # works in Python's own threads and in threads with names.
+  if threading.get_native_id() in {t.native_id for t in threading.enumerate()}:
+    return False
+  try:
+    return (
+      pathlib.Path("/proc/thread-self/comm").read_bytes()
+      == pathlib.Path("/proc/self/comm").read_bytes()
+    )
+  except OSError:
+    return True  # Where Linux is not.
 
 
 def _check_port_is_free(address: str) -> None:

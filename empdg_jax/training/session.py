@@ -258,9 +258,17 @@ def _with_dtype(config: Config, workdir: pathlib.Path) -> Config:
   return dataclasses.replace(config, train=train)
 
 
-def _load_dataset(config: Config, workdir: pathlib.Path) -> prepare.Dataset:
-  """Checks the fields that need no data, and only then loads the data."""
-  devices.check_batches(config, jax.device_count())
+def check_without_data(config: Config, num_devices: int) -> None:
+  """Checks the fields that need neither the data nor a run folder.
+
+  Args:
+    config: The run's configuration.
+    num_devices: The number of devices on all hosts.
+
+  Raises:
+    InputError: Naming a field that training refuses.
+  """
+  devices.check_batches(config, num_devices)
   if (
     config.train.mle_checkpoint
     and not registry.find_system(config.model).discriminators
@@ -270,6 +278,11 @@ def _load_dataset(config: Config, workdir: pathlib.Path) -> prepare.Dataset:
       "maximum likelihood to begin with; use a system with discriminators, "
       "or ''"
     )
+
+
+def _load_dataset(config: Config, workdir: pathlib.Path) -> prepare.Dataset:
+  """Checks the fields that need no data, and only then loads the data."""
+  check_without_data(config, jax.device_count())
   run_folder.check_same_config(workdir, config)
   return prepare.load_dataset(config.data)
 
