@@ -265,9 +265,9 @@ def test_blocks_hold_the_only_logits(task: Task) -> None:
   """No array of all tokens by all words exists in the compiled program."""
   compiled = jax.jit(jax.grad(lambda v: total_loss(v, task, True, 0.1)))
   text = compiled.lower(task.values).compile().as_text()
-  assert "f32[96,50]" in text  # A block's logits: the search finds arrays.
-  # The last are the rows filled up to three blocks.
-  for shape in ("[9,30,50]", "[270,50]", "[288,50]"):
+  assert "f32[136,50]" in text  # A block's logits: the search finds arrays.
+  # The last are the rows filled up to two blocks.
+  for shape in ("[9,30,50]", "[270,50]", "[272,50]"):
     assert shape not in text
 
 
