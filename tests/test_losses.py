@@ -236,9 +236,10 @@ def test_bfloat16_factors_give_float32_sums(task: Task) -> None:
 
 
 @pytest.mark.parametrize("pointer", [True, False])
-def test_likeliest_is_the_argmax(task: Task, pointer: bool) -> None:
+@pytest.mark.parametrize("count", [0, 3, 8, 9, 22, 30])
+def test_likeliest_is_the_argmax(task: Task, pointer: bool, count: int) -> None:
   """Of `log_mixture` without the excluded tokens, in the rows that count."""
-  rows = 30  # Of the first dialogues, a row each: blocks of ten.
+  rows = 30  # Of the first dialogues, a row each.
   hidden = task.values["hidden"].reshape(-1, 8)[:rows]
   copies = losses.Pointer(
     task.values["gate"].reshape(-1)[:rows],
@@ -253,7 +254,8 @@ def test_likeliest_is_the_argmax(task: Task, pointer: bool) -> None:
   )[:, 0]
   excluded = jnp.arange(rows)[:, None] % 3 != jnp.arange(20)[None] % 3
   wanted = log_probs.at[:, :20].add(jnp.where(excluded, -1e9, 0.0))
-  active = jnp.arange(rows) % 4 != 1
+  active = jnp.zeros(rows, bool).at[jnp.arange(count) * 7 % rows].set(True)
+  assert jnp.sum(active) == count
   found = jax.jit(losses.likeliest)(
     hidden, task.values["kernel"], copies if pointer else None, excluded, active
   )
