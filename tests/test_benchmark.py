@@ -42,9 +42,6 @@ def test_benchmark(
     parts["step"] - parts["vocabulary"] - parts["optimizer"]
   )
   assert min(parts["vocabulary"], parts["optimizer"]) > 0
-  by_dtype = values["mle_step_seconds_by_dtype"]
-  assert list(by_dtype) == ["float32", "bfloat16"]
-  assert min(by_dtype.values()) > 0
   adversarial = values["adversarial_steps"]
   assert list(adversarial) == [
     f"{player}, {signal}"
@@ -59,7 +56,6 @@ def test_benchmark(
   assert "x floor" in printed
   assert "x MLE step" in printed
   assert "the vocabulary's products" in printed
-  assert " ms in float32, " in printed
   benchmark.write_benchmark(values, tmp_path / "b.json")
   assert json.loads((tmp_path / "b.json").read_text()) == values
   (tmp_path / "file").write_text("")

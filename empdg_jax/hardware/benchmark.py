@@ -252,29 +252,6 @@ def _adversarial_steps(
   return calls
 
 
-def _seconds_by_dtype(
-  dataset: Dataset,
-  config: Config,
-  batch: Any,
-  key: Any,
-  rounds: int,
-  console: Console,
-) -> dict[str, float]:
-  """Times the step of maximum likelihood on one batch in every dtype."""
-  calls = []
-  for dtype in _DTYPES:
-    train = dataclasses.replace(config.train, compute_dtype=dtype)
-    trainable = assemble_for(dataset, dataclasses.replace(config, train=train))
-    initial = trainable.create_states(config.train.seed)[GENERATOR]
-    states = {GENERATOR: replicate(initial)}
-    step = trainable.compile_steps().mle
-    calls.append(
-      functools.partial(_advance, states, GENERATOR, step, batch, key)
-    )
-  seconds = _median_seconds(calls, rounds, console)
-  return dict(zip(_DTYPES, seconds, strict=True))
-
-
 def _time_decoding(
   dataset: Dataset, config: Config, params: Any, console: Console
 ) -> dict[str, Any]:
@@ -354,9 +331,6 @@ def benchmark(
   devices = jax.local_device_count()
   rows = config.train.batch_size // devices * by_shape[0][1].target
   parts = _parts(trainable, params, steps[0], rows, rounds, console)
-  by_dtype = _seconds_by_dtype(
-    dataset, config, batches[0], key, rounds, console
-  )
   shapes = []
   timed = zip(by_shape, batches, seconds, strict=True)
   for (count, shape, _), batch, s in timed:
@@ -394,7 +368,6 @@ def benchmark(
     "stream_bytes_per_second": bandwidth,
     "mle_step": shapes,
     "mle_step_parts": parts,
-    "mle_step_seconds_by_dtype": by_dtype,
     "epoch_seconds": sum(
       s["step_seconds"] * s["batches_per_epoch"] for s in shapes
     ),
@@ -444,11 +417,6 @@ def print_benchmark(values: dict[str, Any], console: Console) -> None:
     ),
     highlight=False,
   )
-  of_dtypes = (
-    f"{1e3 * seconds:.0f} ms in {dtype}"
-    for dtype, seconds in values["mle_step_seconds_by_dtype"].items()
-  )
-  console.print(f"It takes {', '.join(of_dtypes)}", highlight=False)
   if adversarial := values["adversarial_steps"]:
     header = "step", "ms", "x MLE step"
     rows = [
