@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 # Keeps log(0), and the derivative of a norm at 0, finite. It is far below any
 # probability or slope that matters.
@@ -176,18 +177,22 @@ def likeliest(
     )
 
   if isinstance(batch, int):
-    size = min(batch, 16)
-    # Active rows first, so that the blocks after the last of them are skipped.
-    order = jnp.pad(jnp.argsort(~active, stable=True), (0, -batch % size))
-
-    def body(index: jax.Array, found: Any) -> Any:
-      rows = jax.lax.dynamic_slice_in_dim(order, index * size, size)
-      return jax.tree.map(lambda x, y: x.at[rows].set(y), found, score(rows))
-
+    # Active rows first, as many quarters of the batch as hold them: products of
+    # many rows at once cost less than one after the other.
+    order, quarter = jnp.argsort(~active, stable=True), -(-batch // 4)
+    sizes = sorted({min(n * quarter, batch) for n in range(1, 5)})
     zeros = jnp.zeros(batch)
-    found = jnp.zeros(batch, int), zeros, zeros, jnp.zeros(source.shape)
-    found = jax.lax.fori_loop(0, -(-jnp.sum(active) // size), body, found)
-  else:  # An export's batch is a symbol, which cannot be cut into blocks.
+    blank = jnp.zeros(batch, int), zeros, zeros, jnp.zeros(source.shape)
+
+    def score_first(size: int) -> tuple[jax.Array, ...]:
+      rows = order[:size]
+      return jax.tree.map(lambda x, y: x.at[rows].set(y), blank, score(rows))
+
+    found = jax.lax.switch(
+      jnp.sum(jnp.sum(active) > jnp.array(sizes[:-1], int)),
+      [functools.partial(score_first, size) for size in sizes],
+    )
+  else:  # An export's batch is a symbol, which has no quarters.
     found = score(jnp.arange(batch))
   best, top, log_normalizer, at_source = found
   if pointer is None:
@@ -325,13 +330,15 @@ def _block_size(rows: int) -> int:
   """Returns the number of rows whose logits are computed together.
 
   >>> _block_size(192), _block_size(3_200), _block_size(51_200)
-  (96, 400, 512)
+  (96, 512, 512)
   """
-  # An eighth of the rows, so that skipping blocks without targets pays. Every
-  # block reads the projection and adds to its gradient, so they must not be
-  # small; but never is one block the whole batch.
-  eighth = min(max(-(-rows // 8), 96), 512, -(-rows // 2))
-  return -(-eighth // 8) * 8
+  # Every block reads the projection and adds to its gradient, so they must not
+  # be small; but never is one block the whole batch.
+  return -(-min(512, -(-rows // 2)) // 8) * 8
+
+
+# The first block has as many of these parts of a block as rows need.
+_PARTS = 4
 
 
 def _score_blocks(
@@ -343,7 +350,7 @@ def _score_blocks(
   """Computes the losses of rows block by block, and their gradients.
 
   Args:
-    rows: The rows; those with a weight come first.
+    rows: The rows; those with a weight come last.
     kernel: The projection, `[d, vocab]`.
     label_smoothing: s.
     differentiate: Whether to compute gradients as well.
@@ -356,9 +363,10 @@ def _score_blocks(
   count, vocab = len(rows.targets), kernel.shape[1]
   size = _block_size(count)
   blocks = -(-count // size)
+  filling = blocks * size - count
 
   def pad(x: jax.Array) -> jax.Array:
-    return jnp.pad(x, [(0, blocks * size - count), *[(0, 0)] * (x.ndim - 1)])
+    return jnp.pad(x, [(filling, 0), *[(0, 0)] * (x.ndim - 1)])
 
   rows = jax.tree.map(pad, rows)
   dtype = rows.hidden.dtype
@@ -366,12 +374,14 @@ def _score_blocks(
   transposed = None
   if dtype == jnp.bfloat16:
     # On a CPU, bfloat16 products are three times faster from rows as they lie.
-    # The barrier keeps XLA from folding the transposes into the products.
-    transposed, columns = jax.lax.optimization_barrier((factor.T, columns))
+    # Without the layouts XLA would transpose anew for every block.
+    rows_first = Layout((0, 1))
+    transposed = with_layout_constraint(factor.T, rows_first)
+    columns = with_layout_constraint(columns, rows_first)
 
-  def score(index: jax.typing.ArrayLike) -> Any:
+  def score(start: jax.typing.ArrayLike, size: int) -> Any:
     chosen = jax.tree.map(
-      lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size), rows
+      lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), rows
     )
     logits = product(chosen.hidden, factor)
     values = _statistics(logits, chosen, label_smoothing > 0)
@@ -382,37 +392,58 @@ def _score_blocks(
       )
 
     if not differentiate:
-      return losses(values, chosen.pointer), None, None
+      return (losses(values, chosen.pointer), None), None
     loss, pull, nll = jax.vjp(losses, values, chosen.pointer, has_aux=True)
     given, pointer = pull(chosen.weights)
     gradient = _logits_gradient(logits, chosen, values, given).astype(dtype)
     hidden = product(gradient, factor.T if transposed is None else transposed)
     by_row = hidden.astype(dtype), pointer and pointer[:2]
-    chosen_columns = jax.lax.dynamic_slice_in_dim(
-      columns, index * size, size, axis=1
-    )
-    return (loss, nll), by_row, product(chosen_columns, gradient)
+    chosen_columns = jax.lax.dynamic_slice_in_dim(columns, start, size, axis=1)
+    return ((loss, nll), by_row), product(chosen_columns, gradient)
 
-  def body(index: jax.Array, carry: Any) -> Any:
-    *parts, kernel_gradient = score(index)
-    buffers, total = carry
-    buffers = jax.tree.map(
-      lambda buffer, part: jax.lax.dynamic_update_slice_in_dim(
-        buffer, part, index * size, axis=0
-      ),
+  def first(parts: int) -> Any:
+    """Returns a call that scores the last rows of the first block."""
+
+    def run(start: jax.Array) -> Any:
+      part = parts * size // _PARTS
+      found, kernel_gradient = score(start + size - part, part)
+      found = jax.tree.map(
+        lambda x: jnp.pad(x, [(size - part, 0), *[(0, 0)] * (x.ndim - 1)]),
+        found,
+      )
+      return found, kernel_gradient
+
+    return run
+
+  def put(buffers: Any, start: jax.Array, found: Any) -> Any:
+    return jax.tree.map(
+      lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, axis=0),
       buffers,
-      tuple(parts),
+      found,
     )
+
+  def body(block: jax.Array, carry: Any) -> Any:
+    found, kernel_gradient = score(block * size, size)
+    buffers, total = carry
+    buffers = put(buffers, block * size, found)
     return buffers, jax.tree.map(jnp.add, total, kernel_gradient)
 
-  *parts, total = jax.eval_shape(score, 0)
-  buffers = jax.tree.map(
-    lambda x: jnp.zeros((blocks * size, *x.shape[1:]), x.dtype), tuple(parts)
+  weighted = jnp.sum(rows.weights != 0.0)
+  used = jnp.maximum(-(-weighted // size), 1)
+  start = (blocks - used) * size
+  # The first block's gradient of the kernel is the sum that others add to.
+  needed = weighted - (used - 1) * size
+  parts = jnp.maximum(-(-needed * _PARTS // size), 1)
+  found, total = jax.lax.switch(
+    parts - 1, [first(n) for n in range(1, _PARTS + 1)], start
   )
-  total = jax.tree.map(jnp.zeros_like, total)
-  used = -(-jnp.sum(rows.weights != 0.0) // size)
-  buffers, kernel_gradient = jax.lax.fori_loop(0, used, body, (buffers, total))
-  outputs, by_row = jax.tree.map(lambda x: x[:count], buffers)
+  buffers = jax.tree.map(
+    lambda x: jnp.zeros((blocks * size, *x.shape[1:]), x.dtype), found
+  )
+  buffers, kernel_gradient = jax.lax.fori_loop(
+    blocks - used + 1, blocks, body, (put(buffers, start, found), total)
+  )
+  outputs, by_row = jax.tree.map(lambda x: x[filling:], buffers)
   return outputs, (kernel_gradient, by_row)
 
 
@@ -426,8 +457,8 @@ def _score(
   differentiate: bool,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
   """Returns the results of `vocabulary_loss`, and its gradients or None."""
-  # Tokens with a weight first: the blocks after the last of them are skipped.
-  order = jnp.argsort(weights.reshape(-1) == 0.0, stable=True)
+  # Tokens with a weight last: the blocks before the first of them are skipped.
+  order = jnp.argsort(weights.reshape(-1) != 0.0, stable=True)
   back = jnp.argsort(order)
 
   def to_rows(x: jax.Array) -> jax.Array:
