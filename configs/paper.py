@@ -41,7 +41,6 @@ def get_config(system: str = "empdg") -> Config:
   config.train.adversarial_eval_every = 50
   config.train.adversarial_patience = 6
   config.train.selection_metric = "last"
-  config.train.validation_responses = True
   # The paper's released responses run to 51 tokens.
   config.eval.max_decode_steps = 50
   return config

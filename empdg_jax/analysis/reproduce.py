@@ -27,7 +27,6 @@ from empdg_jax.training.validation import selection_score
 # do not move the generator.
 CONTROL = "_control"
 _SPLITS = "valid", "test"
-_EMPDG = next(n for n, s in registry.SYSTEMS.items() if len(s.tables) > 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Planned:
 
 def default_systems() -> list[str]:
   """Returns the paper's six systems, and the control of EmpDG."""
-  return [*registry.SYSTEMS, _EMPDG + CONTROL]
+  return [*registry.SYSTEMS, registry.PROPOSED + CONTROL]
 
 
 def make_plan(
@@ -140,6 +139,8 @@ def _planned(
 ) -> Planned:
   """Returns the run of a system with a seed."""
   given = dict(fields) | {"train.seed": str(seed)}
+  # The pictures show the responses' metrics through training.
+  given["train.validation_responses"] = "true"
   needs = None
   if start := _start(system):
     needs = folder / f"{start}-{seed}"
@@ -265,7 +266,8 @@ class _Job:
     status = self.process.poll()
     if status is None:
       return False
-    if status:
+    # Training that was asked to stop has saved, and ends with 0 as well.
+    if status or not self.run.trained:
       raise SaveError(
         f"{self.run.name}: 'empdg {self.doing}' ended with status {status}: "
         f"{self.last_line()} ({self.log} has more); the same command goes on "
@@ -300,7 +302,7 @@ def execute(
 
   Args:
     plan: The runs.
-    stem: The results' path without ending, written again after every run.
+    stem: The results' path without ending, written after every system.
     jobs: The number of runs at the same time.
     console: The console for the table of progress.
 
@@ -334,7 +336,9 @@ def execute(
           running.remove(job)
           left = len(waiting) + len(running)
           terminal.say(f"{job.run.name}: done; {left} runs to go", console)
-          if not job.run.system.endswith(CONTROL) or not left:
+          # All seeds of a system: a machine may be lost before the last one.
+          seeds = [run for run in plan if run.system == job.run.system]
+          if left and not any(run.commands for run in seeds):
             write_results(plan, stem)
     finally:
       for job in running:
@@ -373,7 +377,7 @@ def best_run(plan: Sequence[Planned]) -> Planned | None:
   """Returns the best complete run of EmpDG, on valid by the metric "joint"."""
   scores = {}
   for run in plan:
-    if run.system == _EMPDG and not run.commands:
+    if run.system == registry.PROPOSED and not run.commands:
       path = run.workdir / "eval" / "valid" / "metrics.json"
       score, _ = selection_score(storage.read_object(path), "joint", 0)
       scores[run.name] = score, run

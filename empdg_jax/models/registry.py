@@ -116,6 +116,9 @@ SYSTEMS: dict[str, SystemSpec] = {
 }
 
 
+PROPOSED = "empdg"  # The paper's own system, which the others stand beside.
+
+
 def find_system(config: ModelConfig) -> SystemSpec:
   """Returns the record of the system `config.name`.
 
