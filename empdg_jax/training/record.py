@@ -1,4 +1,4 @@
-"""What training a run took: `record.json`, which results and papers quote."""
+"""The record of a run's training, which results quote: `record.json`."""
 
 import importlib.resources
 import json
