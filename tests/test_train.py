@@ -25,6 +25,7 @@ from empdg_jax.training import (
   train_log,
   validation,
 )
+from empdg_jax.training.metric_writer import MetricWriter
 
 
 def _losses(workdir: pathlib.Path) -> dict[int, float]:
@@ -316,3 +317,14 @@ def test_refuses_a_batch_that_does_not_divide(
   ):
     loop.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_a_writer_in_a_bucket_closes_with_all_its_lines(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr("empdg_jax.storage.in_bucket", lambda path: True)
+  writer = MetricWriter(tmp_path, 0, "mle")
+  writer.write(1, "mle", {"train/loss": 2.0})
+  writer.close()
+  assert _losses(tmp_path) == {1: 2.0}
+  assert list((tmp_path / "tensorboard").iterdir())

@@ -117,7 +117,8 @@ class MetricWriter:
       SaveError: The bucket cannot be written.
     """
     if self._scratch:
-      self._flush_events()
+      if not self._file.closed:
+        self._flush_events()
       storage.copy_files(pathlib.Path(self._scratch.name), self._workdir)
 
   def close(self) -> None:
