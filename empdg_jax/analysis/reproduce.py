@@ -113,7 +113,7 @@ def make_plan(
       raise InputError(
         f"--systems={name}: expected some of " + ", ".join(known)
       )
-    start = registry.SYSTEMS[name.removesuffix(CONTROL)].start
+    start = _start(name)
     # A start that is planned already keeps its place.
     wanted |= dict.fromkeys([start, name] if start else [name])
   # Starts first, so that what needs them can begin as soon as they end.
@@ -358,7 +358,8 @@ def write_results(plan: Sequence[Planned], stem: pathlib.Path) -> None:
     return
   comparison = compare.compare([run.workdir for run in complete], "test")
   tables.write_results(comparison, stem)
-  first = [run for run in complete if run.config.train.seed == _seeds(plan)[0]]
+  seed = plan[0].config.train.seed
+  first = [run for run in complete if run.config.train.seed == seed]
   courses = [pictures.read_course(run.workdir) for run in first]
   figure = pictures.training_figure(courses)
   pictures.save(figure, stem.with_name(f"{stem.name}_training"))
@@ -369,16 +370,12 @@ def write_results(plan: Sequence[Planned], stem: pathlib.Path) -> None:
     pictures.save(figure, stem.with_name(f"{stem.name}_confusion"))
 
 
-def _seeds(plan: Sequence[Planned]) -> list[int]:
-  return [run.config.train.seed for run in plan]
-
-
 def best_run(plan: Sequence[Planned]) -> Planned | None:
   """Returns the best complete run of EmpDG, on valid by the metric "joint"."""
-  scores = {}
-  for run in plan:
-    if run.system == registry.PROPOSED and not run.commands:
-      path = run.workdir / "eval" / "valid" / "metrics.json"
-      score, _ = selection_score(storage.read_object(path), "joint", 0)
-      scores[run.name] = score, run
-  return min(scores.values(), key=lambda s: s[0])[1] if scores else None
+
+  def score(run: Planned) -> float:
+    path = run.workdir / "eval" / "valid" / "metrics.json"
+    return selection_score(storage.read_object(path), "joint", 0)[0]
+
+  ours = [run for run in plan if run.system == registry.PROPOSED]
+  return min([run for run in ours if not run.commands], key=score, default=None)

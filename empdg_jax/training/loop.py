@@ -59,7 +59,6 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
   return finished
 
 
-_D2 = "distinct_2"
 # Updates in a row that are not finite before training gives up.
 MAX_SKIPPED = 10
 
@@ -326,10 +325,10 @@ class _Trainer:
       self.session.save(checkpoint.BEST)
     else:
       progress.worse += 1
-    accuracy = values.get("emotion_accuracy")
+    accuracy, distinct = map(values.get, ("emotion_accuracy", "distinct_2"))
     self._log.say(
       f"step {progress.updates:,}: valid perplexity {values['perplexity']:.2f}"
       + ("" if accuracy is None else f", emotion accuracy {accuracy:.3f}")
-      + (f", Distinct-2 {values[_D2]:.2f}" if _D2 in values else "")
+      + ("" if distinct is None else f", Distinct-2 {distinct:.2f}")
       + (" (best)" if better else "")
     )

@@ -117,8 +117,12 @@ class MetricWriter:
       SaveError: The bucket cannot be written.
     """
     if self._scratch:
-      if not self._file.closed:
-        self._flush_events()
+      self._flush_events()
+      self._copy_files()
+
+  def _copy_files(self) -> None:
+    """Copies what both have written to the disk; see `copy`."""
+    if self._scratch:
       storage.copy_files(pathlib.Path(self._scratch.name), self._workdir)
 
   def close(self) -> None:
@@ -126,7 +130,7 @@ class MetricWriter:
     self._events.close()
     self._file.close()
     try:
-      self.copy()
+      self._copy_files()
     finally:
       if self._scratch:
         self._scratch.cleanup()

@@ -27,9 +27,14 @@ def resolve(config: TrainConfig) -> str:
 
 def cpu_flags(path: str = "/proc/cpuinfo") -> frozenset[str]:
   """Returns the names of the processor's features; none where Linux is not."""
+  return frozenset(cpu_field("flags", path).split())
+
+
+def cpu_field(name: str, path: str = "/proc/cpuinfo") -> str:
+  """Returns what Linux says of the first processor; "" where Linux is not."""
   try:
     lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
   except OSError:
-    return frozenset()
-  flags = [line.partition(":")[2] for line in lines if line.startswith("flags")]
-  return frozenset(flags[0].split()) if flags else frozenset()
+    return ""
+  found = [line.partition(":")[2] for line in lines if line.startswith(name)]
+  return found[0].strip() if found else ""

@@ -13,6 +13,7 @@ import jax
 
 from empdg_jax import storage
 from empdg_jax.parallel import devices
+from empdg_jax.training import precision
 
 RECORD = "record.json"
 
@@ -38,18 +39,9 @@ def describe_hardware() -> str:
   """Returns the devices in words; of a processor, its cores and its model."""
   if jax.devices()[0].platform != "cpu":
     return devices.describe_devices()
+  model = precision.cpu_field("model name") or platform.machine()
   cores = len(os.sched_getaffinity(0))
-  return f"{cores} core{'s' * (cores > 1)} of {_processor()}"
-
-
-def _processor(path: str = "/proc/cpuinfo") -> str:
-  """Returns the processor's model, or its architecture where Linux is not."""
-  try:
-    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-  except OSError:
-    return platform.machine()
-  models = [x.partition(":")[2].strip() for x in lines if "model name" in x]
-  return models[0] if models else platform.machine()
+  return f"{cores} core{'s' * (cores > 1)} of {model}"
 
 
 class Recorder:
