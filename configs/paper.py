@@ -37,7 +37,7 @@ def get_config(system: str = "empdg") -> Config:
   config.train.d_steps = 1
   config.train.g_steps = 1
   # A fixed number of rounds: the game swings, and a peak would be luck.
-  config.train.adversarial_rounds = 300
+  config.train.adversarial_rounds = 250
   config.train.adversarial_eval_every = 50
   config.train.adversarial_patience = 6
   config.train.selection_metric = "last"

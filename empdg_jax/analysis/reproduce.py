@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import pathlib
 import shlex
 import signal
@@ -118,11 +119,15 @@ def make_plan(
     wanted |= dict.fromkeys([start, name] if start else [name])
   # Starts first, so that what needs them can begin as soon as they end.
   order = sorted(wanted, key=lambda n: bool(_start(n)))
-  return [
-    _planned(name, seed, config, fields, folder)
-    for seed in seeds
-    for name in order
-  ]
+  plan = []
+  for seed, name in itertools.product(seeds, order):
+    given = dict(fields)
+    # The pictures show how the first seed's responses change through training,
+    # and the effect of the discriminators is followed for every seed.
+    if seed == seeds[0] or _start(name):
+      given["train.validation_responses"] = "true"
+    plan.append(_planned(name, seed, config, given, folder))
+  return plan
 
 
 def _start(system: str) -> str:
@@ -139,8 +144,6 @@ def _planned(
 ) -> Planned:
   """Returns the run of a system with a seed."""
   given = dict(fields) | {"train.seed": str(seed)}
-  # The pictures show the responses' metrics through training.
-  given["train.validation_responses"] = "true"
   needs = None
   if start := _start(system):
     needs = folder / f"{start}-{seed}"
