@@ -485,6 +485,42 @@ def test_results_for_a_repository(
   assert "cannot write" in said
 
 
+def test_the_summary_sets_ours_beside_the_papers(
+  tmp_path: pathlib.Path,
+) -> None:
+  """Main figures, hours, and what the discriminators add to the control."""
+  folders = [
+    make_run(tmp_path / f"{signal}{seed}", "empdg", seed, **fields)
+    for seed in (1, 2)
+    for signal, fields in (
+      ("ours", {}),
+      ("control", {"train__generator_signal": "constant"}),
+    )
+  ]
+  for folder, hours in zip(folders, (0.5, 1.0, 1.0, 1.0), strict=True):
+    (folder / "record.json").write_text(json.dumps({"hours": hours}))
+  stem = tmp_path / "paper"
+  tables.write_results(compare.compare(folders, "test"), stem)
+  values = json.loads((tmp_path / "paper.json").read_text())
+  ours, control = values["systems"].values()
+  assert ours["paper"]["distinct_2"] == 6.94
+  assert control["paper"] == {}
+  text = tables.summary(values)
+  assert (tmp_path / "paper.md").read_text().startswith(text)
+  header, _, first, second = text.splitlines()[:4]
+  assert header.split("|")[-2].strip() == "hours"
+  cells = [cell.strip() for cell in first.split("|")]
+  mean, std = ours["mean"]["distinct_2"], ours["std"]["distinct_2"]
+  assert (cells[1], cells[-2]) == ("EmpDG", "0.75")
+  assert f"{mean:.2f} ± {std:.2f} (6.94)" in cells
+  assert second.split("|")[1].strip() == "EmpDG, control"
+  effect, p_value = text.splitlines()[-2:]
+  difference = mean - control["mean"]["distinct_2"]
+  assert f" {difference:+.2f} " in effect
+  (test,) = (t for t in values["tests"] if t["metric"] == "bleu")
+  assert f" {test['p_corrected']:.4f} " in p_value
+
+
 @pytest.mark.parametrize("form", tables.FORMATS)
 def test_formats(
   folders: list[pathlib.Path],

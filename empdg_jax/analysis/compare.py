@@ -28,6 +28,7 @@ _PROTOCOL = (
   "eval.max_decode_steps",
   "eval.beam_size",
 )
+CONTROL = ", control"  # After the title of the system that it stands beside.
 _NEEDED = ("id", "emotion", "reference", "nll", "tokens")
 
 
@@ -227,7 +228,7 @@ def _titles(groups: Sequence[Sequence[_Evaluation]]) -> list[str]:
     config = group[0].run.config
     name = registry.SYSTEMS[config.model.name].title
     if _is_control(config):
-      name += ", control"
+      name += CONTROL
     names.append(name)
   return [
     name + (f" ({group[0].run.workdir.name})" if names.count(name) > 1 else "")
@@ -318,7 +319,9 @@ def _row(
     counts: The result of `significance.draw`.
   """
   run = group[0].run
-  published = registry.find_system(run.config.model).paper
+  # The paper has no such control.
+  control = _is_control(run.config)
+  published = {} if control else registry.find_system(run.config.model).paper
   values = [metrics.text_metrics(e.lines, len(run.vocabulary)) for e in group]
   drawn = [
     significance.replicate(significance.means_of(corpus), counts)

@@ -110,6 +110,7 @@ def describe(comparison: Any) -> dict[str, Any]:
       "mean": {name: figure.value for name, figure in figures.items()},
       "std": {name: figure.deviation for name, figure in figures.items()},
       "interval": {n: [f.low, f.high] for n, f in figures.items()},
+      "paper": {n: f.paper for n, f in figures.items() if f.paper is not None},
     }
   return {
     "protocol": comparison.protocol,

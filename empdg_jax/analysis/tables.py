@@ -12,12 +12,33 @@ from tabulate import tabulate
 
 from empdg_jax import config
 from empdg_jax.analysis import results
-from empdg_jax.analysis.compare import Comparison, Figure, Row, Test
+from empdg_jax.analysis.compare import (
+  CONTROL,
+  Comparison,
+  Figure,
+  Row,
+  Test,
+)
 from empdg_jax.metrics import METRICS
 from empdg_jax.models import registry
 from empdg_jax.training import terminal
 
 _TERMINAL_COLUMNS = 4  # Columns of figures in a table.
+# What a reader looks for first.
+_SUMMARY = (
+  "emotion_accuracy",
+  "perplexity_per_example",
+  "distinct_1",
+  "distinct_2",
+  "bleu",
+  "repetition",
+)
+_SUMMARY_CAPTION = (
+  "Means over seeds, ± their standard deviation; parentheses: the paper's "
+  "figure. Hours are those of a run's own training; EmpDG, its control and "
+  "EmpDG w/o G begin with the trained generators of EmpDG w/o D and "
+  "EmoPrepend-1."
+)
 _TESTS = "Permutation tests: difference (p after Holm's correction)"
 
 
@@ -94,6 +115,44 @@ def _caption(comparison: Comparison) -> str:
     "bootstrap; ±: the standard deviation over seeds; parentheses: the paper's "
     "figure."
   )
+
+
+def summary(values: dict[str, Any]) -> str:
+  """Returns the main figures of results in Markdown, a row for each system.
+
+  If EmpDG and its control are among them, a second table shows what the
+  discriminators add.
+
+  Args:
+    values: The result of `results.describe`, or what a results file holds.
+  """
+  titles = [METRICS[name].title for name in _SUMMARY]
+  rows = [["", *titles, "hours"]]
+  for title, system in values["systems"].items():
+    row = [title]
+    for name in _SUMMARY:
+      parts = (system[part].get(name) for part in ("mean", "std", "paper"))
+      value, deviation, paper = parts
+      found = Figure(value, None, None, deviation, paper)
+      row.append(cell(None if value is None else found, METRICS[name].decimals))
+    hours = [seed["hours"] for seed in system["seeds"]]
+    known = [each for each in hours if each is not None]
+    row.append(f"{sum(known) / len(known):.2f}" if known else "-")
+    rows.append(row)
+  parts = [_tabulated(rows, "pipe")]
+  proposed = registry.SYSTEMS[registry.PROPOSED].title
+  pair = [proposed, proposed + CONTROL]
+  tests = [t for t in values["tests"] if list(t["systems"]) == pair]
+  if tests:
+    by_metric = {test["metric"]: test for test in tests}
+    effect = [["", *titles], [f"{pair[0]} - {pair[1]}"], ["corrected p"]]
+    for name in _SUMMARY:
+      test = by_metric[name]
+      decimals = METRICS[name].decimals
+      effect[1].append(f"{test['difference']:+.{decimals}f}")
+      effect[2].append(f"{test['p_corrected']:.4f}")
+    parts.append(_tabulated(effect, "pipe"))
+  return "\n\n".join(parts) + "\n"
 
 
 def _as_csv(comparison: Comparison) -> str:
@@ -185,8 +244,10 @@ def write_results(comparison: Comparison, stem: pathlib.Path) -> None:
   Raises:
     InputError: A file cannot be written.
   """
+  values = results.describe(comparison)
   table = _as_markdown(dataclasses.replace(comparison, cases=[]))
-  results.write(stem, results.describe(comparison), config.printable(table))
+  text = "\n".join((summary(values), _SUMMARY_CAPTION, "", table))
+  results.write(stem, values, config.printable(text))
 
 
 def print_comparison(
