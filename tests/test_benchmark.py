@@ -36,12 +36,17 @@ def test_benchmark(
     assert shape["times_floor"] == pytest.approx(
       shape["step_seconds"] / shape["floor_seconds"]
     )
-    assert shape["bfloat16_floor_seconds"] > 0
-  parts = values["mle_step_parts"]
-  assert parts["rest"] == pytest.approx(
-    parts["step"] - parts["vocabulary"] - parts["optimizer"]
-  )
-  assert min(parts["vocabulary"], parts["optimizer"]) > 0
+  assert list(values["mle_step_by_dtype"]) == ["float32", "bfloat16"]
+  for dtype, parts in values["mle_step_by_dtype"].items():
+    assert parts["rest"] == pytest.approx(
+      parts["step"] - parts["vocabulary"] - parts["optimizer"]
+    )
+    assert min(parts["vocabulary"], parts["optimizer"]) > 0
+    # Arithmetic at this type's own peak, then seven passes over parameters.
+    assert parts["floor_seconds"] == pytest.approx(
+      parts["flops"] / values["matmul_flops_per_second"][dtype]
+      + 28 * values["parameters"] / values["stream_bytes_per_second"]
+    )
   adversarial = values["adversarial_steps"]
   assert list(adversarial) == [
     f"{player}, {signal}"
@@ -55,7 +60,8 @@ def test_benchmark(
   printed = console.export_text()
   assert "x floor" in printed
   assert "x MLE step" in printed
-  assert "the vocabulary's products" in printed
+  assert "vocabulary's products" in printed
+  assert "bfloat16" in printed
   benchmark.write_benchmark(values, tmp_path / "b.json")
   assert json.loads((tmp_path / "b.json").read_text()) == values
   (tmp_path / "file").write_text("")

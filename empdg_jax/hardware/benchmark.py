@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import platform
@@ -19,14 +20,15 @@ import optax
 from rich.console import Console
 from rich.progress import track
 
+from empdg_jax import config as config_lib
 from empdg_jax import storage
-from empdg_jax.config import Config, InputError, TrainConfig
+from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline
 from empdg_jax.data.pipeline import Batch, EncodedExample, Shape
 from empdg_jax.data.prepare import Dataset
 from empdg_jax.inference.system import System
 from empdg_jax.parallel.devices import replicate, shard, step_flops, unreplicate
-from empdg_jax.training import terminal, train_state
+from empdg_jax.training import precision, terminal, train_state
 from empdg_jax.training.run_folder import Run
 from empdg_jax.training.train_state import (
   DISCRIMINATOR,
@@ -41,11 +43,12 @@ from empdg_jax.training.trainable import Trainable, assemble_for
 _MATRIX = 2048
 _STREAM = 2**25
 _DTYPES = "float32", "bfloat16"
-_PARTS = (
-  ("vocabulary", "the vocabulary's products"),
-  ("optimizer", "the optimiser"),
-  ("rest", "the rest"),
-)
+_PARTS = {
+  "step": "ms",
+  "vocabulary": "vocabulary's products",
+  "optimizer": "optimiser",
+  "rest": "rest",
+}
 
 
 def _median_seconds(
@@ -97,14 +100,15 @@ def _stream() -> Callable[[], jax.Array]:
 
 
 def _vocabulary_products(
-  rows: int, dim: int, vocab_size: int
+  rows: int, dim: int, vocab_size: int, dtype: str
 ) -> Callable[[], Any]:
   """Returns a call of a step's three products with the vocabulary.
 
   The logits, and the gradients of hidden states and projection, for `rows`
-  target positions in float32.
+  target positions.
   """
-  hidden, projection = jnp.ones((rows, dim)), jnp.ones((dim, vocab_size))
+  hidden = jnp.ones((rows, dim), dtype)
+  projection = jnp.ones((dim, vocab_size), dtype)
 
   @jax.jit
   def products(hidden: jax.Array, projection: jax.Array) -> Any:
@@ -137,41 +141,112 @@ def _optimizer_update(
   return run
 
 
-def _parts(
-  trainable: Trainable,
-  params: Any,
-  step: Callable[[], Any],
-  rows: int,
+@dataclasses.dataclass(frozen=True)
+class _Training:
+  """A system on the devices, ready for its first steps.
+
+  Attributes:
+    config: Its configuration, with the type of its computation resolved.
+    trainable: The system.
+    params: A copy of the generator's parameters on the host.
+    states: The players' states, which the calls replace.
+    key: The key of the steps' randomness, on every device.
+    step: The compiled step of maximum likelihood.
+  """
+
+  config: Config
+  trainable: Trainable
+  params: Any
+  states: dict[str, Any]
+  key: Any
+  step: Any
+
+  @property
+  def dtype(self) -> str:
+    """The type in which it computes."""
+    return self.config.train.compute_dtype
+
+  def call(self, batch: Any) -> Callable[[], Any]:
+    """Returns a call of the step of maximum likelihood on a batch."""
+    return functools.partial(
+      _advance, self.states, GENERATOR, self.step, batch, self.key
+    )
+
+  def floor(self, batch: Any, peak: float, bandwidth: float) -> dict[str, Any]:
+    """Returns a step's `flops`, on all devices, and its `floor_seconds`."""
+    lowered = self.step.lower(self.states[GENERATOR], batch, self.key)
+    flops = step_flops(lowered.compile())
+    parameters = count_parameters(self.trainable.generator)
+    return {
+      "flops": flops * jax.local_device_count(),
+      "floor_seconds": mle_step_floor(flops, parameters, peak, bandwidth),
+    }
+
+
+def _start(dataset: Dataset, config: Config, dtype: str = "auto") -> _Training:
+  """Starts a training; "auto" is the configuration's own type, resolved."""
+  if dtype == "auto":
+    dtype = precision.resolve(config.train)
+  config = config_lib.with_fields(config, {"train.compute_dtype": dtype})
+  trainable = assemble_for(dataset, config)
+  initial = trainable.create_states(config.train.seed)[GENERATOR]
+  # A copy on this host, since the first step donates the state's buffers.
+  params = unreplicate(replicate(initial.params))
+  return _Training(
+    config,
+    trainable,
+    params,
+    {GENERATOR: replicate(initial)},
+    replicate(jax.random.key(config.train.seed)),
+    trainable.compile_steps().mle,
+  )
+
+
+def _by_dtype(
+  trainings: Sequence[_Training],
+  batch: Any,
+  peaks: dict[str, float],
+  bandwidth: float,
   rounds: int,
   console: Console,
-) -> dict[str, float]:
-  """Times a step and, by themselves, its two largest parts.
+) -> dict[str, dict[str, float]]:
+  """Times a step and, by themselves, its two largest parts, in each type.
 
   Args:
-    trainable: The system.
-    params: The generator's parameters.
-    step: A call of the step.
-    rows: The target positions of a device.
+    trainings: The same system in each type.
+    batch: The batch.
+    peaks: The rate of matrix products in each type, FLOP/s.
+    bandwidth: The memory bandwidth, bytes/s.
     rounds: The number of times that each is timed.
     console: The terminal, for progress.
 
   Returns:
-    Seconds of the `step`, of the `vocabulary`'s products, of the `optimizer`,
-    and of the `rest`.
+    By type, seconds of the `step`, of the `vocabulary`'s products, of the
+    `optimizer`, of the `rest`, and of the floor.
   """
-  vocab_size, dim = params["embedding"].shape
-  calls = [
-    step,
-    _vocabulary_products(rows, dim, vocab_size),
-    _optimizer_update(trainable.optimizer, params),
-  ]
-  whole, vocabulary, optimizer = _median_seconds(calls, rounds, console)
-  return {
-    "step": whole,
-    "vocabulary": vocabulary,
-    "optimizer": optimizer,
-    "rest": whole - vocabulary - optimizer,
-  }
+  calls: list[Callable[[], Any]] = []
+  for training in trainings:
+    vocab_size, dim = training.params["embedding"].shape
+    rows = batch.target[0].size
+    calls += [
+      training.call(batch),
+      _vocabulary_products(rows, dim, vocab_size, training.dtype),
+      _optimizer_update(training.trainable.optimizer, training.params),
+    ]
+  seconds = iter(_median_seconds(calls, rounds, console))
+  found = {}
+  for training in trainings:
+    whole, vocabulary, optimizer = itertools.islice(seconds, 3)
+    floor = training.floor(batch, peaks[training.dtype], bandwidth)
+    found[training.dtype] = {
+      "step": whole,
+      "vocabulary": vocabulary,
+      "optimizer": optimizer,
+      "rest": whole - vocabulary - optimizer,
+      **floor,
+      "times_floor": whole / floor["floor_seconds"],
+    }
+  return found
 
 
 def mle_step_floor(
@@ -230,26 +305,28 @@ def _advance(
 
 
 def _adversarial_steps(
-  dataset: Dataset, config: Config, params: Any, batch: Any, key: Any
+  dataset: Dataset, training: _Training, batch: Any
 ) -> dict[str, Callable[[], Any]]:
   """Returns calls of phases 2 and 3 on one batch, by player and signal."""
   calls: dict[str, Callable[[], Any]] = {}
+  config = training.config
   for signal in ("straight_through", "expected"):
     train = dataclasses.replace(config.train, generator_signal=signal)
     trainable = assemble_for(dataset, dataclasses.replace(config, train=train))
-    game = _game(trainable, config.train, params, batch, key)
+    game = _game(trainable, training, batch)
     calls |= {f"{player}, {signal}": call for player, call in game.items()}
   return calls
 
 
 def _game(
-  trainable: Trainable, config: TrainConfig, params: Any, batch: Any, key: Any
+  trainable: Trainable, training: _Training, batch: Any
 ) -> dict[str, Callable[[], Any]]:
   """Returns calls of phases 2 and 3 on one batch, by player."""
+  config, key = training.config.train, training.key
   # Every step donates its state, so that each game needs its own.
   states = trainable.create_states(config.seed)
-  generator = states[GENERATOR].replace(params=params)
-  game = train_state.start_game(config, params)
+  generator = states[GENERATOR].replace(params=training.params)
+  game = train_state.start_game(config, training.params)
   states = replicate(states | {GENERATOR: generator.replace(game=game)})
   compiled = trainable.compile_steps()
   return {
@@ -307,47 +384,34 @@ def benchmark(
   Returns:
     A JSON value; times are medians in seconds.
   """
-  trainable = assemble_for(dataset, config)
-  parameters = count_parameters(trainable.generator)
-  initial = trainable.create_states(config.train.seed)[GENERATOR]
-  # A copy on this host, since the first step donates the state's buffers.
-  params = unreplicate(replicate(initial.params))
-  states = {"generator": replicate(initial)}
-  key = replicate(jax.random.key(config.train.seed))
-  p_mle_step = trainable.compile_steps().mle
+  training = _start(dataset, config)
   by_shape = _batches_by_shape(dataset.encoded("train"), config, dataset.shapes)
   batches = [shard(batch) for _, _, batch in by_shape]
-  steps = [
-    functools.partial(_advance, states, "generator", p_mle_step, batch, key)
-    for batch in batches
-  ]
+  steps = [training.call(batch) for batch in batches]
   products = [_matrix_product(dtype) for dtype in _DTYPES]
-  product, low, stream, *seconds = _median_seconds(
-    [*products, _stream(), *steps], rounds, console
-  )
-  peak, bandwidth = 2 * _MATRIX**3 / product, 3 * 4 * _STREAM / stream
-  low_peak = 2 * _MATRIX**3 / low
+  *found, stream = _median_seconds([*products, _stream()], rounds, console)
+  peaks = {
+    dtype: 2 * _MATRIX**3 / seconds
+    for dtype, seconds in zip(_DTYPES, found, strict=True)
+  }
+  bandwidth = 3 * 4 * _STREAM / stream
+  seconds = _median_seconds(steps, rounds, console)
   # Before the steps below, which hold more states than training ever does.
   training_memory = _peak_memory()
   adversarial = {}
-  if trainable.adversary is not None:
-    calls = _adversarial_steps(dataset, config, params, batches[0], key)
+  if training.trainable.adversary is not None:
+    calls = _adversarial_steps(dataset, training, batches[0])
     mle, *others = _median_seconds([steps[0], *calls.values()], rounds, console)
     adversarial = {
       name: {"step_seconds": s, "times_mle_step": s / mle}
       for name, s in zip(calls, others, strict=True)
     }
-  devices = jax.local_device_count()
-  rows = config.train.batch_size // devices * by_shape[0][1].target
-  parts = _parts(trainable, params, steps[0], rows, rounds, console)
+    calls.clear()
   shapes = []
-  timed = zip(by_shape, batches, seconds, strict=True)
-  for (count, shape, _), batch, s in timed:
-    lowered = p_mle_step.lower(states["generator"], batch, key)
-    flops = step_flops(lowered.compile())
-    floor, low_floor = (
-      mle_step_floor(flops, parameters, p, bandwidth) for p in (peak, low_peak)
-    )
+  for (count, shape, _), batch, s in zip(
+    by_shape, batches, seconds, strict=True
+  ):
+    least = training.floor(batch, peaks[training.dtype], bandwidth)
     shapes.append(
       {
         "context": shape.context,
@@ -356,32 +420,37 @@ def benchmark(
         "batches_per_epoch": count,
         "step_seconds": s,
         "examples_per_second": config.train.batch_size / s,
-        "flops": flops * devices,
-        "flops_per_second": flops * devices / s,
-        "floor_seconds": floor,
-        "bfloat16_floor_seconds": low_floor,
-        "times_floor": s / floor,
+        **least,
+        "flops_per_second": least["flops"] / s,
+        "times_floor": s / least["floor_seconds"],
       }
     )
+  (other,) = set(_DTYPES) - {training.dtype}
+  trainings = [training, _start(dataset, config, other)]
+  trainings.sort(key=lambda each: _DTYPES.index(each.dtype))
+  by_dtype = _by_dtype(trainings, batches[0], peaks, bandwidth, rounds, console)
   # Frees Adam's state, which decoding does not have.
-  states.clear()
+  for each in trainings:
+    each.states.clear()
   return {
     "device": jax.devices()[0].device_kind,
-    "devices": devices,
+    "devices": jax.local_device_count(),
     "model": config.model.name,
-    "parameters": parameters,
+    "parameters": count_parameters(training.trainable.generator),
+    "compute_dtype": training.dtype,
     "vocab_size": len(dataset.vocabulary),
     "batch_size": config.train.batch_size,
-    "matmul_flops_per_second": peak,
-    "matmul_bfloat16_flops_per_second": low_peak,
+    "matmul_flops_per_second": peaks,
     "stream_bytes_per_second": bandwidth,
     "mle_step": shapes,
-    "mle_step_parts": parts,
+    "mle_step_by_dtype": by_dtype,
     "epoch_seconds": sum(
       s["step_seconds"] * s["batches_per_epoch"] for s in shapes
     ),
     "adversarial_steps": adversarial,
-    "greedy_decoding": _time_decoding(dataset, config, params, console),
+    "greedy_decoding": _time_decoding(
+      dataset, config, training.params, console
+    ),
     "training_peak_memory_bytes": training_memory,
     "peak_memory_bytes": _peak_memory(),
   }
@@ -403,21 +472,12 @@ def step_seconds(
     with discriminators, of theirs (`"discriminator"`) and of the generator in
     phase 3 (`"generator"`), in seconds.
   """
-  trainable = assemble_for(dataset, config)
-  initial = trainable.create_states(config.train.seed)[GENERATOR]
-  params = unreplicate(replicate(initial.params))
-  states = {GENERATOR: replicate(initial)}
-  key = replicate(jax.random.key(config.train.seed))
+  training = _start(dataset, config)
   encoded = dataset.encoded("train")
   batch = shard(_batches_by_shape(encoded, config, dataset.shapes)[0][2])
-  p_mle_step = trainable.compile_steps().mle
-  calls = {
-    "mle": functools.partial(
-      _advance, states, GENERATOR, p_mle_step, batch, key
-    ),
-  }
-  if trainable.adversary is not None:
-    calls |= _game(trainable, config.train, params, batch, key)
+  calls = {"mle": training.call(batch)}
+  if training.trainable.adversary is not None:
+    calls |= _game(training.trainable, training, batch)
   seconds = _median_seconds(list(calls.values()), rounds, console)
   return dict(zip(calls, seconds, strict=True))
 
@@ -427,15 +487,12 @@ def print_benchmark(values: dict[str, Any], console: Console) -> None:
   console.print(
     f"{values['devices']} x {values['device']}; {values['model']}, "
     f"{values['parameters']:,} parameters; matrix product "
-    f"{values['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s (bfloat16 "
-    f"{values['matmul_bfloat16_flops_per_second'] / 1e9:.0f}), stream "
-    f"{values['stream_bytes_per_second'] / 1e9:.1f} GB/s",
+    f"{values['matmul_flops_per_second']['float32'] / 1e9:.0f} GFLOP/s "
+    f"(bfloat16 {values['matmul_flops_per_second']['bfloat16'] / 1e9:.0f}), "
+    f"stream {values['stream_bytes_per_second'] / 1e9:.1f} GB/s",
     highlight=False,
   )
-  header = (
-    "context,target,batches,ms,examples/s,GFLOP/s,floor ms,x floor,bfloat16 "
-    "floor ms"
-  )
+  header = "context,target,batches,ms,examples/s,GFLOP/s,floor ms,x floor"
   rows = [
     (
       str(shape["context"]),
@@ -446,28 +503,34 @@ def print_benchmark(values: dict[str, Any], console: Console) -> None:
       f"{shape['flops_per_second'] / 1e9:.0f}",
       f"{1e3 * shape['floor_seconds']:.0f}",
       f"{shape['times_floor']:.2f}",
-      f"{1e3 * shape['bfloat16_floor_seconds']:.0f}",
     )
     for shape in values["mle_step"]
   ]
-  title = f"MLE step, batches of {values['batch_size']}"
-  console.print(terminal.table(header.split(","), rows, title=title))
-  parts = values["mle_step_parts"]
-  console.print(
-    "The most frequent shape's step: "
-    + ", ".join(
-      f"{title} {1e3 * parts[name]:.0f} ms ({parts[name] / parts['step']:.0%})"
-      for name, title in _PARTS
-    ),
-    highlight=False,
+  title = (
+    f"MLE step in {values['compute_dtype']}, batches of {values['batch_size']}"
   )
+  console.print(terminal.table(header.split(","), rows, title=title))
+  rows = [
+    (
+      dtype,
+      *(f"{1e3 * parts[name]:.0f}" for name in _PARTS),
+      f"{1e3 * parts['floor_seconds']:.0f}",
+      f"{parts['times_floor']:.2f}",
+    )
+    for dtype, parts in values["mle_step_by_dtype"].items()
+  ]
+  header = ["", *_PARTS.values(), "floor ms", "x floor"]
+  title = "MLE step on the most frequent shape, in both types"
+  console.print(terminal.table(header, rows, title=title, left=[""]))
   if adversarial := values["adversarial_steps"]:
     header = "step", "ms", "x MLE step"
     rows = [
       (name, f"{1e3 * s['step_seconds']:.0f}", f"{s['times_mle_step']:.2f}")
       for name, s in adversarial.items()
     ]
-    title = "Adversarial steps on the most frequent shape"
+    title = (
+      f"Adversarial steps in {values['compute_dtype']}, the most frequent shape"
+    )
     console.print(terminal.table(header, rows, title=title, left=["step"]))
   greedy = values["greedy_decoding"]
   console.print(
