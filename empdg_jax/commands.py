@@ -504,6 +504,8 @@ def reproduce(values: Any) -> None:
     raise InputError(f"--jobs={values.jobs}: expected at least 1")
   from empdg_jax.analysis import reproduce
 
+  # Of the settings, and of the results.
+  name = "paper" if values.example_set == "empdg" else values.example_set
   if values.vectors:
     from empdg_jax.data import vectors
 
@@ -519,7 +521,7 @@ def reproduce(values: Any) -> None:
     if values.systems
     else reproduce.default_systems(),
     _numbers(values.seeds, "seeds"),
-    values.config,
+    values.config or name,
     fields,
     workdir / "runs",
   )
@@ -530,8 +532,7 @@ def reproduce(values: Any) -> None:
   results = workdir / "results"
   if values.results:
     results = storage.disk_path(values.results, "--results")
-  stem = results / reproduce.stem_of(values.example_set)
-  _reproduce(plan, workdir, stem, values.jobs)
+  _reproduce(plan, workdir, results / name, values.jobs)
 
 
 def _reproduce(

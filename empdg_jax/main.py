@@ -71,7 +71,8 @@ _FLAGS: dict[str, tuple[Any, Any, str]] = {
   "jobs": (int, 1, "Runs at the same time."),
   "print_commands": (bool, False, "Print the commands instead, a line a run."),
   "reproduce.config": (
-    str, "paper", "File of configs/ whose get_config takes a system's name.",
+    str, "", "File of configs/ whose get_config takes a system's name; paper "
+    "or all_turns by default.",
   ),
   "reproduce.workdir": (str, "", "Folder for runs, results and the export."),
   "reproduce.results": (str, "", "Folder for results; else WORKDIR/results."),

@@ -13,6 +13,7 @@ import time
 import pytest
 from helpers import refused
 
+from empdg_jax import config as config_lib
 from empdg_jax import main
 from empdg_jax.analysis import reproduce
 from empdg_jax.config import InputError
@@ -129,6 +130,25 @@ def test_prints_commands_for_other_machines(
   assert first.endswith(f"--workdir={runs}/empdg_wo_d-3 --split=test")
   assert f"--config.train.mle_checkpoint={runs}/empdg_wo_d-3" in second
   assert not folder.exists()
+
+
+def test_the_settings_follow_the_examples(
+  tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+  argv = ["--data=sample", f"--workdir={tmp_path}/all", "--systems=empdg"]
+  argv += ["--seeds=0", "--print_commands"]
+  assert main.main(["reproduce", *argv, "--example_set=all_turns"]) == 0
+  for line in capsys.readouterr().out.splitlines():
+    assert line.startswith("empdg train --config=all_turns:empdg")
+    assert "--config.data.example_set=all_turns" in line
+  every = config_lib.from_file("all_turns:empdg")
+  paper = config_lib.from_file("paper:empdg")
+  # As many epochs or nearly, and phase 3 as in the paper's protocol.
+  assert every.data.example_set == "all_turns"
+  assert every.train.mle_steps > 1.5 * paper.train.mle_steps
+  assert every.train.adversarial_rounds == paper.train.adversarial_rounds
+  assert main.main(["reproduce", *argv]) == 0
+  assert "--config=paper:empdg_wo_d " in capsys.readouterr().out
 
 
 def test_refuses_in_one_line(

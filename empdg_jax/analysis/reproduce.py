@@ -202,11 +202,6 @@ def to_time(plan: Sequence[Planned]) -> Config | None:
   return playing[0].config if playing else left[0].config if left else None
 
 
-def stem_of(example_set: str) -> str:
-  """Returns the name of the results' files, without ending."""
-  return "paper" if example_set == "empdg" else example_set
-
-
 def print_plan(plan: Sequence[Planned], console: Console) -> None:
   """Prints the runs and how far each one is."""
   console.print(_table(plan, {}), highlight=False)
