@@ -1,13 +1,15 @@
-"""Helpers shared by test modules: processes, refusals and small runs."""
+"""Helpers shared by test modules: processes, refusals, runs, a browser."""
 
+import contextlib
 import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import pytest
@@ -87,6 +89,29 @@ SMALL = (
   # Named, so that the tests compute the same on every machine.
   "--config.train.compute_dtype=float32",
 )
+
+
+@contextlib.contextmanager
+def chromium() -> Generator[Any]:
+  """Yields a headless Chromium: the system's, or Playwright's own.
+
+  Skips the test only where neither is installed: one that does not start is a
+  failure.
+  """
+  from playwright import sync_api
+
+  names = ("chromium", "chromium-browser", "google-chrome")
+  with sync_api.sync_playwright() as playwright:
+    path = next(filter(None, map(shutil.which, names)), None)
+    own = pathlib.Path(playwright.chromium.executable_path)
+    if not path and not own.exists():
+      pytest.skip("needs Chromium: apt-get install chromium")
+    # Containers, where root runs tests, have no sandbox to offer.
+    browser = playwright.chromium.launch(
+      executable_path=path, args=["--no-sandbox", "--lang=en"]
+    )
+    yield browser
+    browser.close()
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
