@@ -69,6 +69,15 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
   return [json.loads(line) for line in lines]
 
 
+def damage(folder: pathlib.Path) -> None:
+  """Flips a bit in the middle of the largest file of data in a folder."""
+  files = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".txt"]
+  path = max(files, key=lambda p: p.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
 def write_executable(path: pathlib.Path, text: str) -> None:
   """Writes a script and makes it executable."""
   path.parent.mkdir(parents=True, exist_ok=True)
