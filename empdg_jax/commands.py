@@ -59,6 +59,13 @@ def _console(**settings: Any) -> "Console":
   return Console(**settings)
 
 
+def say_loading() -> None:
+  """Prints what to wait for: importing JAX takes seconds, as does compiling."""
+  from empdg_jax.training import terminal
+
+  terminal.say("Loading ...", _console(), "dim")
+
+
 def _given(values: Any, flag: str, advice: str) -> Any:
   """Returns the value of a flag that a command cannot do without."""
   if not (value := getattr(values, flag)):
@@ -278,7 +285,7 @@ def generate(values: Any) -> None:
   batch_size = system.config.eval.batch_size
   responder = respond.Responder(system)
   for response in respond.generate(responder, lines, batch_size):
-    print(json.dumps(response, ensure_ascii=False), flush=True)
+    print(config_lib.printable_json(response), flush=True)
     total += 1
     failed += "error" in response
   if failed:
@@ -295,15 +302,10 @@ def chat(values: Any) -> None:
     empdg chat --workdir=runs/quickstart
     empdg chat --bundle=quickstart-export
   """
-  from empdg_jax.training import terminal
-
-  console = _console()
-  if values.workdir or values.bundle:
-    terminal.say("Loading ...", console, "dim")
   system, _ = _load_system(values)
   from empdg_jax.inference import respond
 
-  respond.chat(respond.Responder(system), console, sys.stdin)
+  respond.chat(respond.Responder(system), _console(), sys.stdin)
 
 
 def demo(values: Any) -> None:
@@ -345,7 +347,7 @@ def _load_demo(given: list[tuple[str, str]], loopback: bool) -> Any:
   from empdg_jax.training import terminal
 
   console = _console()
-  terminal.say("Loading ...", console, "dim")
+  say_loading()
   _start_jax()
   from empdg_jax.inference import export_files, respond
   from empdg_jax.inference.system import load_system

@@ -39,19 +39,32 @@ class SaveError(OSError):
     super().__init__(" ".join(message.splitlines()))
 
 
+# Escape sequences can clear a screen, forge lines or retitle a window; so can
+# C1 controls and marks that change the direction of writing. UTF-8 has no code
+# for lone surrogates.
+_UNPRINTABLE = re.compile(
+  r"[\0-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
 def printable(text: str) -> str:
   r"""Returns text with its control characters spelled out, but line ends.
 
   >>> printable("\x1b[2J")
   '\\x1b[2J'
   """
-  # Escape sequences can clear a screen, forge lines or retitle a window; so can
-  # C1 controls and marks that change the direction of writing. UTF-8 has no
-  # code for lone surrogates.
-  return re.sub(
-    r"[\0-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
-    lambda match: ascii(match[0])[1:-1],
-    text,
+  return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def printable_json(value: Any) -> str:
+  r"""Returns a value as a line of JSON with its control characters escaped.
+
+  >>> printable_json(["naïve", "\x9b2J"])
+  '["naïve", "\\u009b2J"]'
+  """
+  return _UNPRINTABLE.sub(
+    lambda match: f"\\u{ord(match[0]):04x}",
+    json.dumps(value, ensure_ascii=False),
   )
 
 

@@ -333,6 +333,8 @@ def _parse(name: str, argv: Sequence[str]) -> Any:
       wanted = "at least 0"
     if wanted:
       raise InputError(f"--{flag}={value}: expected {wanted}")
+  if name == "chat" and (values.workdir or values.bundle):
+    commands.say_loading()
   if "fields" in flags or "run_fields" in flags:
     values.config = _base_config(values)
   if fields and values.config:

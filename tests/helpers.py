@@ -1,13 +1,15 @@
-"""Helpers shared by test modules: processes, refusals and small runs."""
+"""Helpers shared by test modules: processes, refusals, runs, a browser."""
 
+import contextlib
 import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import pytest
@@ -67,6 +69,15 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
   return [json.loads(line) for line in lines]
 
 
+def damage(folder: pathlib.Path) -> None:
+  """Flips a bit in the middle of the largest file of data in a folder."""
+  files = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".txt"]
+  path = max(files, key=lambda p: p.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
 def write_executable(path: pathlib.Path, text: str) -> None:
   """Writes a script and makes it executable."""
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +98,29 @@ SMALL = (
   # Named, so that the tests compute the same on every machine.
   "--config.train.compute_dtype=float32",
 )
+
+
+@contextlib.contextmanager
+def chromium() -> Generator[Any]:
+  """Yields a headless Chromium: the system's, or Playwright's own.
+
+  Skips the test only where neither is installed: one that does not start is a
+  failure.
+  """
+  from playwright import sync_api
+
+  names = ("chromium", "chromium-browser", "google-chrome")
+  with sync_api.sync_playwright() as playwright:
+    path = next(filter(None, map(shutil.which, names)), None)
+    own = pathlib.Path(playwright.chromium.executable_path)
+    if not path and not own.exists():
+      pytest.skip("needs Chromium: apt-get install chromium")
+    # Containers, where root runs tests, have no sandbox to offer.
+    browser = playwright.chromium.launch(
+      executable_path=path, args=["--no-sandbox", "--lang=en"]
+    )
+    yield browser
+    browser.close()
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

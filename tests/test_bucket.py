@@ -141,6 +141,40 @@ def state_of(value: float) -> TrainState:
   )
 
 
+def test_resumes_before_the_damage(storage: fake_bucket.FakeStorage) -> None:
+  """The damaged checkpoint is named, and moved aside in the bucket."""
+  workdir: Any = epath.Path("gs://pod/damage")
+  written = Checkpoints(workdir, create=True, keep=2)
+  for step in (3, 5):
+    states = {GENERATOR: state_of(step)}
+    written.save(LATEST, step, states, {"phase": "mle", "done": step})
+  written.close()
+  root = "damage/checkpoints"
+  arrays = [
+    name
+    for name in storage.objects
+    if name.startswith(f"{root}/latest/5/params/") and "/d/" in name
+  ]
+  for name in arrays:
+    data = bytearray(storage.objects[name].data)
+    data[len(data) // 2] ^= 1
+    storage.put(name, bytes(data))
+
+  said: list[str] = []
+  checkpoints = Checkpoints(workdir, create=True, keep=2, warn=said.append)
+  found, progress = checkpoints.resume({GENERATOR: state_of(0)})
+  assert found[GENERATOR].step == progress["done"] == 3
+  np.testing.assert_array_equal(found[GENERATOR].params["w"], [3, 3, 3])
+  (line,) = said
+  assert line.startswith(f"Warning: gs://pod/{root}/latest/5: damaged")
+  assert line.endswith(f"; using gs://pod/{root}/latest/3 instead")
+  moved = {name.replace("latest", "damaged", 1) for name in arrays}
+  assert moved <= set(storage.objects)
+  assert not set(arrays) & set(storage.objects)
+  assert checkpoints.all() == [(LATEST, 3)]
+  checkpoints.close()
+
+
 @pytest.mark.parametrize("place", ["disk", "bucket"])
 def test_checkpoints_of_earlier_versions(
   storage: fake_bucket.FakeStorage, tmp_path: pathlib.Path, place: str

@@ -3,13 +3,17 @@
 import os
 import pathlib
 import random
+import re
 import shutil
+import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 import tensorstore
+from helpers import damage
 
 from empdg_jax.config import InputError, SaveError
 from empdg_jax.training import checkpoint
@@ -57,16 +61,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def workdir(saved: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
   """A copy of `saved`."""
   return shutil.copytree(saved, tmp_path / "run")
-
-
-def damage(folder: pathlib.Path, item: str) -> None:
-  """Flips a bit in the middle of an item's largest file of data."""
-  files = [p for p in (folder / item).rglob("*") if p.is_file()]
-  files = [p for p in files if p.suffix != ".txt"]
-  path = max(files, key=lambda p: p.stat().st_size)
-  data = bytearray(path.read_bytes())
-  data[len(data) // 2] ^= 1
-  path.write_bytes(data)
 
 
 def read(
@@ -124,7 +118,7 @@ def test_many_flipped_bits(saved: pathlib.Path, tmp_path: pathlib.Path) -> None:
 )
 def test_resumes_before_the_damage(workdir: pathlib.Path, item: str) -> None:
   """Training can save again at the step of the damaged checkpoint."""
-  damage(workdir / "checkpoints" / "latest" / "7", item)
+  damage(workdir / "checkpoints" / "latest" / "7" / item)
   said: list[str] = []
   checkpoints = Checkpoints(workdir, create=True, keep=2, warn=said.append)
   _, progress = checkpoints.resume(STATES)
@@ -140,7 +134,7 @@ def test_resumes_before_the_damage(workdir: pathlib.Path, item: str) -> None:
 
 def test_refuses_when_none_is_whole(workdir: pathlib.Path) -> None:
   for step in (3, 7):
-    damage(workdir / "checkpoints" / "latest" / str(step), "params")
+    damage(workdir / "checkpoints" / "latest" / str(step) / "params")
   said: list[str] = []
   with pytest.raises(InputError, match="latest/7: damaged") as error:
     read(workdir, said)
@@ -153,7 +147,7 @@ def test_a_damaged_best_checkpoint(
   workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
   """The latest serves instead, unless the user asks for the best."""
-  damage(workdir / "checkpoints" / "best" / "7", "params")
+  damage(workdir / "checkpoints" / "best" / "7" / "params")
   checkpoints = Checkpoints(workdir)
   like = STATES[GENERATOR].params
 
@@ -254,3 +248,20 @@ def test_a_checksum_depends_on_every_bit_type_and_shape() -> None:
     others.append(changed)
   sums = [checkpoint._checksum(other) for other in others]
   assert checkpoint._checksum(array) not in sums
+
+
+def test_the_cost_of_checksums_is_measured() -> None:
+  root = pathlib.Path(__file__).resolve().parents[1]
+  said = subprocess.run(
+    [sys.executable, root / "benchmarks" / "checkpoint_cost.py"]
+    + ["--rounds=1", "--vocab_size=200", "--emb_dim=12"],
+    env={**os.environ, "PYTHONPATH": str(root)},
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout
+  assert "medians of 1 rounds" in said
+  for kind in ("save", "restore"):
+    assert re.search(
+      rf"^{kind} .* s without: [+-]\d+\.\d%$", said, re.MULTILINE
+    )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from empdg_jax import __version__
 from empdg_jax.models import registry
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -42,6 +43,12 @@ def test_docstrings_begin_with_a_noun_or_a_verb(path: pathlib.Path) -> None:
     assert verb not in ("Is", "Tells", "Lets"), (
       f"{name}: {text.splitlines()[0]}"
     )
+
+
+def test_the_citation_has_the_packages_version() -> None:
+  text = (ROOT / "CITATION.cff").read_text()
+  (version,) = re.findall(r"^version: (.*)$", text, re.MULTILINE)
+  assert version == __version__
 
 
 def _files_that_contain(pattern: str) -> set[str]:

@@ -20,7 +20,13 @@ from empdg_jax.data.examples import Utterance
 from empdg_jax.data.prepare import Dataset
 from empdg_jax.inference.respond import Responder
 from empdg_jax.inference.system import Response
-from empdg_jax.web import demo, demo_html, demo_replies, demo_server
+from empdg_jax.web import (
+  demo,
+  demo_html,
+  demo_page,
+  demo_replies,
+  demo_server,
+)
 from empdg_jax.web.demo_replies import SAMPLING, Replies, Reply, Settings
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>\x1b[2J"
@@ -144,6 +150,14 @@ def test_text_of_people_and_models_stays_text() -> None:
     "h3", "div", "p", "mark", "span", "meter", "details", "summary", "table",
     "caption", "thead", "tbody", "tr", "th", "td",
   }  # fmt: skip
+
+
+def test_the_page_reports_to_nobody(
+  replies: Replies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
+  page = demo_page.build_page(demo.Demo(replies, ["EmpDG"]))
+  assert page.analytics_enabled is False
 
 
 def test_a_reply_shows_what_it_came_from() -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -17,12 +16,10 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+from helpers import chromium, write_executable
 
 pytestmark = pytest.mark.browser
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CHROMIUM = next(
-  filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None
-)
 SECONDS = 1_000.0  # Playwright counts in milliseconds.
 
 
@@ -98,18 +95,29 @@ def address(runs: list[str], environment: dict[str, str]) -> Generator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Generator[Any]:
-  """The system's Chromium, without a window."""
-  if not CHROMIUM:
-    pytest.skip("needs Chromium: apt-get install chromium")
-  from playwright import sync_api
-
-  with sync_api.sync_playwright() as playwright:
-    # Containers, where root runs tests, have no sandbox to offer.
-    started = playwright.chromium.launch(
-      executable_path=CHROMIUM, args=["--no-sandbox"]
-    )
+  """A browser without a window."""
+  with chromium() as started:
     yield started
-    started.close()
+
+
+# Before the others: Playwright starts once at a time.
+def test_a_browser_that_does_not_start_skips_nothing(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  write_executable(tmp_path / "chromium", "#!/bin/sh\nexit 1\n")
+  monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+  with pytest.raises(Exception, match="launch"), chromium():
+    pass
+
+
+def test_tests_are_skipped_without_a_browser(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Playwright's own Chromium counts as one."""
+  monkeypatch.setattr("shutil.which", lambda name: None)
+  monkeypatch.setenv("PLAYWRIGHT_BROWSERS_PATH", str(tmp_path))
+  with pytest.raises(pytest.skip.Exception, match="apt-get"), chromium():
+    pass
 
 
 class Person:
@@ -222,6 +230,32 @@ def test_three_turns_side_by_side(
   page.screenshot(path=picture, full_page=True)
   assert picture.stat().st_size > 20_000
   person.close()
+
+
+def test_three_systems_of_runs_and_an_export(
+  browser: Any,
+  runs: list[str],
+  environment: dict[str, str],
+  tmp_path: pathlib.Path,
+) -> None:
+  export = tmp_path / "export"
+  argv = ["export", f"--workdir={runs[1]}", f"--out={export}"]
+  command = [sys.executable, "-m", "empdg_jax.main", *argv]
+  subprocess.run(command, check=True, capture_output=True, env=environment)
+  argv = [*(f"--workdir={run}" for run in runs), f"--bundle={export}"]
+  with serving(environment, *argv) as (_, address):
+    person = Person(browser, address)
+    replies = person.say("I lost my job today.", columns=3)
+    assert all(replies)
+    assert person.texts("h3") == ["System A", "System B", "System C"]
+    person.click("Show the systems' names")
+    person.page.get_by_text("EmpDG w/o D").wait_for()
+    said = dict(zip(person.texts("h3"), replies, strict=True))
+    run, exported = (
+      said[f"Transformer ({name})"] for name in (runs[1], export)
+    )
+    assert run == exported
+    person.close()
 
 
 def test_undo_new_and_examples(browser: Any, address: str) -> None:

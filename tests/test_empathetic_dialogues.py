@@ -5,8 +5,10 @@ import gzip
 import hashlib
 import http.server
 import io
+import socket
 import tarfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -533,4 +535,34 @@ def test_official_without_a_connection(
   message = load_error("official", tmp_path / "data")
 
   assert "config.data.source" in message
+  assert prepared_files(tmp_path / "data") == []
+
+
+@pytest.mark.parametrize("silent", ["server", "name server"])
+def test_official_without_an_answer(
+  silent: str,
+  official: Path,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """Refused in time, whether it is the archive's server that is silent."""
+  del official
+  assert empathetic_dialogues._ANSWER_SECONDS <= 15
+  monkeypatch.setattr(empathetic_dialogues, "_ANSWER_SECONDS", 0.5)
+  ended = threading.Event()
+
+  def look_up(*args: object, **kwargs: object) -> None:
+    ended.wait(60)
+    raise OSError("too late")
+
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    url = f"http://127.0.0.1:{server.getsockname()[1]}/archive.tar.gz"
+    monkeypatch.setattr(empathetic_dialogues, "OFFICIAL_URL", url)
+    if silent == "name server":
+      monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    began = time.monotonic()
+    message = load_error("official", tmp_path / "data")
+    ended.set()
+  assert time.monotonic() - began < 10
+  assert f"fetch {url} elsewhere, copy it here" in message
   assert prepared_files(tmp_path / "data") == []

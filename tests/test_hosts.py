@@ -18,6 +18,7 @@ import fake_bucket
 import numpy as np
 import pytest
 from etils import epath
+from helpers import damage
 from two_hosts import (
   ROOT,
   TINY,
@@ -251,13 +252,7 @@ def test_killed_hosts_start_again_at_once(
     if place == "disk":
       latest = tmp_path / "run" / "checkpoints" / "latest"
       damaged = max(int(p.name) for p in latest.iterdir() if p.name.isdecimal())
-      files = (latest / f"{damaged}/params").rglob("*")
-      path = max(
-        (p for p in files if p.is_file()), key=lambda p: p.stat().st_size
-      )
-      data = bytearray(path.read_bytes())
-      data[len(data) // 2] ^= 1
-      path.write_bytes(data)
+      damage(latest / f"{damaged}/params")
     said, _ = finish(start(*argv))
     assert metrics_of(workdir) == metrics_of(undisturbed_pair[0])
   assert "Next: empdg evaluate" in said

@@ -1,5 +1,6 @@
 """Hostile input: bombs, escape sequences, absurd sizes, first mistakes."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -11,6 +12,7 @@ import socket
 import sys
 import tarfile
 import time
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,8 +42,8 @@ from empdg_jax.training import metric_writer, terminal
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 QUICKSTART = f"--config={ROOT}/configs/quickstart.py"
 DEEP = "[" * 100_000 + "]" * 100_000
-EVIL = "\x1b[2J\x9b31m[red]a :smile:\x07\u202e"
-SHOWN = r"\x1b[2J\x9b31m[red]a :smile:\x07\u202e"
+EVIL = "\x1b[2J\x9b31m[red]a :smile:\x07\x7f\u202e\u2067"
+SHOWN = r"\x1b[2J\x9b31m[red]a :smile:\x07\x7f\u202e\u2067"
 
 
 @pytest.fixture(autouse=True)
@@ -146,10 +148,16 @@ class _Parrot:
   class system:  # noqa: N801
     emotions = (EVIL, "sad")
 
-  def respond(self, context: list[str]) -> Response:
+  def encode(self, context: list[str]) -> str:
     if "refuse" in context[-1]:
       raise InputError(EVIL)
-    return Response((context[-1],), EVIL, np.array([0.75, 0.25]), 0)
+    return context[-1]
+
+  def respond_encoded(self, said: list[str], first: int) -> list[Response]:
+    return [Response((s,), EVIL, np.array([0.75, 0.25]), 0) for s in said]
+
+  def respond(self, context: list[str]) -> Response:
+    return self.respond_encoded([self.encode(context)], 0)[0]
 
 
 def _chat(text: str, to: rich.console.Console) -> None:
@@ -160,6 +168,23 @@ def _chat(text: str, to: rich.console.Console) -> None:
 def _print_chat(tmp_path: pathlib.Path, to: rich.console.Console) -> None:
   del tmp_path
   _chat(f"{EVIL}\nrefuse\n/{EVIL}\n", to)
+
+
+def _print_responses(tmp_path: pathlib.Path, to: rich.console.Console) -> None:
+  path = tmp_path / "contexts.jsonl"
+  path.write_text("".join(json.dumps([s]) + "\n" for s in (EVIL, "refuse")))
+  system: Any = types.SimpleNamespace(config=Config())
+  with (
+    pytest.MonkeyPatch.context() as patch,
+    contextlib.redirect_stdout(to.file),
+  ):
+    patch.setattr(commands, "_load_system", lambda values: (system, tmp_path))
+    patch.setattr(respond, "Responder", lambda system: _Parrot())
+    with pytest.raises(InputError, match="1 of 2 lines"):
+      commands.generate(types.SimpleNamespace(input=str(path)))
+  answered, failed = map(json.loads, to.file.getvalue().splitlines())
+  assert answered["context"] == [EVIL]
+  assert EVIL in failed["error"]
 
 
 def _print_cases(form: str) -> Any:
@@ -184,6 +209,7 @@ def _print_cases(form: str) -> Any:
     _print_sample,
     _print_table,
     _print_chat,
+    _print_responses,
     *map(_print_cases, tables.FORMATS),
   ],
 )  # fmt: skip
@@ -193,7 +219,7 @@ def test_nothing_of_others_reaches_a_terminal_raw(
   file = io.StringIO()
   show(tmp_path, rich.console.Console(file=file, width=200))
   said = file.getvalue()
-  for raw in "\x1b\x9b\x07\u202e":
+  for raw in "\x1b\x9b\x07\x7f\u202e\u2067":
     assert raw not in said
   assert "[red]a" in said
   assert ":smile:" in said
@@ -402,20 +428,36 @@ def test_a_split_that_is_too_large(small: None, tmp_path: pathlib.Path) -> None:
     ("train.csv", tarfile.LNKTYPE),
     ("train.csv", tarfile.CHRTYPE),
     ("train.csv", tarfile.FIFOTYPE),
-    ("train.csv", tarfile.DIRTYPE),
+    ("../folder", tarfile.DIRTYPE),
+    ("/elsewhere", tarfile.SYMTYPE),
   ],
 )
 def test_members_that_are_no_plain_files_inside(
   name: str, kind: bytes, tmp_path: pathlib.Path
 ) -> None:
+  """Refused by name, even beside all splits."""
   path = tmp_path / "evil.tar"
   with tarfile.open(path, "w") as archive:
-    for split in ("valid", "test"):
+    for split in corpora.SPLITS:
       archive.addfile(tarfile.TarInfo(f"{split}.csv"))
     member = tarfile.TarInfo(name)
     member.type, member.linkname = kind, "valid.csv"
     archive.addfile(member)
-  with pytest.raises(InputError, match="holds no train.csv"):
+  with pytest.raises(InputError, match="no plain file inside") as error:
+    empathetic_dialogues.read_source(path)
+  assert f"evil.tar: holds {name!r}, " in str(error.value)
+
+
+def test_folders_and_other_files_of_an_archive(tmp_path: pathlib.Path) -> None:
+  """A folder is no split; macOS adds files whose names begin with `._`."""
+  path = tmp_path / "data.tar"
+  with tarfile.open(path, "w") as archive:
+    folder = tarfile.TarInfo("data/train.csv")
+    folder.type = tarfile.DIRTYPE
+    archive.addfile(folder)
+    for name in ("._train.csv", "./data/valid.csv", "data/test.csv", "README"):
+      archive.addfile(tarfile.TarInfo(name))
+  with pytest.raises(InputError, match=r"data.tar: holds no train.csv"):
     empathetic_dialogues.read_source(path)
 
 
@@ -505,13 +547,14 @@ def test_chat_says_at_once_that_it_loads(
   monkeypatch: pytest.MonkeyPatch,
   capsys: pytest.CaptureFixture[str],
 ) -> None:
+  """Before the configuration is read, whose modules import JAX."""
   run = make_run(tmp_path / "run", "moel", 1)
 
   def load(values: Any) -> None:
     assert "Loading" in capsys.readouterr().out
     raise InputError("loaded")
 
-  monkeypatch.setattr(commands, "_load_system", load)
+  monkeypatch.setattr(commands, "stored_config", load)
   assert "loaded" in refused(capsys, "chat", f"--workdir={run}")
 
 

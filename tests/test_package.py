@@ -213,6 +213,7 @@ def test_the_notebook_has_no_outputs_and_no_paths(
 ) -> None:
   text = notebook.read_text()
   cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+  assert len(cells) == 10
   assert all(c["outputs"] == [] for c in cells)
   assert all(c["execution_count"] is None for c in cells)
   assert not re.search(r"['\"(](/|[A-Z]:\\)", text)

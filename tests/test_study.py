@@ -5,6 +5,7 @@ import html.parser
 import io
 import json
 import pathlib
+import shutil
 import sys
 from collections import Counter
 from typing import Any
@@ -241,6 +242,8 @@ def test_report_of_a_failed_control(folder: pathlib.Path) -> None:
   assert controls >= 4
   assert failed[people["potato:PID-0"]] == (controls, 0)
   assert failed[people["potato:PID-2"]] == (controls, controls)
+  dissenters = {one.token for one in report.annotators if one.dissents}
+  assert dissenters == {people["potato:PID-2"]}
 
 
 def test_report_by_hand(folder: pathlib.Path) -> None:
@@ -280,6 +283,61 @@ def test_report_by_hand(folder: pathlib.Path) -> None:
   assert report.agreement["fluency"].alpha is None
   assert all(pair.tie.value == 100 for pair in report.pairs)
   assert sorted(a.seconds for a in report.annotators if a.seconds) == [7]
+
+
+def test_pairs_by_hand(tmp_path: pathlib.Path) -> None:
+  """Wilson's intervals as of R's prop.test, and Holm's correction."""
+  folder = tmp_path / "study"
+  study_answers.write(small(controls=0), folder)
+  content = study.read(folder, unblinded=True)
+  key = content.key["items"]
+  lost = min(one["example"] for one in key.values())
+
+  def answer(annotator: int, item: str) -> dict[str, Any]:
+    if content.items[item]["part"] == "rating":
+      return dict.fromkeys(study.METRICS, 3)
+    # The first system beats MoEL in all six dialogues, Transformer in five.
+    own = key[item]
+    wins = own["systems"][1] == "MoEL" or own["example"] != lost
+    other = "right" if own["first"] == "left" else "left"
+    return {"choice": own["first"] if wins else other}
+
+  answer_in_potato(content, folder, answer)
+  assert main.main(["study", "import", f"--study={folder}"]) == 0
+  moel, transformer = study_report.report(folder).pairs
+  assert moel.judgements == transformer.judgements == 18
+  assert (moel.win.value, moel.loss.value, moel.tie.value) == (100, 0, 0)
+  # Judgements that all agree cannot tell that they depend on each other: those
+  # are 18 of 18, and 18 / (18 + 1.96^2). The others are worth 5 of 6.
+  for figure, low, high in (
+    (moel.win, 82.4, 100),
+    (moel.loss, 0, 17.6),
+    (transformer.win, 43.6, 97.0),
+    (transformer.loss, 3.0, 56.4),
+  ):
+    assert (figure.low, figure.high) == pytest.approx((low, high), abs=0.05)
+  # Of six signs: 2 / 64 and 2 (1 + 6) / 64; the smaller one counts twice.
+  assert (moel.p_value, moel.p_corrected) == (2 / 64, 4 / 64)
+  assert (transformer.p_value, transformer.p_corrected) == (14 / 64, 14 / 64)
+
+
+@pytest.mark.parametrize("name", ["krippendorff", "statsmodels"])
+def test_a_report_without_its_extra(
+  folder: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+  name: str,
+) -> None:
+  content = study.read(folder, unblinded=True)
+  answer_in_potato(content, folder, planted(content, _QUALITY, 0))
+  argv = ["study", "import", f"--study={folder}"]
+  assert main.main(argv) == 0
+  for module in (name, f"{name}.stats"):  # Which may be imported already.
+    monkeypatch.setitem(sys.modules, module, None)
+  said = refused(capsys, "study", "report", f"--study={folder}")
+  assert said == (
+    f"empdg: {name} is not installed; in a clone: pip install -e '.[study]'"
+  )
 
 
 def test_ids_of_people_become_tokens(
@@ -331,11 +389,7 @@ def test_a_simulated_study_recovers_what_was_planted(
   for seed in range(seeds):
     content = study.build(given, Plan(seed=seed, controls=0.05))
     folder = tmp_path / str(seed)
-    folder.mkdir()
-    for name in ("about", "items", "orders", "key"):
-      file = "study" if name == "about" else name
-      value = getattr(content, name)
-      (folder / f"{file}.json").write_text(json.dumps(value))
+    study_answers.write(content, folder)
     answer_in_potato(content, folder, planted(content, _QUALITY, seed))
     found = [
       a
@@ -343,10 +397,12 @@ def test_a_simulated_study_recovers_what_was_planted(
       for a in study_potato.read_answers(folder / part)
     ]
     study_answers.add(content, folder, found, "potato")
-    lines = study_answers.read(folder)
-    means = study_report.means(content, lines)
-    figures = [means[name]["empathy"] for name in SYSTEMS]
+    report = study_report.report(folder)
+    shutil.rmtree(folder)
+    figures = [report.means[name]["empathy"] for name in SYSTEMS]
     ordered += figures[0].value > figures[1].value > figures[2].value
+    assert [pair.systems[1] for pair in report.pairs] == [*SYSTEMS[1:]]
+    assert all(pair.win.value > pair.loss.value for pair in report.pairs)
     for name, figure in zip(SYSTEMS, figures, strict=True):
       assert figure.low is not None
       assert figure.high is not None
@@ -405,6 +461,17 @@ def test_texts_are_escaped(tmp_path: pathlib.Path) -> None:
 )
 def test_cells_are_no_formulas(said: str) -> None:
   assert study_platforms.cell(said) == "'" + said
+
+
+def test_the_csv_of_mturk_has_no_formulas(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """Whatever an item's page begins with."""
+  content = small()
+  monkeypatch.setattr(study_pages, "item", lambda shown: f"={shown['part']}")
+  order = content.orders["rating"][0]
+  rows = csv.DictReader(io.StringIO(study_platforms.mturk_csv(content, order)))
+  assert {row["text"] for row in rows} == {"'=rating"}
 
 
 def test_mturk_and_label_studio_come_back(folder: pathlib.Path) -> None:

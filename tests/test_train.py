@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import rich.console
-from helpers import run_training
+from helpers import damage, refused, run_training
 
 from empdg_jax import config as config_lib
 from empdg_jax.config import TEXT_RULES, Config, InputError, SaveError
@@ -265,6 +266,22 @@ def test_refuses_checkpoints_of_other_shapes(
   (copied / "config.json").write_text(config_lib.to_json(other))
   with pytest.raises(InputError, match="needs"):
     loop.train(other, copied)
+
+
+def test_refuses_a_run_without_a_whole_checkpoint(
+  trained: tuple[Config, pathlib.Path],
+  tmp_path: pathlib.Path,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  copied = shutil.copytree(trained[1], tmp_path / "run")
+  latest = copied / "checkpoints" / "latest"
+  steps = sorted(latest.iterdir())
+  assert len(steps) == 3
+  for step in steps:
+    damage(step / "params")
+  said = refused(capsys, "train", f"--workdir={copied}")
+  assert said.startswith(f"empdg: {latest}/24: damaged")
+  assert sorted(latest.iterdir()) == steps
 
 
 def test_refuses_checkpoints_of_an_unknown_run(

@@ -34,6 +34,8 @@ OFFICIAL_URL = (
   "https://dl.fbaipublicfiles.com/parlai/empatheticdialogues/"
   "empatheticdialogues.tar.gz"
 )
+# How long the server of the official archive may take to answer.
+_ANSWER_SECONDS = 15
 _HEADER = "conv_id,utterance_idx,context,prompt,speaker_idx,utterance"
 
 
@@ -118,7 +120,8 @@ def read_source(path: pathlib.Path) -> Mapping[str, bytes]:
   """Returns the CSV file of each split in an archive or a folder.
 
   Raises:
-    InputError: The path is neither, or a split is missing.
+    InputError: The path is neither, a split is missing, or a member of the
+      archive is a link, a device or outside it.
   """
   files = {}
   with storage.errors(
@@ -143,9 +146,12 @@ def read_source(path: pathlib.Path) -> Mapping[str, bytes]:
           # By name in whatever folder: re-packed archives differ in layout.
           name = pathlib.PurePosixPath(member.name)
           split = name.name.removesuffix(".csv")
-          plain = member.isreg() and not member.issparse()
+          plain = member.isdir() or (member.isreg() and not member.issparse())
           if name.is_absolute() or ".." in name.parts or not plain:
-            continue
+            raise InputError(
+              f"{path}: holds {member.name!r:.80}, which is no plain file "
+              "inside the archive; pack the CSV files anew"
+            )
           if split in SPLITS and (content := archive.extractfile(member)):
             files[split] = content.read()
   for split in SPLITS:
@@ -155,7 +161,7 @@ def read_source(path: pathlib.Path) -> Mapping[str, bytes]:
 
 
 def _check_connection() -> None:
-  """Checks that the official archive can be reached, within 15 s.
+  """Checks that the official archive can be reached, within a deadline.
 
   Raises:
     InputError: It cannot.
@@ -167,7 +173,7 @@ def _check_connection() -> None:
     request = urllib.request.Request(OFFICIAL_URL, method="HEAD")
     try:
       # Our own constant, of the scheme https.
-      urllib.request.urlopen(request, timeout=15).close()  # nosec B310
+      urllib.request.urlopen(request, timeout=_ANSWER_SECONDS).close()  # nosec B310
     except urllib.error.HTTPError:
       pass  # It answered; TFDS reports what is wrong with the file.
     except OSError as error:
@@ -176,7 +182,7 @@ def _check_connection() -> None:
   # In a thread, since no timeout bounds the search for the server's address.
   thread = threading.Thread(target=connect, daemon=True)
   thread.start()
-  thread.join(15)
+  thread.join(_ANSWER_SECONDS)
   if thread.is_alive() or failures:
     why = storage.first_line(failures[0]) if failures else "no connection"
     raise InputError(

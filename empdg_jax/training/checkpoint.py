@@ -400,11 +400,13 @@ class Checkpoints:
   def _set_aside(self, checkpoint: Selected) -> None:
     """Moves a checkpoint to where no manager finds it."""
     folder = epath.Path(self.folder(checkpoint))
-    to = epath.Path(self._root / "damaged" / str(checkpoint.step))
+    aside = self._root / "damaged"
+    to = epath.Path(aside / str(checkpoint.step))
     with storage.errors(f"{folder}: cannot move to {to}", InputError):
       if to.exists():
         to.rmtree()
-      to.parent.mkdir(parents=True, exist_ok=True)
+      # A bucket has a folder, into which to move, only once it holds a file.
+      storage.write_text(aside / "README", "Damaged; delete at will.\n")
       folder.rename(to)
 
   def restore_params(
