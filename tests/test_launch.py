@@ -106,6 +106,8 @@ def test_bad_flags(cloud: Cloud, line: str, message: str) -> None:
     ("--type=v4-8", "tpu-ubuntu2204-base", 4, False),
     ("--type=v4-8 --runtime=mine", "mine", 4, False),
     ("--type=v4-16", "tpu-ubuntu2204-base", 8, True),
+    # Two devices a chip, which the type counts.
+    ("--type=tpu7x-16 --runtime=mine", "mine", 16, True),
   ],
 )
 def test_slice_types(
@@ -153,7 +155,10 @@ def test_tpu_pod_dry_run(cloud: Cloud) -> None:
   status, output, errors = cloud.run(f"tpu_pod.sh run {SLICE} {flags}")
   assert (status, errors, cloud.calls()) == (0, "", [])
   lines = output.splitlines()
-  assert "# Quota: 16 v5litepod chips, on-demand, of " in output
+  assert (
+    "# Quota of tpu.googleapis.com in us-west4-a for 1 x v5litepod-16: "
+    "TPUV5sLitepodPerProjectPerZoneForTPUAPI"
+  ) in lines
   assert (
     "gcloud compute tpus queued-resources create pod --node-id=pod "
     "--zone=us-west4-a --project=p --accelerator-type=v5litepod-16 "
@@ -318,16 +323,31 @@ def send(process: subprocess.Popen[str], number: signal.Signals) -> None:
   (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
 
 
-def test_ctrl_c_ends_run(cloud: Cloud) -> None:
-  """Whatever status gcloud ends with."""
+@pytest.mark.parametrize(
+  ("number", "status"),
+  [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+)
+def test_a_signal_ends_run(
+  cloud: Cloud, number: signal.Signals, status: int
+) -> None:
+  """Whatever status gcloud ends with; training goes on, and the slice too."""
   (cloud.folder / "bin" / "gcloud").write_text(
-    '#!/bin/sh\ncase "$*" in *describe*) echo ACTIVE; exit;; esac\n'
+    '#!/bin/sh\ncase "$*" in *describe*) echo ACTIVE; exit;; '
+    "*delete*) : > deleted; exit;; esac\n"
     'trap "exit 1" INT\n: > called\nsleep 9 > /dev/null & wait\n'
   )
-  process = cloud.start(f"tpu_pod.sh run {SLICE}")
+  line = f"tpu_pod.sh run {SLICE} --delete_at_end --project=p"
+  process = cloud.start(f"{line} --skip_checks")
   wait_for_files(cloud.folder / "called")
-  send(process, signal.SIGINT)
-  assert process.wait(timeout=5) == 130
+  send(process, number)
+  assert process.wait(timeout=5) == status
+  assert process.stdout
+  (line,) = process.stdout.read().splitlines()
+  assert line == (
+    "Billed from its grant until it is deleted: 1 x v5litepod-16 as pod in "
+    "us-west4-a: tpu_pod.sh delete --name=pod --zone=us-west4-a --project=p"
+  )
+  assert not (cloud.folder / "deleted").exists()
 
 
 def test_status_and_stop(cloud: Cloud) -> None:
@@ -655,11 +675,17 @@ def test_strict_stand_ins(cloud: Cloud) -> None:
   for line, status in (
     (f"{create} {kind} --node-id=a --spot", 0),
     (f"{create} {kind} --node-id=a --sopt", 2),
+    (f"{create} --runtime-version=r --node-id=a", 2),
+    (f"{create} --accelerator-type=v4-8 --node-id=a", 2),
+    (f"{create} {kind} --node-id=a".replace("--zone=us-west4-a", ""), 2),
+    ("gcloud compute tpus queued-resources delete a --quiet", 2),
+    ("gcloud compute tpus tpu-vm scp a b: --worker=all", 2),
+    ("kubectl apply --wait", 2),
     (f"{create} {kind} --node-id=a --zone=west", 2),
     (f"{create} {kind} --node-id=a --node-count=2", 2),
     (f"{create} {kind} --node-count=1", 2),
     (f"{create} {kind} --node-id=a --max-run-duration=3h", 2),
-    ("gcloud compute tpus tpu-vm ssh a --node=all", 2),
+    ("gcloud compute tpus tpu-vm ssh a --zone=us-west4-a --node=all", 2),
     ("kubectl delete job a --cascade=yes", 2),
     ("kubectl annotate job a", 2),
   ):
@@ -711,6 +737,36 @@ def test_hours_in_the_queue_count(cloud: Cloud) -> None:
   assert output.endswith("Deleted pod: nothing is billed any more\n")
 
 
+def test_saves_when_the_hours_are_over(cloud: Cloud) -> None:
+  """It waits until no worker trains before it deletes the slice."""
+  cloud.env["SECONDS"] = "3600"
+  line = f"tpu_pod.sh run {SLICE} --delete_at_end --max_hours=1"
+  probes = f"{RUNNING} probe!255 probe=75,running probe=75,75"
+  play = f"{NEW} stop!255 probe!255 stop {probes} delete"
+  status, output, errors = cloud.follow(line, play)
+  assert status == 1
+  assert "reached --max_hours=1; training saves and stops" in errors
+  assert output.endswith("Deleted pod: nothing is billed any more\n")
+
+
+def test_training_that_does_not_stop(cloud: Cloud) -> None:
+  cloud.env["SECONDS"] = "3600"
+  line = f"tpu_pod.sh run {SLICE} --delete_at_end --max_hours=1"
+  play = f"{NEW} stop {f'{RUNNING} ' * 60} delete"
+  status, _, errors = cloud.follow(line, play)
+  assert status == 1
+  assert "training has not stopped" in errors
+
+
+def test_a_slice_that_cannot_be_deleted(cloud: Cloud) -> None:
+  line = f"tpu_pod.sh run {SLICE} --delete_at_end"
+  status, output, errors = cloud.follow(line, f"{NEW} {DONE} delete!1")
+  assert status == 0
+  assert "failed with status 1: gcloud" in errors
+  assert "Deleted pod" not in output
+  assert output.splitlines()[-1].startswith("Billed from its grant until it")
+
+
 def test_deletes_when_given_up(cloud: Cloud) -> None:
   line = f"tpu_pod.sh run {SLICE} --delete_at_end --max_restarts=0"
   play = f"{NEW} ACTIVE probe=1,1 delete"
@@ -728,9 +784,10 @@ def test_checks_before_it_queues(
   cloud: Cloud, fails: str, message: str
 ) -> None:
   (cloud.folder / f"{fails}-fails").touch()
-  status, _, errors = cloud.run(f"tpu_pod.sh run {SLICE}")
-  assert status == 2
-  assert message in errors
+  for more in ("", " --detach"):
+    status, output, errors = cloud.run(f"tpu_pod.sh run {SLICE}{more}")
+    assert (status, output) == (2, "")
+    assert message in errors
   assert cloud.calls("create") == []
   line = f"tpu_pod.sh create {SLICE} --skip_checks"
   assert cloud.run(line).status == 0
@@ -754,6 +811,54 @@ def test_other_commands_on_the_slice(cloud: Cloud) -> None:
   assert cloud.follow(line, "probe=none train").status == 0
   command = cloud.calls("train")[0][-1].replace("\\", "")
   assert "launch/train.sh evaluate --workdir=gs://b/run" in command
+  export = f"tpu_pod.sh export {SLICE} -- --out=gs://b/e"
+  assert cloud.follow(export, "train").status == 0  # A call of train.sh.
+  call = cloud.calls()[-1]
+  assert "--worker=0" in call
+  assert call[-1] == (
+    "--command=cd empdg && JAX_PLATFORMS=cpu launch/train.sh export "
+    "--workdir=gs://b/run --out=gs://b/e"
+  )
+
+
+def test_other_commands_on_several_slices(cloud: Cloud) -> None:
+  """All hosts of all slices evaluate; one host exports."""
+  slices = f"{SLICE} --slices=2"
+  evaluate = f"tpu_pod.sh evaluate {slices}"
+  assert cloud.follow(evaluate, "probe=none train").status == 0
+  (call,) = cloud.calls("train")
+  assert {"--node=all", "--worker=all"} <= set(call)
+  assert "--coordinator_address=auto" in call[-1]
+  export = f"tpu_pod.sh export {slices} -- --out=e"
+  assert cloud.follow(export, "train").status == 0
+  call = cloud.calls()[-1]
+  assert {"--node=0", "--worker=0"} <= set(call)
+  assert "--node=all" not in call
+
+
+def test_internal_addresses(cloud: Cloud) -> None:
+  line = f"tpu_pod.sh run {SLICE} --internal_ips"
+  assert cloud.follow(line, f"{NEW} {DONE}").status == 0
+  for verb in ("ssh", "scp", "setup", "train", "probe"):
+    assert cloud.calls(verb)
+    assert all("--internal-ip" in call for call in cloud.calls(verb))
+
+
+@pytest.mark.parametrize(
+  ("flags", "name"),
+  [
+    ("--type=v5litepod-16 --spot", "TPUV5sPreemptibleLitepodPerProject"),
+    ("--type=v5litepod-8", "TPUV5sLitepodServingPerProject"),
+    ("--type=v5p-32", "TPUV5PPerProject"),
+    ("--type=v6e-8 --spot", "TPUV6EPreemptiblePerProject"),
+    ("--type=v6e-8 --reserved", "that of v6e, reserved: https://cloud"),
+    ("--type=v4-8", "that of v4, on-demand: https://cloud"),
+  ],
+)
+def test_quota(cloud: Cloud, flags: str, name: str) -> None:
+  output = cloud.run(f"tpu_pod.sh create {PLACE} {flags} --dry_run").output
+  (said,) = (line for line in output.splitlines() if "# Quota" in line)
+  assert f": {name}" in said
 
 
 @pytest.mark.parametrize(
