@@ -135,7 +135,8 @@ def record(file: pathlib.Path, verb: str, argv: list[str]) -> None:
   names = ("JAX_PLATFORMS", "JAX_LOCAL_DEVICE_IDS", "XLA_FLAGS")
   env = {name: os.environ[name] for name in names if name in os.environ}
   with file.open("a") as records:
-    print(json.dumps({"verb": verb, "argv": argv, "env": env}), file=records)
+    line = {"verb": verb, "argv": argv, "env": env, "pid": os.getpid()}
+    print(json.dumps(line), file=records)
 
 
 def follow(transcript: pathlib.Path, verb: str) -> str:

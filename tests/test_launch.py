@@ -426,6 +426,8 @@ def test_train_tells_of_a_closed_port(cloud: Cloud) -> None:
     ("1 unexpectedly tried to connect with a different incarnation.",
      "id 1 is taken: host 1 was restarted alone, or two processes have"),
     ("Failed to send RPC to coordination service", "host 0 is lost"),
+    ("RegisterTask: Aborted connect attempt as there is a request from a newer "
+     "incarnation.", "id 0 is taken: another process with it has joined"),
     ("Fatal", "this host failed, or another is lost"),
   ],
 )  # fmt: skip
@@ -441,13 +443,14 @@ def test_train_tells_of_a_lost_host(cloud: Cloud, says: str, told: str) -> None:
 
 def test_train_copies_its_log(cloud: Cloud) -> None:
   """Into the run folder, so that it outlives the slice, however it ends."""
+  named = r"/train-%s-\d{8}T\d{6}Z\.log"
   line = "train.sh --workdir=gs://b/run --coordinator_address=auto"
   cloud.env["TPU_WORKER_ID"] = "3"
   for play, says in (("stop", "Stopped and saved"), ("says:Gone", "Gone")):
     ended = cloud.run(f"{line} --play={play}")
     (*_, call) = cloud.calls("storage")
     assert call[:4] == ["gcloud", "storage", "cp", "--quiet"]
-    assert call[-1] == "gs://b/run/train-3.log"
+    assert re.fullmatch("gs://b/run" + named % 3, call[-1])
     stored = (cloud.folder / "stored").read_text()
     assert says in stored
     assert "".join(ended.errors.splitlines()[-1:]) in stored
@@ -459,8 +462,9 @@ def test_train_copies_its_log(cloud: Cloud) -> None:
   (cloud.folder / "disk").mkdir()
   shared = line.replace("gs://b/run", "disk")
   cloud.run(f"{shared} --process_id=1 --play=finish")
-  log = (cloud.folder / "disk" / "train-1.log").read_text()
-  assert "Next: empdg evaluate" in log
+  (log,) = (cloud.folder / "disk").iterdir()
+  assert re.search(named % 1, str(log))
+  assert "Next: empdg evaluate" in log.read_text()
   cloud.run("train.sh --workdir=disk --play=finish")  # Alone, on its own disk.
   assert len(list((cloud.folder / "disk").iterdir())) == 1
 
@@ -469,7 +473,53 @@ def test_a_log_that_cannot_be_copied(cloud: Cloud) -> None:
   (cloud.folder / "storage-fails").touch()
   status, _, errors = cloud.run("train.sh --workdir=gs://b/run --play=finish")
   assert status == 0
-  assert errors == ("train.sh: cannot copy the log to gs://b/run/train-0.log\n")
+  start = "train.sh: cannot copy the log to gs://b/run/train-0-"
+  assert errors.startswith(start)
+  assert len(errors.splitlines()) == 1
+
+
+def test_a_log_without_gcloud(cloud: Cloud) -> None:
+  tools = cloud.folder / "tools"
+  tools.mkdir()
+  names = "basename bash date dirname env grep mkfifo mktemp rm sed tee timeout"
+  for name in names.split():
+    (tools / name).symlink_to(shutil.which(name) or "")
+  cloud.env["PATH"] = str(tools)
+  status, _, errors = cloud.run("train.sh --workdir=gs://b/run --play=finish")
+  assert status == 0
+  (line,) = errors.splitlines()
+  assert line.startswith("train.sh: the output is not copied to gs://b/run/tra")
+  assert line.endswith(": no gcloud here")
+
+
+def test_a_log_is_copied_while_training_runs(cloud: Cloud) -> None:
+  """A machine that is lost says nothing more."""
+  cloud.env["EMPDG_LOG_COPY_SECONDS"] = "1"
+  process = cloud.start("train.sh --workdir=gs://b/run --play=wait")
+  wait_until(lambda: len(cloud.calls("storage")) >= 2, "two copies")
+  send(process, signal.SIGTERM)
+  assert finish(process, seconds=10).status == 75
+  assert len({call[-1] for call in cloud.calls("storage")}) == 1
+  assert "Stopped and saved" in (cloud.folder / "stored").read_text()
+
+
+@pytest.mark.parametrize("seconds", ["1", "60"])
+def test_copies_end_with_a_killed_script(cloud: Cloud, seconds: str) -> None:
+  """They hold no lock, which would tell that training still runs."""
+  cloud.env["EMPDG_LOG_COPY_SECONDS"] = seconds
+  train = f"{LAUNCH}/train.sh --workdir=gs://b/run --play=wait"
+  process = cloud.shell(f"exec 3> lock; flock 3; exec {train}")
+  wait_for_files(cloud.folder / "empdg-0")
+  (started,) = cloud.empdg()
+  process.kill()  # `empdg` goes on, and holds the lock.
+  process.wait()
+  tries = "flock -n lock true"
+  assert finish(cloud.shell(tries)).status == 1
+  os.kill(started["pid"], signal.SIGTERM)
+  wait_until(lambda: not finish(cloud.shell(tries)).status, "the lock", 5)
+  copies = len(cloud.calls("storage"))
+  time.sleep(2.5)
+  assert len(cloud.calls("storage")) <= copies + 1
 
 
 def test_train_runs_other_commands(cloud: Cloud) -> None:
@@ -587,14 +637,21 @@ def test_local_pod_dry_run(cloud: Cloud) -> None:
 
 
 @pytest.mark.parametrize(
-  ("topology", "per_host", "hosts"),
-  [("4x4", 4, 4), ("2x4", 8, 1), ("2x2x4", 4, 4), ("16x16", 4, 64)],
+  ("topology", "per_host", "hosts", "accelerator"),
+  [
+    ("4x4", 4, 4, "tpu-v5-lite-podslice"),
+    ("2x4", 8, 1, "tpu-v5-lite-podslice"),
+    ("2x2x4", 4, 4, "tpu-v5p-slice"),
+    ("16x16", 4, 64, "tpu-v6e-slice"),
+    ("2x2x4", 4, 4, "tpu7x"),
+  ],
 )
 def test_gke_manifest(
-  cloud: Cloud, topology: str, per_host: int, hosts: int
+  cloud: Cloud, topology: str, per_host: int, hosts: int, accelerator: str
 ) -> None:
   status, output, errors = cloud.run(
     f"gke.sh manifest --name=pod --topology={topology} "
+    f"--accelerator={accelerator} "
     f"--chips_per_host=0{per_host} --image=image:1 --workdir=gs://b/run "
     '--service-account=writer --max_restarts=5 -- "--config.x=it\'s"'
   )
@@ -614,7 +671,7 @@ def test_gke_manifest(
   assert spec["backoffLimit"] == 5 * hosts
   assert spec["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
   assert pod["nodeSelector"] == {
-    "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+    "cloud.google.com/gke-tpu-accelerator": accelerator,
     "cloud.google.com/gke-tpu-topology": topology,
   }
   for document in (service, job):
@@ -639,8 +696,10 @@ def test_gke_manifest(
   assert container["image"] == "image:1"
   assert container["resources"]["limits"] == {"google.com/tpu": per_host}
   several = ["--coordinator_address=auto"] if hosts > 1 else []
+  # A chip of tpu7x is two devices to JAX.
+  devices = hosts * per_host * (2 if accelerator == "tpu7x" else 1)
   assert container["args"] == [
-    f"--config=configs/pod.py:{hosts * per_host}", "--workdir=gs://b/run",
+    f"--config=configs/pod.py:{devices}", "--workdir=gs://b/run",
     *several, "--config.x=it's",
   ]  # fmt: skip
   rules = spec["podFailurePolicy"]["rules"]
@@ -970,9 +1029,9 @@ def test_slurm_step(
     ]  # fmt: skip
   assert cloud.calls() == []
   assert cloud.run(SLURM).status == 0
-  assert cloud.records() == [
-    {"verb": "srun", "argv": expected, "env": variables}
-  ]
+  (call,) = cloud.records()
+  assert (call["verb"], call["argv"]) == ("srun", expected)
+  assert call["env"] == variables
 
 
 def test_slurm_directives() -> None:
