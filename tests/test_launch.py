@@ -186,23 +186,31 @@ def test_setup_sends_head(cloud: Cloud) -> None:
   assert copy[6:] == ["pod:", "--zone=us-west4-a", "--worker=all"]
 
 
+def with_python_that_refuses(cloud: Cloud) -> pathlib.Path:
+  """Makes Python externally managed; returns the file of its calls."""
+  said = cloud.folder / "python"
+  helpers.write_executable(
+    cloud.folder / "bin" / "python3",
+    f'#!/bin/sh\necho "$*" >> {said}\n'
+    'case "$*" in *break-system-packages*) ;;\n'
+    "*--user*) echo externally-managed-environment >&2; exit 1;; esac\n",
+  )
+  return said
+
+
 def test_setup_where_pip_refuses(cloud: Cloud) -> None:
   """An externally managed Python gets `uv` all the same."""
   worker = cloud.folder / "worker"
   worker.mkdir()
   with tarfile.open(worker / "empdg.tar.gz", "w:gz"):
     pass
-  helpers.write_executable(
-    cloud.folder / "bin" / "python3",
-    f'#!/bin/sh\necho "$*" >> {cloud.folder}/python\n'
-    'case "$*" in *break-system-packages*) ;;\n'
-    "*--user*) echo externally-managed-environment >&2; exit 1;; esac\n",
-  )
+  said = with_python_that_refuses(cloud)
   status, _, errors = cloud.run(f"tpu_pod.sh setup {SLICE}")
   assert (status, errors) == (0, "")
-  said = (cloud.folder / "python").read_text().splitlines()
-  assert said[1].endswith("--user --break-system-packages uv")
-  assert "uv pip install" in said[-1]
+  first, second, *_, last = said.read_text().splitlines()
+  assert first.endswith("pip install --quiet --user uv")
+  assert second.endswith("--user --break-system-packages uv")
+  assert "uv pip install" in last
 
 
 RUNNING = "probe=running,running"
@@ -1068,6 +1076,16 @@ def test_sky_task() -> None:
   assert SKY["envs"]["WORKDIR"] is None  # Required.
   devices = SKY["num_nodes"] * int(SKY["resources"]["accelerators"][-1])
   assert SKY["envs"]["CONFIG"] == f"configs/pod.py:{devices}"
+
+
+def test_sky_setup_where_pip_refuses(cloud: Cloud) -> None:
+  said = with_python_that_refuses(cloud)
+  cloud.env["EXTRAS"] = "cuda,gcs"
+  status, _, errors = finish(cloud.shell(SKY["setup"]))
+  assert (status, errors) == (0, "")
+  _, second, *_, last = said.read_text().splitlines()
+  assert second.endswith("--user --break-system-packages uv")
+  assert last.endswith("-e .[cuda,gcs]")
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
