@@ -51,8 +51,8 @@
 #   --max_hours=0     `run` stops training, which saves, after this many hours,
 #                     those in the queue included; 0 for no limit
 #   --delete_at_end   `run` deletes the slice when training has finished, was
-#                     refused or is given up; not after Ctrl-C, `kill`
-#                     or a lost terminal, since training goes on
+#                     refused or is given up; not after Ctrl-C, `kill` or a
+#                     lost terminal, since training goes on
 #   --detach          `run` goes on without this terminal, with its output in
 #                     NAME.log; prints how to do that on another machine
 #   --skip_checks     do not check the ssh key and the bucket before `create`
