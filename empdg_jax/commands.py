@@ -124,7 +124,7 @@ def prepare(values: Any) -> None:
 
 
 @contextlib.contextmanager
-def _joined_hosts(values: Any, *, preemptible: bool = False) -> Generator[None]:
+def _joined_hosts(values: Any, **options: Any) -> Generator[None]:
   """Joins the processes of other hosts, if the flags name any.
 
   A failure inside ends this process at once; see `hosts.initialize`.
@@ -135,7 +135,7 @@ def _joined_hosts(values: Any, *, preemptible: bool = False) -> Generator[None]:
     values.coordinator_address,
     values.num_processes,
     values.process_id,
-    preemptible=preemptible,
+    **options,
   )
   with hosts.ending_together():
     yield
@@ -151,7 +151,11 @@ def train(values: Any) -> None:
   """
   config = _config(values)
   workdir = _workdir(values)
-  with _joined_hosts(values, preemptible=True):
+  with _joined_hosts(
+    values,
+    preemptible=True,
+    heartbeat_seconds=config.train.heartbeat_seconds,
+  ):
     _start_jax()
     from empdg_jax.training import loop
 

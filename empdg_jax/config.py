@@ -273,6 +273,8 @@ class TrainConfig:
   # Longest time, in minutes, without an update or for a checkpoint; training
   # then ends with status 1 and stacks-HOST.txt. Six times as long to compile.
   stall_minutes: float = 10.0
+  # Seconds of silence after which a host counts as lost to the others.
+  heartbeat_seconds: int = 60
   # "A:B" traces what JAX does between updates A and B, for TensorBoard; "" for
   # no trace.
   profile_steps: str = ""

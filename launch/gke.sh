@@ -28,7 +28,7 @@
 #                          resume)
 #   --shared_disk          --workdir is a path on a disk that all pods share;
 #                          edit the manifest to mount it
-#   --config=configs/pod.py:CHIPS
+#   --config=configs/pod.py:DEVICES    (a chip of tpu7x is two devices)
 #   --service_account=     Kubernetes service account that can write to the
 #                          bucket
 #   --max_restarts=10      restarts after lost hosts; preemptions do not count
@@ -90,7 +90,9 @@ chips=$((${topology//x/ * }))
   refuse "--topology=$topology has $chips chips, not a multiple of" \
     "--chips_per_host=$chips_per_host"
 hosts=$((chips / chips_per_host))
-: "${config:=configs/pod.py:$chips}"
+devices=$chips
+[[ $accelerator != tpu7x ]] || devices=$((2 * chips))  # Two a chip, to JAX.
+: "${config:=configs/pod.py:$devices}"
 
 kubectl_run() {
   run kubectl ${namespace:+"--namespace=$namespace"} "$@"

@@ -51,7 +51,8 @@
 #   --max_hours=0     `run` stops training, which saves, after this many hours,
 #                     those in the queue included; 0 for no limit
 #   --delete_at_end   `run` deletes the slice when training has finished, was
-#                     refused or is given up; not after Ctrl-C
+#                     refused or is given up; not after Ctrl-C, `kill` or a
+#                     lost terminal, since training goes on
 #   --detach          `run` goes on without this terminal, with its output in
 #                     NAME.log; prints how to do that on another machine
 #   --skip_checks     do not check the ssh key and the bucket before `create`
@@ -100,7 +101,11 @@ need_number 1 slices
   refuse "--labels=$labels: expected KEY=VALUE,... in lowercase"
 [[ $worker == all ]] || need_number 0 worker
 
-trap 'exit 130' INT  # gcloud's own status after Ctrl-C varies.
+# gcloud's own status after Ctrl-C varies, and without a trap the status of a
+# script that a lost terminal or `kill` ends would be 0.
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 several_hosts=
 if [[ -n $type ]]; then
@@ -142,16 +147,16 @@ fi
 place=("--zone=$zone" ${project:+"--project=$project"})
 queued=(gcloud compute tpus queued-resources)
 # A request for several slices has nodes, which only this command knows.
-workers=(gcloud compute tpus tpu-vm) ssh_flags=()
+workers=(gcloud compute tpus tpu-vm) ssh_flags=("${place[@]}")
 if ((slices > 1)); then
-  workers=("${queued[@]}") ssh_flags=(--node=all)
+  workers=("${queued[@]}") ssh_flags+=(--node=all)
 fi
 [[ -z $internal_ips ]] || ssh_flags+=(--internal-ip)
 
 # on_workers WORKER COMMAND: runs a command on one worker, or on `all`.
 on_workers() {
-  run "${workers[@]}" ssh "$name" "${place[@]}" "${ssh_flags[@]}" \
-    "--worker=$1" "--command=$2"
+  run "${workers[@]}" ssh "$name" "${ssh_flags[@]}" "--worker=$1" \
+    "--command=$2"
 }
 
 # get_state DRY_RUN_STATE: sets `state` to the state of the queued resource, or
@@ -189,10 +194,25 @@ get_state_or_retry() {
   done
 }
 
+# Prints the name of the quota that the slice needs, as the API's errors give
+# it; fails where no error has shown it to us.
+quota() {
+  local preemptible=${spot:+Preemptible} small='' quota
+  # Slices of v5e for serving, with up to 8 chips, have a quota of their own.
+  ((chips > 8)) || small=Serving
+  case $generation$reserved in
+    v5litepod) quota=TPUV5s${preemptible}Litepod$small ;;
+    v5p) quota=TPUV5P$preemptible ;;
+    v6e) quota=TPUV6E$preemptible ;;
+    *) return 1 ;;
+  esac
+  echo "${quota}PerProjectPerZoneForTPUAPI"
+}
+
 # Checks before the slice is queued what would otherwise fail once it bills.
 check() {
   [[ -z $skip_checks ]] || return 0
-  local object=$workdir/.write-check tier=on-demand
+  local object=$workdir/.write-check quota tier=on-demand
   if [[ -n $several_hosts ]]; then
     if [[ -n $dry_run ]]; then
       show ssh-add -l
@@ -213,8 +233,9 @@ check() {
   fi
   [[ -z $spot ]] || tier='preemptible (spot)'
   [[ -z $reserved ]] || tier=reserved
-  echo "# Quota: $((chips * slices)) $generation chips, $tier, of" \
-    "tpu.googleapis.com in $zone"
+  quota=$(quota) ||
+    quota="that of $generation, $tier: https://cloud.google.com/tpu/docs/quota"
+  echo "# Quota of tpu.googleapis.com in $zone for $slices x $type: $quota"
 }
 
 create() {
@@ -272,8 +293,7 @@ setup() {
     echo "$SCRIPT: sending HEAD, without the uncommitted changes" >&2
   fi
   run git -C "$root" archive --format=tar.gz "--output=$archive" HEAD
-  run "${workers[@]}" scp "$archive" "$name:" "${place[@]}" \
-    "${ssh_flags[@]}" --worker=all
+  run "${workers[@]}" scp "$archive" "$name:" "${ssh_flags[@]}" --worker=all
   [[ -n $dry_run ]] || rm -r "$folder"
   # The images have Python 3.10; `uv` installs 3.12.
   on_workers all "set -e
@@ -374,15 +394,19 @@ resume() {
   train
 }
 
-# Runs a function until it ends or fails; sets `status`.
+# Runs a function until it ends or fails; sets `status`. In the background,
+# since a signal ends this shell only once its foreground command has ended.
 attempt() {
   set +e
   (
     trap 'exit 130' INT
     set -e
     "$@"
-  )
+  ) <&0 &
+  attempted=$!
+  wait "$attempted"
   status=$?
+  attempted=
   set -e
 }
 
@@ -393,6 +417,20 @@ if flock -n train.lock true; then echo "training is not running"
 else kill -TERM "$(cat train.pid)" && echo "asked to save and stop"; fi'
 }
 
+# Stops training, and waits until no worker runs it: half an hour at most with
+# the usual --poll, longer than `empdg` itself waits for a checkpoint.
+stop_and_wait() {
+  local polls=0 asked=''
+  while ((polls < 60)); do
+    [[ -n $asked ]] || ! (stop) || asked=1
+    sleep "$poll"
+    if probe_training 'training=75' && ! any_running; then return; fi
+    polls=$((polls + 1))
+  done
+  echo "$SCRIPT: training has not stopped; it resumes from its latest" \
+    "checkpoint" >&2
+}
+
 # Polls until training has finished (0), its input was bad (2), it must be
 # restarted (75), or --max_hours are over (3).
 watch() {
@@ -400,8 +438,7 @@ watch() {
   while :; do
     if hours_are_over; then
       echo "$SCRIPT: reached --max_hours=$max_hours; training saves and stops" >&2
-      stop
-      sleep "$poll"
+      stop_and_wait
       return 3
     fi
     get_state_or_retry ACTIVE || return "$TEMPORARY"
@@ -508,8 +545,10 @@ detach() {
 at_end() {
   local ended=$?
   trap - EXIT
+  [[ -z ${attempted:-} ]] || kill "$attempted" 2>/dev/null || :
   [[ -z $dry_run ]] || return 0
-  if [[ -n $delete_at_end && $COMMAND == run ]] && ((ended != 130)); then
+  # After a signal, training goes on.
+  if [[ -n $delete_at_end && $COMMAND == run ]] && ((ended < 128)); then
     if (delete); then
       echo "Deleted $name: nothing is billed any more"
       exit "$ended"
@@ -518,7 +557,7 @@ at_end() {
   if [[ ${state:-} != NONE || $ended == 0 ]]; then
     echo "Billed from its grant until it is deleted: $slices x $type" \
       "${spot:+(spot) }as $name in $zone: $SCRIPT delete --name=$name" \
-      "--zone=$zone"
+      "${place[*]}"
   fi
   exit "$ended"
 }
@@ -527,12 +566,13 @@ case $COMMAND in
   wait) wait_until_active ;;
   evaluate) train evaluate ;;
   export)
+    ssh_flags=("${ssh_flags[@]/--node=all/--node=0}")
     on_workers 0 "cd empdg && JAX_PLATFORMS=cpu $(show launch/train.sh export \
       "--workdir=$workdir" ${REST[@]+"${REST[@]}"})"
     ;;
   create | resume | run)
-    [[ -z $detach || $COMMAND != run ]] || detach "$@"
     check
+    [[ -z $detach || $COMMAND != run ]] || detach "$@"
     trap at_end EXIT
     case $COMMAND in
       create) create ;;

@@ -22,12 +22,14 @@
 #   EMPDG           the command to run (default: the clone's .venv/bin/empdg, or
 #                   else empdg)
 #   EMPDG_MEETINGS  how many times the hosts try to connect to each other, two
-#                   minutes each (default: 5; two tries, and status 2, if
-#                   nothing answers at the first host's port)
-#   EMPDG_LOG_COPY  file or gs:// object to which the output is copied when the
-#                   command ends (default: train-N.log in the run folder, N
-#                   being the host, if that is in a bucket or of several hosts;
-#                   "none" for no copy)
+#                   minutes each (default: 5; two tries, and status 2, if a
+#                   firewall closes the first host's port)
+#   EMPDG_LOG_COPY  file or gs:// object to which the output is copied, every
+#                   five minutes and when the command ends (default:
+#                   train-N-TIME.log in the run folder, N being the host and
+#                   TIME the start in UTC, if that is in a bucket or of several
+#                   hosts; "none" for no copy)
+#   EMPDG_LOG_COPY_SECONDS  time between copies (default: 300)
 #
 # examples:
 #   launch/train.sh --config=configs/quickstart.py --workdir=runs/quickstart
@@ -70,7 +72,44 @@ fi
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-mkfifo "$folder/pipe"
+mkfifo "$folder/pipe" "$folder/end"
+
+number=$(sed -n 's/^--process_id=//p' \
+  <<<"$(printf '%s\n' ${arguments[@]+"${arguments[@]}"})")
+: "${number:=${TPU_WORKER_ID:-${JOB_COMPLETION_INDEX:-${SLURM_PROCID:-0}}}}"
+
+# The output must outlive the machine, which may be lost at any time.
+copy=${EMPDG_LOG_COPY:-}
+if [[ -z $copy && -n $workdir ]] &&
+  [[ $workdir == gs://* || -n $several_hosts ]]; then
+  copy=$workdir/$subcommand-$number-$(date -u +%Y%m%dT%H%M%SZ).log
+fi
+if [[ $copy == none ]]; then copy=; fi
+if [[ $copy == gs://* ]] && ! command -v gcloud >/dev/null; then
+  echo "$SCRIPT: the output is not copied to $copy: no gcloud here" >&2
+  copy=
+fi
+
+copy_log() {
+  case $copy in
+    gs://*) timeout 60 gcloud storage cp --quiet "$folder/log" "$copy" ;;
+    # A run that was refused has no folder.
+    *) [[ ! -d $(dirname "$copy") ]] || cp "$folder/log" "$copy" ;;
+  esac
+}
+
+# Copies until a line in this pipe tells it to end, or this script is killed; a
+# `sleep` would go on. It must not hold the lock of tpu_pod.sh, which is open
+# as 3: that tells whether training runs.
+exec 9<>"$folder/end"
+copier=
+if [[ -n $copy ]]; then
+  while ! read -r -t "${EMPDG_LOG_COPY_SECONDS:-300}" -u 9 _ &&
+    kill -0 $$ 2>/dev/null; do
+    copy_log || :
+  done >/dev/null 2>&1 3>&- &
+  copier=$!
+fi
 
 # A scheduler may send SIGTERM to this process only, so forward it. (If the
 # signal reaches all processes, `empdg` ignores the second one.) Ctrl-C reaches
@@ -156,11 +195,15 @@ resumed_step() {
 lost_host() {
   local log=$folder/log found
   local joined='([0-9]+) unexpectedly tried to connect with a different'
+  local early='connect attempt as there is a request from a newer incarnation'
   local silent='stopped sending heartbeats[^0-9]*([^ ]*task:)?([0-9]+)'
   if [[ $(grep -m 1 -E "$joined" "$log") =~ $joined ]]; then
     found=${BASH_REMATCH[1]}
     echo "id $found is taken: host $found was restarted alone, or two" \
       "processes have --process_id=$found"
+  elif grep -q "$early" "$log"; then
+    echo "id $number is taken: another process with it has joined after this" \
+      "one; give each process its own"
   elif [[ $(tr '\n' ' ' <"$log") =~ $silent ]]; then
     echo "host ${BASH_REMATCH[2]} is lost"
   elif grep -qE 'Failed to send RPC to coord|UNAVAILABLE' "$log"; then
@@ -184,23 +227,10 @@ elif [[ -n $several_hosts && $subcommand == train ]] &&
   status=1
 fi
 
-# The output must outlive the machine.
-copy=${EMPDG_LOG_COPY:-}
-number=$(sed -n 's/^--process_id=//p' \
-  <<<"$(printf '%s\n' ${arguments[@]+"${arguments[@]}"})")
-: "${number:=${TPU_WORKER_ID:-${JOB_COMPLETION_INDEX:-${SLURM_PROCID:-0}}}}"
-if [[ -z $copy && ($workdir == gs://* || -n $several_hosts && -d $workdir) ]]
-then
-  copy=$workdir/$subcommand-$number.log
+if [[ -n $copier ]]; then
+  echo >&9
+  wait "$copier" || :
+  copy_log >/dev/null 2>&1 ||
+    echo "$SCRIPT: cannot copy the log to $copy" >&2
 fi
-case $copy in
-  '' | none) ;;
-  gs://*)
-    if command -v gcloud >/dev/null; then
-      timeout 60 gcloud storage cp --quiet "$folder/log" "$copy" \
-        >/dev/null 2>&1 || echo "$SCRIPT: cannot copy the log to $copy" >&2
-    fi
-    ;;
-  *) cp "$folder/log" "$copy" || : ;;
-esac
 exit "$status"

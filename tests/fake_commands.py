@@ -67,6 +67,13 @@ FLAGS: dict[str, dict[str, str | None]] = {
   },
 }  # fmt: skip
 
+# The flags without which they refuse, or ask what a script cannot answer.
+REQUIRED = {
+  "gcloud compute tpus": {"zone"},
+  "gcloud " + _QUEUED + "create": {"accelerator-type", "runtime-version"},
+  "kubectl apply": {"filename"},
+}
+
 
 def check(name: str, argv: list[str]) -> None:
   """Exits with 2 unless the real command knows all of these arguments."""
@@ -74,12 +81,14 @@ def check(name: str, argv: list[str]) -> None:
   found = [c for c in FLAGS if f"{line} ".startswith(f"{c} ")]
   if not found:
     sys.exit(print(f"{name}: no such command: {line}", file=sys.stderr) or 2)
-  flags = FLAGS[max(found, key=len)]
+  command = max(found, key=len)
+  flags, given = FLAGS[command], set()
   for argument in argv:
     if not argument.startswith("-") or argument == "-":
       continue
     flag, equals, value = argument.lstrip("-").partition("=")
     flag = {"f": "filename"}.get(flag, flag)
+    given.add(flag)
     known = flag in flags
     pattern = flags.get(flag)
     if known and flag != "command" and flag != "filename":
@@ -88,11 +97,14 @@ def check(name: str, argv: list[str]) -> None:
     if not known:
       print(f"{name}: unrecognized arguments: {argument}", file=sys.stderr)
       sys.exit(2)
-  if found[0].endswith("create"):
-    given = [a for a in argv if a.startswith(("--node-id", "--node-count"))]
-    if len(given) != 1:
-      print("Exactly one of (--node-count | --node-id)", file=sys.stderr)
+  for group, required in REQUIRED.items():
+    if command.startswith(group) and not required <= given:
+      print(f"{name}: required: {required - given}", file=sys.stderr)
       sys.exit(2)
+  nodes = given & {"node-id", "node-count"}
+  if command.endswith("create") and len(nodes) != 1:
+    print("Exactly one of (--node-count | --node-id)", file=sys.stderr)
+    sys.exit(2)
 
 
 # The commands that tpu_pod.sh sends to the workers: verb, and a part of each.
@@ -123,7 +135,8 @@ def record(file: pathlib.Path, verb: str, argv: list[str]) -> None:
   names = ("JAX_PLATFORMS", "JAX_LOCAL_DEVICE_IDS", "XLA_FLAGS")
   env = {name: os.environ[name] for name in names if name in os.environ}
   with file.open("a") as records:
-    print(json.dumps({"verb": verb, "argv": argv, "env": env}), file=records)
+    line = {"verb": verb, "argv": argv, "env": env, "pid": os.getpid()}
+    print(json.dumps(line), file=records)
 
 
 def follow(transcript: pathlib.Path, verb: str) -> str:

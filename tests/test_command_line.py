@@ -51,6 +51,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *argv: str) -> Any:
     (["--config", f"{CONFIGS}/quickstart.py"], "data.source", "sample"),
     ([f"--config={CONFIGS}/pod.py"], "train.batch_size", 256),
     ([f"--config={CONFIGS}/pod.py:16"], "train.batch_size", 512),
+    ([f"--config={CONFIGS}/pod.py:7"], "train.batch_size", 224),
     (["--config", f"{CONFIGS}/pod.py:16"], "train.batch_size", 512),
     (["--config=quickstart"], "data.source", "sample"),
     (["--config=pod:16"], "train.batch_size", 512),

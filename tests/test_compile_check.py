@@ -16,9 +16,11 @@ import helpers
 import jax
 import pytest
 
+from empdg_jax import config as config_lib
 from empdg_jax import main
 from empdg_jax.hardware import chips, compile_check, compile_report
 from empdg_jax.models import registry
+from empdg_jax.parallel import devices
 from empdg_jax.training.train_state import count_parameters
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -226,6 +228,19 @@ def test_words(
     table = said.partition(title)[2]
     row = next(line for line in table.splitlines() if " mle" in line)
     assert "…" not in row
+
+
+def test_a_batch_for_fewer_chips() -> None:
+  """That of 7 divides among 8, with fewer examples a chip: words say so."""
+  config = config_lib.from_file("pod:7")
+  training, evaluation = devices.check_batches(config, 8)
+  assert training == evaluation == 28
+  report = {
+    "step": "mle", "memory": 1.0, "memory_share": 0.5, "least_seconds": 1.0,
+    "utilisation": 0.5, "examples": training, "examples_per_second": 1.0,
+  }  # fmt: skip
+  said, *_ = compile_report.in_words(report, 8, None)
+  assert said.startswith("mle: 224 examples, 28 a chip: ")
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 from etils import epath
-from helpers import refused
+from helpers import refused, wait_until
 from two_hosts import (
   ROOT,
   TINY,
@@ -21,13 +22,16 @@ from two_hosts import (
   wait_for_step,
 )
 
-from empdg_jax.config import Config
+from empdg_jax.config import Config, InputError
+from empdg_jax.training import checkpoint, loop, watchdog
 
 _HANGS = """
 import pathlib, sys, time
 from empdg_jax.training.watchdog import Watchdog
-watchdog = Watchdog(pathlib.Path(sys.argv[1]), 0.5 / 60)
+folder, seconds, before = sys.argv[1:]
+watchdog = Watchdog(pathlib.Path(folder), float(seconds) / 60)
 time.sleep(1)  # Not fed yet: nothing is expected.
+exec(before)
 for _ in range(10):
   watchdog.feed()
   time.sleep(0.1)
@@ -36,10 +40,10 @@ with watchdog.expecting("a checkpoint"):
 """
 
 
-def hang(folder: pathlib.Path) -> str:
+def hang(folder: pathlib.Path, seconds: float = 0.5, before: str = "") -> str:
   """Runs a process whose watchdog ends it; returns its one line."""
   done = subprocess.run(
-    [sys.executable, "-c", _HANGS, folder],
+    [sys.executable, "-c", _HANGS, folder, str(seconds), before],
     env={**os.environ, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
@@ -56,14 +60,62 @@ def hang(folder: pathlib.Path) -> str:
 def test_a_hanging_process_is_ended(tmp_path: pathlib.Path) -> None:
   assert f"are in {tmp_path / 'stacks-0.txt'};" in hang(tmp_path)
   stacks = (tmp_path / "stacks-0.txt").read_text()
-  assert 'File "<string>", line 10' in stacks
+  assert 'File "<string>", line 12' in stacks
   assert stacks.count("most recent call first") >= 2
 
 
 def test_stacks_of_a_folder_that_is_gone(tmp_path: pathlib.Path) -> None:
   line = hang(tmp_path / "missing")
   stacks = pathlib.Path(line.split("are in ")[1].split(";")[0])
-  assert 'File "<string>", line 10' in stacks.read_text()
+  assert 'File "<string>", line 12' in stacks.read_text()
+
+
+# Each takes twice as long as anything else may.
+_COMPILES = {
+  "traces": """
+def slow(x):
+  time.sleep(4)
+  return x + 1
+jax.jit(slow)(1.0)
+""",
+  "compiles": """
+def wait(event, **_):
+  if event == "/jax/compilation_cache/compile_requests_use_cache":
+    time.sleep(4)
+jax.monitoring.register_event_listener(wait)
+jax.jit(lambda x: x + 1)(1.0)
+""",
+  "another host": "watchdog.feed(patient=True); time.sleep(4)\n",
+}
+
+
+@pytest.mark.parametrize("what", _COMPILES)
+def test_a_process_may_compile_for_longer(
+  tmp_path: pathlib.Path, what: str
+) -> None:
+  """And has its usual time after it."""
+  before = "import jax; jax.jit(lambda x: x)(1.0); watchdog.feed()\n"
+  hang(tmp_path, 2, before + _COMPILES[what] + "time.sleep(0.3)")
+
+
+def test_a_start_that_hangs(
+  config: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  ended = []
+  config.train.stall_minutes = 0.1 / 60
+
+  def hang_once(*_: Any, **__: Any) -> None:
+    wait_until(lambda: bool(ended), "the watchdog")
+    raise InputError("enough")
+
+  def end(_: Any, what: str, __: float) -> None:
+    ended.append(what)
+
+  monkeypatch.setattr(watchdog.Watchdog, "_end", end)
+  monkeypatch.setattr(checkpoint, "Checkpoints", hang_once)
+  with pytest.raises(InputError, match="enough"):
+    loop.train(config, tmp_path / "run")
+  assert set(ended) == {"the start"}
 
 
 @pytest.fixture

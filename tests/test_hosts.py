@@ -3,9 +3,11 @@
 Tests that start them are marked `slow`; `make test-slow` runs those.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import socket
@@ -18,7 +20,7 @@ import fake_bucket
 import numpy as np
 import pytest
 from etils import epath
-from helpers import damage
+from helpers import damage, wait_until, write_executable
 from two_hosts import (
   ROOT,
   TINY,
@@ -31,9 +33,10 @@ from two_hosts import (
 )
 
 from empdg_jax import main
-from empdg_jax.config import Config
+from empdg_jax.config import Config, InputError
 from empdg_jax.data import sample_corpus
 from empdg_jax.inference import predictions
+from empdg_jax.parallel import hosts as hosts_lib
 from empdg_jax.training import checkpoint
 from empdg_jax.training.train_state import GENERATOR, TrainState
 
@@ -167,7 +170,7 @@ def test_a_lost_host_ends_the_others(
   hosts[killed].kill()
   lost = time.monotonic()
   _, errors = hosts[1 - killed].communicate(timeout=120)
-  assert time.monotonic() - lost < 120
+  assert time.monotonic() - lost < 50  # Less than JAX's own timeout.
   assert hosts[1 - killed].returncode == 1, errors
   assert "another host is lost" in errors.strip().splitlines()[-1]
   hosts[killed].communicate()
@@ -180,7 +183,7 @@ _ABORTS = """
 import os, sys, threading, time
 from empdg_jax.parallel import hosts
 port, process, ends = sys.argv[1:]
-hosts.initialize(f"127.0.0.1:{port}", 2, int(process))
+hosts.initialize(f"127.0.0.1:{port}", 2, int(process), heartbeat_seconds=5)
 if process == "0":
   time.sleep(1)
   exec(ends)
@@ -210,13 +213,95 @@ def test_what_jax_aborts_ends_with_our_line(ends: str, status: int) -> None:
     )
     for n in range(2)
   ]
+  began = time.monotonic()
   _, errors = other.communicate(timeout=100)
+  assert time.monotonic() - began < 40  # Less than JAX's own timeout.
   assert other.returncode == 1, errors
   last = errors.strip().splitlines()[-1]
   assert last.startswith("empdg: another host is lost (see above); start all")
   _, errors = one.communicate(timeout=100)
   assert one.returncode == status, errors
   assert "another host is lost" not in errors
+
+
+# Stands in for `empdg` below launch/train.sh.
+_JOINS = """
+import sys, time
+from empdg_jax.parallel import hosts
+if sys.argv[1] == "checkpoints":
+  sys.exit(1)
+flags = dict(argument[2:].split("=", 1) for argument in sys.argv[2:])
+address, number = flags["coordinator_address"], int(flags["num_processes"])
+print("joins", flush=True)
+hosts.initialize(address, number, int(flags["process_id"]))
+print("has joined", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["late", "early"])
+def test_id_1_is_taken(tmp_path: pathlib.Path, late: bool) -> None:
+  """Two processes have it, when all hosts have met or still wait for one."""
+  (tmp_path / "joins.py").write_text(_JOINS)
+  command = shlex.join([sys.executable, str(tmp_path / "joins.py")])
+  write_executable(tmp_path / "empdg", f'#!/bin/sh\nexec {command} "$@"\n')
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+
+  def launch(process: int, name: str) -> subprocess.Popen[str]:
+    log = tmp_path / name
+    host = subprocess.Popen(
+      [
+        ROOT / "launch" / "train.sh",
+        f"--coordinator_address=127.0.0.1:{port}",
+        f"--num_processes={2 if late else 3}",
+        f"--process_id={process}",
+      ],
+      stdout=log.open("w"),
+      stderr=subprocess.STDOUT,
+      text=True,
+      start_new_session=True,
+      env={
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "EMPDG": str(tmp_path / "empdg"),
+      },
+    )
+    said = "has joined" if late and name == "one" else "joins"
+    wait_until(lambda: said in log.read_text(), f"{name}: {said}", seconds=60)
+    return host
+
+  hosts = [launch(0, "zero"), launch(1, "one"), launch(1, "other")]
+  try:
+    assert hosts[1].wait(timeout=60) == 1
+    if late:
+      assert hosts[0].wait(timeout=60) == 1
+  finally:
+    for host in hosts:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(host.pid, signal.SIGKILL)
+      host.wait()
+  for name in ("zero", "one") if late else ("one",):
+    last = (tmp_path / name).read_text().strip().splitlines()[-1]
+    assert last.startswith("train.sh: id 1 is taken: "), last
+
+
+def test_silence_after_which_a_host_is_lost(
+  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  given = {}
+
+  def initialize(*_: Any, **options: Any) -> None:
+    given.update(options)
+    raise InputError("enough")
+
+  monkeypatch.setattr(hosts_lib, "initialize", initialize)
+  argv = ["--config=quickstart", "--workdir=runs/none"]
+  assert main.main(["train", *argv, "--config.train.heartbeat_seconds=7"]) == 2
+  assert "enough" in capsys.readouterr().err
+  assert given["heartbeat_seconds"] == 7
 
 
 @pytest.mark.slow
@@ -254,7 +339,7 @@ def test_killed_hosts_start_again_at_once(
       damaged = max(int(p.name) for p in latest.iterdir() if p.name.isdecimal())
       damage(latest / f"{damaged}/params")
     said, _ = finish(start(*argv))
-    assert metrics_of(workdir) == metrics_of(undisturbed_pair[0])
+    assert_equal_run(undisturbed_pair[0], workdir)
   assert "Next: empdg evaluate" in said
   assert "Resuming" in said
   assert ("waiting up to 12 s" in said) == (place == "bucket")
@@ -408,6 +493,7 @@ metric_writer.MetricWriter.write = fail
 )
 def test_a_host_that_fails_ends_both_soon(
   train_argv: tuple[str, ...],
+  undisturbed_pair: tuple[pathlib.Path, list[str]],
   tmp_path: pathlib.Path,
   before: str,
   number: signal.Signals | None,
@@ -415,7 +501,8 @@ def test_a_host_that_fails_ends_both_soon(
   says: str,
 ) -> None:
   workdir = tmp_path / "run"
-  hosts = start(*train_argv, f"--workdir={workdir}", before=before)
+  argv = (*train_argv, f"--workdir={workdir}")
+  hosts = start(*argv, before=before)
   wait_for_step(workdir, 6)
   if number is not None:
     hosts[0].send_signal(number)
@@ -425,6 +512,8 @@ def test_a_host_that_fails_ends_both_soon(
   assert hosts[0].returncode == status, said[0]
   assert says in said[0].splitlines()[-1]
   assert hosts[1].returncode not in (0, None)
+  finish(start(*argv))
+  assert_equal_run(undisturbed_pair[0], workdir)
 
 
 @pytest.mark.slow
@@ -481,7 +570,7 @@ _IMPATIENT = """
 import sys
 from empdg_jax import main
 from empdg_jax.parallel import hosts
-hosts.INITIALIZATION_SECONDS = 1
+hosts.INITIALIZATION_SECONDS = hosts._CONNECT_SECONDS = 1
 sys.exit(main.main(sys.argv[1:]))
 """
 
@@ -501,6 +590,18 @@ def refused_process(*argv: str, **environment: str) -> str:
   return done.stderr.strip().splitlines()[-1]
 
 
+def refused_to_meet(address: str, process: int, folder: pathlib.Path) -> str:
+  """Starts one of two hosts, which the other does not meet."""
+  return refused_process(
+    "train",
+    f"--config={ROOT}/configs/quickstart.py",
+    f"--workdir={folder / 'run'}",
+    f"--coordinator_address={address}",
+    "--num_processes=2",
+    f"--process_id={process}",
+  )
+
+
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_coordinator_that_nobody_answers(
   process: int, tmp_path: pathlib.Path
@@ -509,16 +610,30 @@ def test_a_coordinator_that_nobody_answers(
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
-  said = refused_process(
-    "train",
-    f"--config={ROOT}/configs/quickstart.py",
-    f"--workdir={tmp_path / 'run'}",
-    f"--coordinator_address={address}",
-    "--num_processes=2",
-    f"--process_id={process}",
-  )
-  what = "process 0 cannot be reached" if process else "the hosts have not met"
-  assert f"--coordinator_address={address}: {what}" in said
+  said = refused_to_meet(address, process, tmp_path)
+  assert f"{address}: the hosts have not met within 1 s" in said
+  assert ("Connection refused" in said) == bool(process)
+
+
+def test_a_closed_port(tmp_path: pathlib.Path) -> None:
+  """Packets to it are lost, as beyond a firewall."""
+  with contextlib.ExitStack() as stack:
+    port = stack.enter_context(socket.socket())
+    port.bind(("127.0.0.1", 0))
+    port.listen(0)
+    for _ in range(4):  # More than wait to be accepted.
+      waiting = stack.enter_context(socket.socket())
+      waiting.setblocking(False)
+      waiting.connect_ex(port.getsockname())
+    address = f"127.0.0.1:{port.getsockname()[1]}"
+    said = refused_to_meet(address, 1, tmp_path)
+  assert f"{address}: process 0 cannot be reached at {address}" in said
+
+
+def test_a_name_that_is_not_known_yet() -> None:
+  """As that of a pod whose image is still pulled."""
+  why = hosts_lib._why_not_met("host.invalid:1")
+  assert why.startswith("the hosts have not met within 120 s (at host.invalid:")
 
 
 def test_no_device_of_the_platform(tmp_path: pathlib.Path) -> None:

@@ -106,6 +106,8 @@ def test_bad_flags(cloud: Cloud, line: str, message: str) -> None:
     ("--type=v4-8", "tpu-ubuntu2204-base", 4, False),
     ("--type=v4-8 --runtime=mine", "mine", 4, False),
     ("--type=v4-16", "tpu-ubuntu2204-base", 8, True),
+    # Two devices a chip, which the type counts.
+    ("--type=tpu7x-16 --runtime=mine", "mine", 16, True),
   ],
 )
 def test_slice_types(
@@ -153,7 +155,10 @@ def test_tpu_pod_dry_run(cloud: Cloud) -> None:
   status, output, errors = cloud.run(f"tpu_pod.sh run {SLICE} {flags}")
   assert (status, errors, cloud.calls()) == (0, "", [])
   lines = output.splitlines()
-  assert "# Quota: 16 v5litepod chips, on-demand, of " in output
+  assert (
+    "# Quota of tpu.googleapis.com in us-west4-a for 1 x v5litepod-16: "
+    "TPUV5sLitepodPerProjectPerZoneForTPUAPI"
+  ) in lines
   assert (
     "gcloud compute tpus queued-resources create pod --node-id=pod "
     "--zone=us-west4-a --project=p --accelerator-type=v5litepod-16 "
@@ -181,23 +186,31 @@ def test_setup_sends_head(cloud: Cloud) -> None:
   assert copy[6:] == ["pod:", "--zone=us-west4-a", "--worker=all"]
 
 
+def with_python_that_refuses(cloud: Cloud) -> pathlib.Path:
+  """Makes Python externally managed; returns the file of its calls."""
+  said = cloud.folder / "python"
+  helpers.write_executable(
+    cloud.folder / "bin" / "python3",
+    f'#!/bin/sh\necho "$*" >> {said}\n'
+    'case "$*" in *break-system-packages*) ;;\n'
+    "*--user*) echo externally-managed-environment >&2; exit 1;; esac\n",
+  )
+  return said
+
+
 def test_setup_where_pip_refuses(cloud: Cloud) -> None:
   """An externally managed Python gets `uv` all the same."""
   worker = cloud.folder / "worker"
   worker.mkdir()
   with tarfile.open(worker / "empdg.tar.gz", "w:gz"):
     pass
-  helpers.write_executable(
-    cloud.folder / "bin" / "python3",
-    f'#!/bin/sh\necho "$*" >> {cloud.folder}/python\n'
-    'case "$*" in *break-system-packages*) ;;\n'
-    "*--user*) echo externally-managed-environment >&2; exit 1;; esac\n",
-  )
+  said = with_python_that_refuses(cloud)
   status, _, errors = cloud.run(f"tpu_pod.sh setup {SLICE}")
   assert (status, errors) == (0, "")
-  said = (cloud.folder / "python").read_text().splitlines()
-  assert said[1].endswith("--user --break-system-packages uv")
-  assert "uv pip install" in said[-1]
+  first, second, *_, last = said.read_text().splitlines()
+  assert first.endswith("pip install --quiet --user uv")
+  assert second.endswith("--user --break-system-packages uv")
+  assert "uv pip install" in last
 
 
 RUNNING = "probe=running,running"
@@ -318,16 +331,31 @@ def send(process: subprocess.Popen[str], number: signal.Signals) -> None:
   (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
 
 
-def test_ctrl_c_ends_run(cloud: Cloud) -> None:
-  """Whatever status gcloud ends with."""
+@pytest.mark.parametrize(
+  ("number", "status"),
+  [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+)
+def test_a_signal_ends_run(
+  cloud: Cloud, number: signal.Signals, status: int
+) -> None:
+  """Whatever status gcloud ends with; training goes on, and the slice too."""
   (cloud.folder / "bin" / "gcloud").write_text(
-    '#!/bin/sh\ncase "$*" in *describe*) echo ACTIVE; exit;; esac\n'
+    '#!/bin/sh\ncase "$*" in *describe*) echo ACTIVE; exit;; '
+    "*delete*) : > deleted; exit;; esac\n"
     'trap "exit 1" INT\n: > called\nsleep 9 > /dev/null & wait\n'
   )
-  process = cloud.start(f"tpu_pod.sh run {SLICE}")
+  line = f"tpu_pod.sh run {SLICE} --delete_at_end --project=p"
+  process = cloud.start(f"{line} --skip_checks")
   wait_for_files(cloud.folder / "called")
-  send(process, signal.SIGINT)
-  assert process.wait(timeout=5) == 130
+  send(process, number)
+  assert process.wait(timeout=5) == status
+  assert process.stdout
+  (line,) = process.stdout.read().splitlines()
+  assert line == (
+    "Billed from its grant until it is deleted: 1 x v5litepod-16 as pod in "
+    "us-west4-a: tpu_pod.sh delete --name=pod --zone=us-west4-a --project=p"
+  )
+  assert not (cloud.folder / "deleted").exists()
 
 
 def test_status_and_stop(cloud: Cloud) -> None:
@@ -406,6 +434,8 @@ def test_train_tells_of_a_closed_port(cloud: Cloud) -> None:
     ("1 unexpectedly tried to connect with a different incarnation.",
      "id 1 is taken: host 1 was restarted alone, or two processes have"),
     ("Failed to send RPC to coordination service", "host 0 is lost"),
+    ("RegisterTask: Aborted connect attempt as there is a request from a newer "
+     "incarnation.", "id 0 is taken: another process with it has joined"),
     ("Fatal", "this host failed, or another is lost"),
   ],
 )  # fmt: skip
@@ -421,13 +451,14 @@ def test_train_tells_of_a_lost_host(cloud: Cloud, says: str, told: str) -> None:
 
 def test_train_copies_its_log(cloud: Cloud) -> None:
   """Into the run folder, so that it outlives the slice, however it ends."""
+  named = r"/train-%s-\d{8}T\d{6}Z\.log"
   line = "train.sh --workdir=gs://b/run --coordinator_address=auto"
   cloud.env["TPU_WORKER_ID"] = "3"
   for play, says in (("stop", "Stopped and saved"), ("says:Gone", "Gone")):
     ended = cloud.run(f"{line} --play={play}")
     (*_, call) = cloud.calls("storage")
     assert call[:4] == ["gcloud", "storage", "cp", "--quiet"]
-    assert call[-1] == "gs://b/run/train-3.log"
+    assert re.fullmatch("gs://b/run" + named % 3, call[-1])
     stored = (cloud.folder / "stored").read_text()
     assert says in stored
     assert "".join(ended.errors.splitlines()[-1:]) in stored
@@ -439,8 +470,9 @@ def test_train_copies_its_log(cloud: Cloud) -> None:
   (cloud.folder / "disk").mkdir()
   shared = line.replace("gs://b/run", "disk")
   cloud.run(f"{shared} --process_id=1 --play=finish")
-  log = (cloud.folder / "disk" / "train-1.log").read_text()
-  assert "Next: empdg evaluate" in log
+  (log,) = (cloud.folder / "disk").iterdir()
+  assert re.search(named % 1, str(log))
+  assert "Next: empdg evaluate" in log.read_text()
   cloud.run("train.sh --workdir=disk --play=finish")  # Alone, on its own disk.
   assert len(list((cloud.folder / "disk").iterdir())) == 1
 
@@ -449,7 +481,53 @@ def test_a_log_that_cannot_be_copied(cloud: Cloud) -> None:
   (cloud.folder / "storage-fails").touch()
   status, _, errors = cloud.run("train.sh --workdir=gs://b/run --play=finish")
   assert status == 0
-  assert errors == ("train.sh: cannot copy the log to gs://b/run/train-0.log\n")
+  start = "train.sh: cannot copy the log to gs://b/run/train-0-"
+  assert errors.startswith(start)
+  assert len(errors.splitlines()) == 1
+
+
+def test_a_log_without_gcloud(cloud: Cloud) -> None:
+  tools = cloud.folder / "tools"
+  tools.mkdir()
+  names = "basename bash date dirname env grep mkfifo mktemp rm sed tee timeout"
+  for name in names.split():
+    (tools / name).symlink_to(shutil.which(name) or "")
+  cloud.env["PATH"] = str(tools)
+  status, _, errors = cloud.run("train.sh --workdir=gs://b/run --play=finish")
+  assert status == 0
+  (line,) = errors.splitlines()
+  assert line.startswith("train.sh: the output is not copied to gs://b/run/tra")
+  assert line.endswith(": no gcloud here")
+
+
+def test_a_log_is_copied_while_training_runs(cloud: Cloud) -> None:
+  """A machine that is lost says nothing more."""
+  cloud.env["EMPDG_LOG_COPY_SECONDS"] = "1"
+  process = cloud.start("train.sh --workdir=gs://b/run --play=wait")
+  wait_until(lambda: len(cloud.calls("storage")) >= 2, "two copies")
+  send(process, signal.SIGTERM)
+  assert finish(process, seconds=10).status == 75
+  assert len({call[-1] for call in cloud.calls("storage")}) == 1
+  assert "Stopped and saved" in (cloud.folder / "stored").read_text()
+
+
+@pytest.mark.parametrize("seconds", ["1", "60"])
+def test_copies_end_with_a_killed_script(cloud: Cloud, seconds: str) -> None:
+  """They hold no lock, which would tell that training still runs."""
+  cloud.env["EMPDG_LOG_COPY_SECONDS"] = seconds
+  train = f"{LAUNCH}/train.sh --workdir=gs://b/run --play=wait"
+  process = cloud.shell(f"exec 3> lock; flock 3; exec {train}")
+  wait_for_files(cloud.folder / "empdg-0")
+  (started,) = cloud.empdg()
+  process.kill()  # `empdg` goes on, and holds the lock.
+  process.wait()
+  tries = "flock -n lock true"
+  assert finish(cloud.shell(tries)).status == 1
+  os.kill(started["pid"], signal.SIGTERM)
+  wait_until(lambda: not finish(cloud.shell(tries)).status, "the lock", 5)
+  copies = len(cloud.calls("storage"))
+  time.sleep(2.5)
+  assert len(cloud.calls("storage")) <= copies + 1
 
 
 def test_train_runs_other_commands(cloud: Cloud) -> None:
@@ -567,14 +645,21 @@ def test_local_pod_dry_run(cloud: Cloud) -> None:
 
 
 @pytest.mark.parametrize(
-  ("topology", "per_host", "hosts"),
-  [("4x4", 4, 4), ("2x4", 8, 1), ("2x2x4", 4, 4), ("16x16", 4, 64)],
+  ("topology", "per_host", "hosts", "accelerator"),
+  [
+    ("4x4", 4, 4, "tpu-v5-lite-podslice"),
+    ("2x4", 8, 1, "tpu-v5-lite-podslice"),
+    ("2x2x4", 4, 4, "tpu-v5p-slice"),
+    ("16x16", 4, 64, "tpu-v6e-slice"),
+    ("2x2x4", 4, 4, "tpu7x"),
+  ],
 )
 def test_gke_manifest(
-  cloud: Cloud, topology: str, per_host: int, hosts: int
+  cloud: Cloud, topology: str, per_host: int, hosts: int, accelerator: str
 ) -> None:
   status, output, errors = cloud.run(
     f"gke.sh manifest --name=pod --topology={topology} "
+    f"--accelerator={accelerator} "
     f"--chips_per_host=0{per_host} --image=image:1 --workdir=gs://b/run "
     '--service-account=writer --max_restarts=5 -- "--config.x=it\'s"'
   )
@@ -594,7 +679,7 @@ def test_gke_manifest(
   assert spec["backoffLimit"] == 5 * hosts
   assert spec["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
   assert pod["nodeSelector"] == {
-    "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+    "cloud.google.com/gke-tpu-accelerator": accelerator,
     "cloud.google.com/gke-tpu-topology": topology,
   }
   for document in (service, job):
@@ -619,8 +704,10 @@ def test_gke_manifest(
   assert container["image"] == "image:1"
   assert container["resources"]["limits"] == {"google.com/tpu": per_host}
   several = ["--coordinator_address=auto"] if hosts > 1 else []
+  # A chip of tpu7x is two devices to JAX.
+  devices = hosts * per_host * (2 if accelerator == "tpu7x" else 1)
   assert container["args"] == [
-    f"--config=configs/pod.py:{hosts * per_host}", "--workdir=gs://b/run",
+    f"--config=configs/pod.py:{devices}", "--workdir=gs://b/run",
     *several, "--config.x=it's",
   ]  # fmt: skip
   rules = spec["podFailurePolicy"]["rules"]
@@ -655,11 +742,17 @@ def test_strict_stand_ins(cloud: Cloud) -> None:
   for line, status in (
     (f"{create} {kind} --node-id=a --spot", 0),
     (f"{create} {kind} --node-id=a --sopt", 2),
+    (f"{create} --runtime-version=r --node-id=a", 2),
+    (f"{create} --accelerator-type=v4-8 --node-id=a", 2),
+    (f"{create} {kind} --node-id=a".replace("--zone=us-west4-a", ""), 2),
+    ("gcloud compute tpus queued-resources delete a --quiet", 2),
+    ("gcloud compute tpus tpu-vm scp a b: --worker=all", 2),
+    ("kubectl apply --wait", 2),
     (f"{create} {kind} --node-id=a --zone=west", 2),
     (f"{create} {kind} --node-id=a --node-count=2", 2),
     (f"{create} {kind} --node-count=1", 2),
     (f"{create} {kind} --node-id=a --max-run-duration=3h", 2),
-    ("gcloud compute tpus tpu-vm ssh a --node=all", 2),
+    ("gcloud compute tpus tpu-vm ssh a --zone=us-west4-a --node=all", 2),
     ("kubectl delete job a --cascade=yes", 2),
     ("kubectl annotate job a", 2),
   ):
@@ -711,6 +804,36 @@ def test_hours_in_the_queue_count(cloud: Cloud) -> None:
   assert output.endswith("Deleted pod: nothing is billed any more\n")
 
 
+def test_saves_when_the_hours_are_over(cloud: Cloud) -> None:
+  """It waits until no worker trains before it deletes the slice."""
+  cloud.env["SECONDS"] = "3600"
+  line = f"tpu_pod.sh run {SLICE} --delete_at_end --max_hours=1"
+  probes = f"{RUNNING} probe!255 probe=75,running probe=75,75"
+  play = f"{NEW} stop!255 probe!255 stop {probes} delete"
+  status, output, errors = cloud.follow(line, play)
+  assert status == 1
+  assert "reached --max_hours=1; training saves and stops" in errors
+  assert output.endswith("Deleted pod: nothing is billed any more\n")
+
+
+def test_training_that_does_not_stop(cloud: Cloud) -> None:
+  cloud.env["SECONDS"] = "3600"
+  line = f"tpu_pod.sh run {SLICE} --delete_at_end --max_hours=1"
+  play = f"{NEW} stop {f'{RUNNING} ' * 60} delete"
+  status, _, errors = cloud.follow(line, play)
+  assert status == 1
+  assert "training has not stopped" in errors
+
+
+def test_a_slice_that_cannot_be_deleted(cloud: Cloud) -> None:
+  line = f"tpu_pod.sh run {SLICE} --delete_at_end"
+  status, output, errors = cloud.follow(line, f"{NEW} {DONE} delete!1")
+  assert status == 0
+  assert "failed with status 1: gcloud" in errors
+  assert "Deleted pod" not in output
+  assert output.splitlines()[-1].startswith("Billed from its grant until it")
+
+
 def test_deletes_when_given_up(cloud: Cloud) -> None:
   line = f"tpu_pod.sh run {SLICE} --delete_at_end --max_restarts=0"
   play = f"{NEW} ACTIVE probe=1,1 delete"
@@ -728,9 +851,10 @@ def test_checks_before_it_queues(
   cloud: Cloud, fails: str, message: str
 ) -> None:
   (cloud.folder / f"{fails}-fails").touch()
-  status, _, errors = cloud.run(f"tpu_pod.sh run {SLICE}")
-  assert status == 2
-  assert message in errors
+  for more in ("", " --detach"):
+    status, output, errors = cloud.run(f"tpu_pod.sh run {SLICE}{more}")
+    assert (status, output) == (2, "")
+    assert message in errors
   assert cloud.calls("create") == []
   line = f"tpu_pod.sh create {SLICE} --skip_checks"
   assert cloud.run(line).status == 0
@@ -754,6 +878,54 @@ def test_other_commands_on_the_slice(cloud: Cloud) -> None:
   assert cloud.follow(line, "probe=none train").status == 0
   command = cloud.calls("train")[0][-1].replace("\\", "")
   assert "launch/train.sh evaluate --workdir=gs://b/run" in command
+  export = f"tpu_pod.sh export {SLICE} -- --out=gs://b/e"
+  assert cloud.follow(export, "train").status == 0  # A call of train.sh.
+  call = cloud.calls()[-1]
+  assert "--worker=0" in call
+  assert call[-1] == (
+    "--command=cd empdg && JAX_PLATFORMS=cpu launch/train.sh export "
+    "--workdir=gs://b/run --out=gs://b/e"
+  )
+
+
+def test_other_commands_on_several_slices(cloud: Cloud) -> None:
+  """All hosts of all slices evaluate; one host exports."""
+  slices = f"{SLICE} --slices=2"
+  evaluate = f"tpu_pod.sh evaluate {slices}"
+  assert cloud.follow(evaluate, "probe=none train").status == 0
+  (call,) = cloud.calls("train")
+  assert {"--node=all", "--worker=all"} <= set(call)
+  assert "--coordinator_address=auto" in call[-1]
+  export = f"tpu_pod.sh export {slices} -- --out=e"
+  assert cloud.follow(export, "train").status == 0
+  call = cloud.calls()[-1]
+  assert {"--node=0", "--worker=0"} <= set(call)
+  assert "--node=all" not in call
+
+
+def test_internal_addresses(cloud: Cloud) -> None:
+  line = f"tpu_pod.sh run {SLICE} --internal_ips"
+  assert cloud.follow(line, f"{NEW} {DONE}").status == 0
+  for verb in ("ssh", "scp", "setup", "train", "probe"):
+    assert cloud.calls(verb)
+    assert all("--internal-ip" in call for call in cloud.calls(verb))
+
+
+@pytest.mark.parametrize(
+  ("flags", "name"),
+  [
+    ("--type=v5litepod-16 --spot", "TPUV5sPreemptibleLitepodPerProject"),
+    ("--type=v5litepod-8", "TPUV5sLitepodServingPerProject"),
+    ("--type=v5p-32", "TPUV5PPerProject"),
+    ("--type=v6e-8 --spot", "TPUV6EPreemptiblePerProject"),
+    ("--type=v6e-8 --reserved", "that of v6e, reserved: https://cloud"),
+    ("--type=v4-8", "that of v4, on-demand: https://cloud"),
+  ],
+)
+def test_quota(cloud: Cloud, flags: str, name: str) -> None:
+  output = cloud.run(f"tpu_pod.sh create {PLACE} {flags} --dry_run").output
+  (said,) = (line for line in output.splitlines() if "# Quota" in line)
+  assert f": {name}" in said
 
 
 @pytest.mark.parametrize(
@@ -865,9 +1037,9 @@ def test_slurm_step(
     ]  # fmt: skip
   assert cloud.calls() == []
   assert cloud.run(SLURM).status == 0
-  assert cloud.records() == [
-    {"verb": "srun", "argv": expected, "env": variables}
-  ]
+  (call,) = cloud.records()
+  assert (call["verb"], call["argv"]) == ("srun", expected)
+  assert call["env"] == variables
 
 
 def test_slurm_directives() -> None:
@@ -904,6 +1076,16 @@ def test_sky_task() -> None:
   assert SKY["envs"]["WORKDIR"] is None  # Required.
   devices = SKY["num_nodes"] * int(SKY["resources"]["accelerators"][-1])
   assert SKY["envs"]["CONFIG"] == f"configs/pod.py:{devices}"
+
+
+def test_sky_setup_where_pip_refuses(cloud: Cloud) -> None:
+  said = with_python_that_refuses(cloud)
+  cloud.env["EXTRAS"] = "cuda,gcs"
+  status, _, errors = finish(cloud.shell(SKY["setup"]))
+  assert (status, errors) == (0, "")
+  _, second, *_, last = said.read_text().splitlines()
+  assert second.endswith("--user --break-system-packages uv")
+  assert last.endswith("-e .[cuda,gcs]")
 
 
 @pytest.mark.parametrize("nodes", [1, 2])

@@ -28,6 +28,7 @@ TINY = (
   "--config.train.mle_eval_every=10",
   "--config.train.log_every=1",
   "--config.train.checkpoint_every=5",
+  "--config.train.heartbeat_seconds=10",
   "--config.eval.max_decode_steps=4",
 )
 

@@ -28,7 +28,6 @@ from empdg_jax.data import pipeline
 
 INITIALIZATION_SECONDS = 120  # The hosts of a pod do not start all at once.
 SHARED_SECONDS = 60  # The longest wait until all hosts see a new file.
-_HEARTBEAT_SECONDS = 60  # A host silent for so long counts as lost.
 _LEAVE_SECONDS = 10  # The longest wait until all hosts have refused an input.
 _CONNECT_SECONDS = 10  # The longest wait for a port that does not answer.
 _RESTART = (
@@ -43,6 +42,7 @@ def initialize(
   process_id: int | None,
   *,
   preemptible: bool = False,
+  heartbeat_seconds: int = config_lib.TrainConfig.heartbeat_seconds,
 ) -> None:
   """Joins the processes of all hosts; comes before any other use of JAX.
 
@@ -54,6 +54,7 @@ def initialize(
     process_id: The number of this process, with an address.
     preemptible: Whether the caller asks `preempted` for SIGTERM; otherwise
       SIGTERM ends the process.
+    heartbeat_seconds: How long a host may be silent before it counts as lost.
 
   Raises:
     InputError: The flags do not fit each other, or the hosts cannot meet.
@@ -87,7 +88,7 @@ def initialize(
       num_processes,
       process_id,
       initialization_timeout=2 * INITIALIZATION_SECONDS,
-      heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+      heartbeat_timeout_seconds=heartbeat_seconds,
     )
   except (RuntimeError, ValueError) as error:
     if "different incarnation" in str(error):
@@ -156,18 +157,29 @@ def _check_port_is_free(address: str) -> None:
       ) from error
 
 
-def _unreachable(address: str | None) -> str:
-  """Returns why nobody can connect to an address, "" if somebody can."""
+def _why_not_met(address: str | None) -> str:
+  """Returns why the hosts have not met at the address of process 0."""
   host, _, port = (address or "").rpartition(":")
-  if not host or not port.isdecimal():
-    return ""
-  try:
-    with socket.create_connection(
-      (host.strip("[]"), int(port)), _CONNECT_SECONDS
-    ):
-      return ""
-  except OSError as error:
-    return error.strerror or str(error)
+  why = ""
+  if host and port.isdecimal():
+    try:
+      socket.create_connection(
+        (host.strip("[]"), int(port)), _CONNECT_SECONDS
+      ).close()
+    except TimeoutError:
+      # A machine without this program would refuse the connection, and one
+      # that is not there yet would have no name.
+      return (
+        f"process 0 cannot be reached at {address}: nothing answers, not even "
+        "with a refusal; a firewall closes the port, or the machine is off"
+      )
+    except OSError as error:
+      why = f" (at {address}: {error.strerror or error})"
+  return (
+    f"the hosts have not met within {INITIALIZATION_SECONDS} s{why}; is "
+    "process 0 running there, are all --num_processes started, and is the "
+    "port open?"
+  )
 
 
 def _start_timer(
@@ -185,19 +197,10 @@ def _start_timer(
 def _give_up(coordinator_address: str) -> None:
   """Ends the process because the other hosts have not come."""
   state = distributed.global_state
-  why = state.process_id and _unreachable(state.coordinator_address)
   # launch/train.sh looks for "cannot be reached" and "have not met".
-  line = (
-    f"process 0 cannot be reached at {state.coordinator_address} ({why}): "
-    f"within {INITIALIZATION_SECONDS} s it has not started there, or a "
-    "firewall closes the port"
-    if why
-    else f"the hosts have not met within {INITIALIZATION_SECONDS} s; is "
-    "process 0 running there, are all --num_processes started, and is the "
-    "port open?"
-  )
+  why = _why_not_met(state.coordinator_address if state.process_id else None)
   print(
-    f"empdg: --coordinator_address={coordinator_address}: {line}",
+    f"empdg: --coordinator_address={coordinator_address}: {why}",
     file=sys.stderr,
     flush=True,
   )

@@ -18,6 +18,7 @@ from empdg_jax.training import (
   terminal,
   train_log,
   validation,
+  watchdog,
 )
 from empdg_jax.training.calls import Call
 from empdg_jax.training.learner import Update
@@ -42,8 +43,9 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
     SaveError: A checkpoint could not be written or read.
   """
   lock = run_lock.RunLock(workdir, config.train.lease_seconds)
-  with contextlib.closing(lock):
-    opened = session.open_session(config, workdir, lock)
+  clock = watchdog.Watchdog(workdir, config.train.stall_minutes)
+  with contextlib.closing(lock), contextlib.closing(clock):
+    opened = session.open_session(config, workdir, lock, clock)
     trainer = _Trainer(config, workdir, opened)
     try:
       finished = trainer.run()
@@ -53,7 +55,6 @@ def train(config: Config, workdir: pathlib.Path) -> bool:
       # never finish the writes that closing waits for.
       if jax.process_count() == 1 and not isinstance(error, OSError):
         opened.close()
-      opened.watchdog.close()
       raise
     opened.close()
   return finished

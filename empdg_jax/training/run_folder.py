@@ -18,6 +18,7 @@ NOT_OF_THE_RUN = (
   "train.keep_checkpoints",
   "train.lease_seconds",
   "train.stall_minutes",
+  "train.heartbeat_seconds",
 )
 
 # Fields that give a generator's parameters their meaning. Equal shapes do not

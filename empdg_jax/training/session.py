@@ -150,11 +150,10 @@ class Session:
     """Waits for background writes, then closes logs and checkpoints."""
     self.log.close()
     self.checkpoints.close()
-    self.watchdog.close()
 
 
 def open_session(
-  config: Config, workdir: pathlib.Path, lock: RunLock
+  config: Config, workdir: pathlib.Path, lock: RunLock, watchdog: Watchdog
 ) -> Session:
   """Starts a run, or resumes it where its latest checkpoint stands.
 
@@ -162,6 +161,7 @@ def open_session(
     config: The run's configuration.
     workdir: The run folder.
     lock: The folder's lock, which is taken here and held while training.
+    watchdog: The clock of this process, which starts here.
 
   Raises:
     InputError: The configuration, the data or the folder cannot be used, or
@@ -203,7 +203,7 @@ def open_session(
     if hosts.is_main_process():
       run_folder.write_run(run)
   # 4. its latest checkpoint, if any, over the states and the position;
-  watchdog = Watchdog(workdir, config.train.stall_minutes)
+  watchdog.feed("the start", patient=True)
   checkpoints = checkpoint.Checkpoints(
     workdir,
     create=True,

@@ -45,7 +45,7 @@ class Watchdog:
     """
     self._workdir, self._seconds = workdir, 60.0 * minutes
     self._what: str | None = None  # What is waited for; None for nothing.
-    self._patient, self._waited = False, 0.0
+    self._patient, self._waited, self._elapsed = False, 0.0, 0.0
     self._closing = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._thread.start()
@@ -57,7 +57,8 @@ class Watchdog:
       what: What is waited for from now on; None stops the clock.
       patient: Whether other hosts may compile, so that it takes longer.
     """
-    self._what, self._patient, self._waited = what, patient, 0.0
+    self._what, self._patient = what, patient
+    self._waited = self._elapsed = 0.0
 
   @contextlib.contextmanager
   def expecting(self, what: str) -> Generator[None]:
@@ -77,12 +78,14 @@ class Watchdog:
     tick = min(1.0, self._seconds / 10)
     # Ticks are counted, since a suspended machine's clock goes on.
     while not self._closing.wait(tick):
-      self._waited += tick
       what = self._what
+      # The clock goes slower rather than further: what comes after a long
+      # compilation still has its time.
       patient = self._patient or _compiling()
-      most = self._seconds * (_PATIENCE if patient else 1)
-      if what is not None and self._waited > most:
-        self._end(what, self._waited)
+      self._waited += tick / (_PATIENCE if patient else 1)
+      self._elapsed += tick
+      if what is not None and self._waited > self._seconds:
+        self._end(what, self._elapsed)
 
   def _end(self, what: str, seconds: float) -> NoReturn:
     """Writes the stacks, says one line and ends this process."""
