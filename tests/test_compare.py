@@ -511,7 +511,7 @@ def test_the_summary_sets_ours_beside_the_papers(
   assert header.split("|")[-2].strip() == "hours"
   cells = [cell.strip() for cell in first.split("|")]
   mean, std = ours["mean"]["distinct_2"], ours["std"]["distinct_2"]
-  assert (cells[1], cells[-2]) == ("EmpDG", "0.75")
+  assert (cells[1], *cells[-3:-1]) == ("EmpDG", "2", "0.75")
   assert f"{mean:.2f} ± {std:.2f} (6.94)" in cells
   assert second.split("|")[1].strip() == "EmpDG, control"
   effect, p_value = text.splitlines()[-2:]

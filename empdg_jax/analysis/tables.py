@@ -127,7 +127,7 @@ def summary(values: dict[str, Any]) -> str:
     values: The result of `results.describe`, or what a results file holds.
   """
   titles = [METRICS[name].title for name in _SUMMARY]
-  rows = [["", *titles, "hours"]]
+  rows = [["", *titles, "seeds", "hours"]]
   for title, system in values["systems"].items():
     row = [title]
     for name in _SUMMARY:
@@ -135,6 +135,7 @@ def summary(values: dict[str, Any]) -> str:
       value, deviation, paper = parts
       found = Figure(value, None, None, deviation, paper)
       row.append(cell(None if value is None else found, METRICS[name].decimals))
+    row.append(str(len(system["seeds"])))
     hours = [seed["hours"] for seed in system["seeds"]]
     known = [each for each in hours if each is not None]
     row.append(f"{sum(known) / len(known):.2f}" if known else "-")
