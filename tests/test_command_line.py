@@ -245,7 +245,7 @@ def test_a_run_has_its_own_configuration(
     ("prepare --config=empty.py", "--config=empty.py: KeyError('get_config')"),
     ("prepare --config=typed.py", "config.train.seed=None: expected a whole"),
     ("prepare --config=x", "--config=x: no such file; give a path, or one of "
-     "default, emoprepend, empdg"),
+     "all_turns, default, emoprepend"),
     ("prepare --config=quickstart:1", "--config=quickstart:1: TypeError("),
     ("prepare FILE:1", "quickstart.py:1: TypeError("),
     ("chat --config=x.py --workdir=run", "--config=x.py: a run has its own"),
