@@ -794,35 +794,30 @@ def test_deletes_at_the_end(cloud: Cloud, ended: str) -> None:
   assert output.endswith("Deleted pod: nothing is billed any more\n")
 
 
-def test_hours_in_the_queue_count(cloud: Cloud) -> None:
+@pytest.mark.parametrize(
+  ("play", "said"),
+  [
+    (
+      "NONE create WAITING_FOR_RESOURCES delete",
+      "reached --max_hours=1 before pod was ACTIVE",
+    ),
+    (
+      f"{NEW} stop!255 probe!255 stop {RUNNING} probe!255 probe=75,running "
+      "probe=75,75 delete",
+      "reached --max_hours=1; training saves and stops",
+    ),
+    (f"{NEW} stop {f'{RUNNING} ' * 60} delete", "training has not stopped"),
+  ],
+  ids=["in the queue", "saves", "does not stop"],
+)
+def test_the_hours_are_over(cloud: Cloud, play: str, said: str) -> None:
+  """Those in the queue count; a slice is deleted when no worker trains."""
   cloud.env["SECONDS"] = "3600"  # Where bash begins to count.
   line = f"tpu_pod.sh run {SLICE} --delete_at_end --max_hours=1"
-  play = "NONE create WAITING_FOR_RESOURCES delete"
   status, output, errors = cloud.follow(line, play)
   assert status == 1
-  assert "reached --max_hours=1 before pod was ACTIVE" in errors
+  assert said in errors
   assert output.endswith("Deleted pod: nothing is billed any more\n")
-
-
-def test_saves_when_the_hours_are_over(cloud: Cloud) -> None:
-  """It waits until no worker trains before it deletes the slice."""
-  cloud.env["SECONDS"] = "3600"
-  line = f"tpu_pod.sh run {SLICE} --delete_at_end --max_hours=1"
-  probes = f"{RUNNING} probe!255 probe=75,running probe=75,75"
-  play = f"{NEW} stop!255 probe!255 stop {probes} delete"
-  status, output, errors = cloud.follow(line, play)
-  assert status == 1
-  assert "reached --max_hours=1; training saves and stops" in errors
-  assert output.endswith("Deleted pod: nothing is billed any more\n")
-
-
-def test_training_that_does_not_stop(cloud: Cloud) -> None:
-  cloud.env["SECONDS"] = "3600"
-  line = f"tpu_pod.sh run {SLICE} --delete_at_end --max_hours=1"
-  play = f"{NEW} stop {f'{RUNNING} ' * 60} delete"
-  status, _, errors = cloud.follow(line, play)
-  assert status == 1
-  assert "training has not stopped" in errors
 
 
 def test_a_slice_that_cannot_be_deleted(cloud: Cloud) -> None:

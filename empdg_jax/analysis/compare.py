@@ -28,7 +28,8 @@ _PROTOCOL = (
   "eval.max_decode_steps",
   "eval.beam_size",
 )
-CONTROL = ", control"  # After the title of the system that it stands beside.
+# After the title of the system that a control stands beside.
+CONTROL_TITLE = ", control"
 _NEEDED = ("id", "emotion", "reference", "nll", "tokens")
 
 
@@ -228,7 +229,7 @@ def _titles(groups: Sequence[Sequence[_Evaluation]]) -> list[str]:
     config = group[0].run.config
     name = registry.SYSTEMS[config.model.name].title
     if _is_control(config):
-      name += CONTROL
+      name += CONTROL_TITLE
     names.append(name)
   return [
     name + (f" ({group[0].run.workdir.name})" if names.count(name) > 1 else "")

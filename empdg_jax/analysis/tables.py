@@ -13,7 +13,7 @@ from tabulate import tabulate
 from empdg_jax import config
 from empdg_jax.analysis import results
 from empdg_jax.analysis.compare import (
-  CONTROL,
+  CONTROL_TITLE,
   Comparison,
   Figure,
   Row,
@@ -131,10 +131,14 @@ def summary(values: dict[str, Any]) -> str:
   for title, system in values["systems"].items():
     row = [title]
     for name in _SUMMARY:
-      parts = (system[part].get(name) for part in ("mean", "std", "paper"))
-      value, deviation, paper = parts
-      found = Figure(value, None, None, deviation, paper)
-      row.append(cell(None if value is None else found, METRICS[name].decimals))
+      figure = None
+      if name in system["mean"]:
+        figure = Figure(
+          system["mean"][name],
+          deviation=system["std"][name],
+          paper=system["paper"].get(name),
+        )
+      row.append(cell(figure, METRICS[name].decimals))
     row.append(str(len(system["seeds"])))
     hours = [seed["hours"] for seed in system["seeds"]]
     known = [each for each in hours if each is not None]
@@ -142,7 +146,7 @@ def summary(values: dict[str, Any]) -> str:
     rows.append(row)
   parts = [_tabulated(rows, "pipe")]
   proposed = registry.SYSTEMS[registry.PROPOSED].title
-  pair = [proposed, proposed + CONTROL]
+  pair = [proposed, proposed + CONTROL_TITLE]
   tests = [t for t in values["tests"] if list(t["systems"]) == pair]
   if tests:
     by_metric = {test["metric"]: test for test in tests}
