@@ -320,9 +320,9 @@ def test_killed_hosts_start_again_at_once(
   with fake_bucket.serve("pod") as server:
     for name, value in server.environment.items():
       monkeypatch.setenv(name, value)
-    workdir: Any = epath.Path(
-      tmp_path / "run" if place == "disk" else "gs://pod/run"
-    )
+    workdir: Any = tmp_path / "run"
+    if place == "bucket":
+      workdir = epath.Path("gs://pod/run")
     argv = (
       *train_argv,
       f"--workdir={workdir}",
