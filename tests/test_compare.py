@@ -485,6 +485,18 @@ def test_results_for_a_repository(
   assert "cannot write" in said
 
 
+def test_the_papers_figures_are_of_its_examples(tmp_path: pathlib.Path) -> None:
+  """They stand beside no run on other examples."""
+  for number, examples in enumerate(("empdg", "all_turns")):
+    folder = make_run(
+      tmp_path / examples, "empdg", 1, data__example_set=examples
+    )
+    (row,) = compare.compare([folder], "test").rows
+    figure = row.figures["distinct_2"]
+    assert figure is not None
+    assert figure.paper == (6.94, None)[number]
+
+
 def test_the_summary_sets_ours_beside_the_papers(
   tmp_path: pathlib.Path,
 ) -> None:

@@ -320,9 +320,10 @@ def _row(
     counts: The result of `significance.draw`.
   """
   run = group[0].run
-  # The paper has no such control.
-  control = _is_control(run.config)
-  published = {} if control else registry.find_system(run.config.model).paper
+  # The paper has no such control, and scores no other examples.
+  in_paper = run.config.data.example_set == "empdg"
+  in_paper = in_paper and not _is_control(run.config)
+  published = registry.find_system(run.config.model).paper if in_paper else {}
   values = [metrics.text_metrics(e.lines, len(run.vocabulary)) for e in group]
   drawn = [
     significance.replicate(significance.means_of(corpus), counts)

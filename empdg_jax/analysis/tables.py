@@ -34,8 +34,8 @@ _SUMMARY = (
   "repetition",
 )
 _SUMMARY_CAPTION = (
-  "Means over seeds, ± their standard deviation; parentheses: the paper's "
-  "figure. Hours are those of a run's own training; EmpDG, its control and "
+  "Means over seeds, ± their standard deviation; parentheses, if any: the "
+  "paper's figure. Hours are those of a run's own training; EmpDG, its control and "
   "EmpDG w/o G begin with the trained generators of EmpDG w/o D and "
   "EmoPrepend-1."
 )
@@ -112,8 +112,8 @@ def _caption(comparison: Comparison) -> str:
     f"{comparison.split}: {comparison.examples:,} examples in "
     f"{comparison.dialogues:,} dialogues. Brackets: 95% intervals over "
     "dialogues, by the jackknife where types are counted and else by the "
-    "bootstrap; ±: the standard deviation over seeds; parentheses: the paper's "
-    "figure."
+    "bootstrap; ±: the standard deviation over seeds; parentheses, if any: the "
+    "paper's figure."
   )
 
 
