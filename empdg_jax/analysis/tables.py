@@ -35,8 +35,8 @@ _SUMMARY = (
 )
 _SUMMARY_CAPTION = (
   "Means over seeds, ± their standard deviation; parentheses, if any: the "
-  "paper's figure. Hours are those of a run's own training; EmpDG, its control and "
-  "EmpDG w/o G begin with the trained generators of EmpDG w/o D and "
+  "paper's figure. Hours are those of a run's own training; EmpDG, its control "
+  "and EmpDG w/o G begin with the trained generators of EmpDG w/o D and "
   "EmoPrepend-1."
 )
 _TESTS = "Permutation tests: difference (p after Holm's correction)"
