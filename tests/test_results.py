@@ -26,3 +26,17 @@ def test_every_run_says_where_it_comes_from() -> None:
       assert seed["hours"] > 0
       assert seed["compute_dtype"] == "bfloat16"
       assert {"valid", "test"} <= seed.keys()
+
+
+def test_the_readme_shows_the_figures_beside_later_papers() -> None:
+  values = json.loads((ROOT / "results" / "all_turns.json").read_text())
+  readme = (ROOT / "README.md").read_text()
+  assert list(values["systems"]) == ["EmpDG", "EmpDG w/o D"]
+  for title, system in values["systems"].items():
+    mean = system["mean"]
+    assert (
+      f"| {title}, ours | {mean['perplexity_per_example']:.2f} "
+      f"| {mean['distinct_1']:.2f} | {mean['distinct_2']:.2f} "
+      f"| {mean['emotion_accuracy']:.3f} |"
+    ) in readme
+    assert system["paper"] == {}
