@@ -263,5 +263,5 @@ def test_the_cost_of_checksums_is_measured() -> None:
   assert "medians of 1 rounds" in said
   for kind in ("save", "restore"):
     assert re.search(
-      rf"^{kind} .* s without: [+-]\d+\.\d%$", said, re.MULTILINE
+      rf"^{kind} .* [+-]\d+ ms with them: [+-]\d+\.\d%$", said, re.MULTILINE
     )
