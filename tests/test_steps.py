@@ -317,6 +317,7 @@ def skip(state: TrainState) -> list[bool]:
   return true
 
 
+@pytest.mark.slow
 def test_any_number_of_devices_gives_the_same_update(
   compiled: Steps, tmp_path: Path
 ) -> None:

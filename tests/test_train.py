@@ -131,7 +131,14 @@ def test_loss_falls(trained: tuple[Config, pathlib.Path]) -> None:
   assert last < 0.95 * first
 
 
-@pytest.mark.parametrize("kill_at", [1, 7, 9])
+@pytest.mark.parametrize(
+  "kill_at",
+  [
+    pytest.param(1, marks=pytest.mark.slow),
+    7,
+    pytest.param(9, marks=pytest.mark.slow),
+  ],
+)
 def test_kill_and_resume_gives_the_same_losses(
   trained: tuple[Config, pathlib.Path], tmp_path: pathlib.Path, kill_at: int
 ) -> None:
