@@ -487,14 +487,14 @@ def test_results_for_a_repository(
 
 def test_the_papers_figures_are_of_its_examples(tmp_path: pathlib.Path) -> None:
   """They stand beside no run on other examples."""
-  for number, examples in enumerate(("empdg", "all_turns")):
+  for examples, expected in (("empdg", 6.94), ("all_turns", None)):
     folder = make_run(
       tmp_path / examples, "empdg", 1, data__example_set=examples
     )
     (row,) = compare.compare([folder], "test").rows
     figure = row.figures["distinct_2"]
     assert figure is not None
-    assert figure.paper == (6.94, None)[number]
+    assert figure.paper == expected
 
 
 def test_the_summary_sets_ours_beside_the_papers(

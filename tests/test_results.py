@@ -2,22 +2,33 @@
 
 import json
 import pathlib
+from typing import Any
+
+import pytest
 
 from empdg_jax.analysis import tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+def _results(name: str) -> dict[str, Any]:
+  values: dict[str, Any] = json.loads(
+    (ROOT / "results" / f"{name}.json").read_text()
+  )
+  return values
+
+
 def test_the_readme_shows_the_results() -> None:
-  values = json.loads((ROOT / "results" / "paper.json").read_text())
+  values = _results("paper")
   summary = tables.summary(values)
   assert summary in (ROOT / "README.md").read_text()
   assert (ROOT / "results" / "paper.md").read_text().startswith(summary)
 
 
-def test_every_run_says_where_it_comes_from() -> None:
-  values = json.loads((ROOT / "results" / "paper.json").read_text())
-  assert len(values["systems"]) == 7
+@pytest.mark.parametrize(("name", "systems"), [("paper", 7), ("all_turns", 2)])
+def test_every_run_says_where_it_comes_from(name: str, systems: int) -> None:
+  values = _results(name)
+  assert len(values["systems"]) == systems
   for system in values["systems"].values():
     for seed in system["seeds"]:
       # A commit alone: nothing was changed beside it, or resumed with another.
@@ -29,7 +40,7 @@ def test_every_run_says_where_it_comes_from() -> None:
 
 
 def test_the_readme_shows_the_figures_beside_later_papers() -> None:
-  values = json.loads((ROOT / "results" / "all_turns.json").read_text())
+  values = _results("all_turns")
   readme = (ROOT / "README.md").read_text()
   assert list(values["systems"]) == ["EmpDG", "EmpDG w/o D"]
   for title, system in values["systems"].items():

@@ -319,11 +319,10 @@ def _row(
     corpora: Their predictions, added up by dialogue.
     counts: The result of `significance.draw`.
   """
-  run = group[0].run
+  run, config = group[0].run, group[0].run.config
   # The paper has no such control, and scores no other examples.
-  in_paper = run.config.data.example_set == "empdg"
-  in_paper = in_paper and not _is_control(run.config)
-  published = registry.find_system(run.config.model).paper if in_paper else {}
+  in_paper = config.data.example_set == "empdg" and not _is_control(config)
+  published = registry.find_system(config.model).paper if in_paper else {}
   values = [metrics.text_metrics(e.lines, len(run.vocabulary)) for e in group]
   drawn = [
     significance.replicate(significance.means_of(corpus), counts)
