@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from empdg_jax.rng import exponential
+from empdg_jax.rng import gumbel
 
 Step = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 Choose = Callable[[jax.Array, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# The name, for `checkpoint_name`, of what `step` computes by a product that JAX
+# cannot see, such as one with a derivative of its own.
+SAVED = "saved"
 # Below every sum of log-probabilities, also of tokens that a model makes
 # impossible with -1e9.
 _WORST = -1e18
@@ -27,6 +30,14 @@ def argmax(x: jax.Array) -> jax.Array:
   size = x.shape[-1]
   largest = x == jnp.max(x, axis=-1, keepdims=True)
   return jnp.min(jnp.where(largest, jnp.arange(size), size), axis=-1)
+
+
+def step_keys(keys: jax.Array, index: jax.Array) -> jax.Array:
+  """Returns the keys of a step, `[rows]`, from those of the rows.
+
+  With a key per row and step, the draws of a row depend on no other row.
+  """
+  return jax.vmap(jax.random.fold_in, (0, None))(keys, index)
 
 
 def greedy_search(
@@ -150,13 +161,7 @@ def sample_search(
     log_probs = jax.nn.log_softmax(log_probs / temperature[:, None])
     # A key per row and step, so that a row's words do not depend on the batch
     # around it.
-    noise = jax.vmap(
-      lambda key: (
-        -jnp.log(
-          exponential(jax.random.fold_in(key, index), log_probs.shape[-1])
-        )
-      )
-    )(keys)
+    noise = gumbel(step_keys(keys, index), log_probs.shape[-1])
     return argmax(nucleus(log_probs, top_p) + noise), (inner, *of_rows)
 
   # In the cache, since a search may rearrange the rows of its cache.
@@ -362,20 +367,22 @@ def straight_through_sample(
     index, extra = inputs
     log_probs, cache, record = step(x, cache, index, extra)
     vocab = log_probs.shape[-1]
-    # A key per row and step, so that a row's sample does not depend on the
-    # batch around it.
-    noise = jax.vmap(
-      lambda key: -jnp.log(exponential(jax.random.fold_in(key, index), vocab))
-    )(keys)
-    noisy = log_probs + noise
+    noisy = log_probs + gumbel(step_keys(keys, index), vocab)
     tokens = jnp.where(ended, pad, argmax(noisy))
     x = embed(tokens, jax.nn.softmax(noisy / temperature))
     return (x, ended | (tokens == eos), cache), (tokens, x, record)
 
   # A scan of fixed length: a `while_loop` that stops at the last EOS has no
-  # backward pass.
+  # backward pass. That pass reads the products of each step back and computes
+  # the rest anew: several numbers for each word of the vocabulary would take
+  # longer to write and to read. The loop itself keeps XLA from merging both
+  # computations.
+  policies = jax.checkpoint_policies
+  saved = policies.save_from_both_policies(
+    policies.dots_saveable, policies.save_only_these_names(SAVED)
+  )
   _, (tokens, embedded, records) = jax.lax.scan(
-    body,
+    jax.checkpoint(body, policy=saved, prevent_cse=False),
     (first, jnp.zeros(len(keys), bool), cache),
     (jnp.arange(max_steps), extras),
   )

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from empdg_jax.rng import gumbel
+
 # Keeps log(0), and the derivative of a norm at 0, finite. It is far below any
 # probability or slope that matters.
 _TINY = 1e-20
@@ -48,9 +50,11 @@ def exclude(scores: jax.Array, excluded: jax.Array) -> jax.Array:
     excluded: Marks impossible tokens, from id 0 on; it broadcasts to
       `[..., n]`.
   """
-  count = excluded.shape[-1]
-  special = jnp.where(excluded, _IMPOSSIBLE, scores[..., :count])
-  return scores.at[..., :count].set(special)
+  # One pass over all words, which XLA fuses with what made the scores; writing
+  # the first few into an array of its own doubles the time of sampling.
+  missing = scores.shape[-1] - excluded.shape[-1]
+  padding = [(0, 0)] * (excluded.ndim - 1) + [(0, missing)]
+  return jnp.where(jnp.pad(excluded, padding), _IMPOSSIBLE, scores)
 
 
 def _copied(pointer: Pointer, vocab: int) -> jax.Array:
@@ -146,6 +150,7 @@ def likeliest(
   pointer: Pointer | None,
   excluded: jax.Array,
   active: jax.Array,
+  keys: jax.Array | None = None,
 ) -> jax.Array:
   """Returns the token of the largest `log_mixture` in each active row.
 
@@ -160,6 +165,8 @@ def likeliest(
     excluded: Marks tokens that are impossible, from id 0 on, `[batch, n]`.
     active: The rows to look at, `[batch]`; the others cost no product and get
       an arbitrary token.
+    keys: The keys of Gumbel noise to add, `[batch]`, or None for no noise; the
+      largest sum is a token drawn from `mixture`.
   """
   batch, count, vocab = hidden.shape[0], excluded.shape[1], kernel.shape[1]
   source = jnp.zeros((batch, 0), int) if pointer is None else pointer.source
@@ -167,13 +174,20 @@ def likeliest(
   def score(rows: jax.Array) -> tuple[jax.Array, ...]:
     logits = product(hidden[rows], kernel.astype(hidden.dtype))
     allowed = exclude(logits, excluded[rows])
+    at_source = jnp.take_along_axis(logits, source[rows], axis=-1)
+    added = jnp.zeros_like(at_source)
+    if keys is not None:
+      noise = gumbel(keys[rows], vocab)
+      allowed += noise
+      added = jnp.take_along_axis(noise, source[rows], axis=-1)
     top = jnp.max(allowed, axis=-1)
     ids = jnp.where(allowed == top[:, None], jnp.arange(vocab), vocab)
     return (
       jnp.min(ids, axis=-1),
       top,
       jax.nn.logsumexp(logits, axis=-1) if pointer else top,
-      jnp.take_along_axis(logits, source[rows], axis=-1),
+      at_source,
+      added,
     )
 
   if isinstance(batch, int):
@@ -181,8 +195,8 @@ def likeliest(
     # many rows at once cost less than one after the other.
     order, quarter = jnp.argsort(~active, stable=True), -(-batch // 4)
     sizes = sorted({min(n * quarter, batch) for n in range(1, 5)})
-    zeros = jnp.zeros(batch)
-    blank = jnp.zeros(batch, int), zeros, zeros, jnp.zeros(source.shape)
+    zeros, at_none = jnp.zeros(batch), jnp.zeros(source.shape)
+    blank = jnp.zeros(batch, int), zeros, zeros, at_none, at_none
 
     def score_first(size: int) -> tuple[jax.Array, ...]:
       rows = order[:size]
@@ -194,14 +208,14 @@ def likeliest(
     )
   else:  # An export's batch is a symbol, which has no quarters.
     found = score(jnp.arange(batch))
-  best, top, log_normalizer, at_source = found
+  best, top, log_normalizer, at_source, added = found
   if pointer is None:
     return best
   _, mixed = _at_source(at_source, log_normalizer, pointer)
   impossible = jnp.take_along_axis(
     excluded, jnp.minimum(source, count - 1), axis=-1
   ) & (source < count)
-  mixed = jnp.where(impossible, -jnp.inf, mixed)
+  mixed = jnp.where(impossible, -jnp.inf, mixed + added)
   generated = top + (jax.nn.log_sigmoid(pointer.gate) - log_normalizer)
   largest = jnp.maximum(generated, jnp.max(mixed, axis=-1))
   # The first of equally likely tokens, as `decoding.argmax`.

@@ -24,3 +24,8 @@ def exponential(key: jax.Array, count: int) -> jax.Array:
   # logarithm and the logarithm of the result, Gumbel noise, are finite.
   fraction = (random_words(key, count) >> 9).astype(jnp.float32) + 0.5
   return -jnp.log(fraction * 2.0**-23)
+
+
+def gumbel(keys: jax.Array, count: int) -> jax.Array:
+  """Draws Gumbel noise from a key per row, `[rows, count]`."""
+  return -jnp.log(jax.vmap(exponential, (0, None))(keys, count))

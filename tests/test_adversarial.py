@@ -251,6 +251,32 @@ def test_samples_follow_what_was_sampled_before() -> None:
   np.testing.assert_array_equal(few, tokens[5:8])
 
 
+def test_samples_are_the_same_without_a_gradient() -> None:
+  """Those of the search, which stops at the last end, and of the scan."""
+  batch = make_batch(1)
+  params = reference.random_params(
+    jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
+  )
+  inputs = Inputs(batch.context, batch.state, batch.emotion_context)
+  chosen = adversary(TRAIN)
+
+  def respond(params: Any, seed: Any) -> Any:
+    keys = jax.random.split(jax.random.key(jnp.int32(seed)), ROWS)
+    return adversary_lib.respond(
+      params, inputs, batch.target, keys, MODEL, chosen
+    )[0]
+
+  searched = jax.jit(respond)
+  scanned = jax.jit(lambda params, seed: jax.vjp(respond, params, seed)[0])
+  ends = []
+  for seed in map(float, range(20)):
+    one, other = searched(params, seed), scanned(params, seed)
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+    np.testing.assert_array_equal(one.embedded, other.embedded)
+    ends += np.sum(one.tokens != PAD, axis=1).tolist()
+  assert min(ends) < MAX_STEPS == max(ends)
+
+
 @pytest.mark.parametrize("tie_embeddings", [False, True])
 def test_samples_have_the_gradient_of_every_step(tie_embeddings: bool) -> None:
   """Compares with a plain loop that JAX differentiates itself."""

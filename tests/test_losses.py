@@ -13,6 +13,7 @@ import reference
 
 from empdg_jax import losses, metrics
 from empdg_jax.config import TrainConfig
+from empdg_jax.rng import gumbel
 from empdg_jax.training.train_state import create_optimizer, learning_rate
 
 VOCAB = 12
@@ -237,7 +238,10 @@ def test_bfloat16_factors_give_float32_sums(task: Task) -> None:
 
 @pytest.mark.parametrize("pointer", [True, False])
 @pytest.mark.parametrize("count", [0, 3, 8, 9, 22, 30])
-def test_likeliest_is_the_argmax(task: Task, pointer: bool, count: int) -> None:
+@pytest.mark.parametrize("noisy", [False, True])
+def test_likeliest_is_the_argmax(
+  task: Task, pointer: bool, count: int, noisy: bool
+) -> None:
   """Of `log_mixture` without the excluded tokens, in the rows that count."""
   rows = 30  # Of the first dialogues, a row each.
   hidden = task.values["hidden"].reshape(-1, 8)[:rows]
@@ -256,8 +260,16 @@ def test_likeliest_is_the_argmax(task: Task, pointer: bool, count: int) -> None:
   wanted = log_probs.at[:, :20].add(jnp.where(excluded, -1e9, 0.0))
   active = jnp.zeros(rows, bool).at[jnp.arange(count) * 7 % rows].set(True)
   assert jnp.sum(active) == count
+  keys = jax.random.split(jax.random.key(1), rows) if noisy else None
+  if keys is not None:
+    wanted += gumbel(keys, wanted.shape[1])
   found = jax.jit(losses.likeliest)(
-    hidden, task.values["kernel"], copies if pointer else None, excluded, active
+    hidden,
+    task.values["kernel"],
+    copies if pointer else None,
+    excluded,
+    active,
+    keys,
   )
   assert set(np.asarray(wanted.argmax(-1))) & set(np.asarray(task.source[0]))
   np.testing.assert_array_equal(found[active], wanted.argmax(axis=-1)[active])

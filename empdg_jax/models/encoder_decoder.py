@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from empdg_jax import decoding
 from empdg_jax.config import ModelConfig
 from empdg_jax.data import vocab
 from empdg_jax.losses import (
@@ -314,15 +316,16 @@ class EncoderDecoder(nn.Module):
     x = jnp.where(index == 0, encoded.first_input, self.embed(tokens))
     return self.decode_embedded(encoded, x, cache, index)[:2]
 
-  def greedy_step(
+  def choose_token(
     self,
     encoded: Encoding,
     tokens: jax.Array,
     cache: Cache,
     index: jax.Array,
     ended: jax.Array,
+    keys: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache]:
-    """Chooses the likeliest token at position `index`.
+    """Chooses the likeliest token at position `index`, or draws one.
 
     Args:
       encoded: The encoded dialogues.
@@ -330,10 +333,12 @@ class EncoderDecoder(nn.Module):
       cache: The cache of the previous step.
       index: The step, a scalar.
       ended: The rows whose token does not matter, `[batch]`.
+      keys: The keys of the draws, `[batch]`, or None for the likeliest tokens.
 
     Returns:
       The tokens `[batch]`, those of the largest log-probability of
-      `decode_step`, and the cache for the next step.
+      `decode_step` or, with keys, of its sum with Gumbel noise; and the cache
+      for the next step.
     """
     x = jnp.where(index == 0, encoded.first_input, self.embed(tokens))
     hidden, pointer, cache, excluded = self._advance(encoded, x, cache, index)
@@ -341,7 +346,11 @@ class EncoderDecoder(nn.Module):
       pointer = Pointer(
         pointer.gate[:, 0], pointer.attention[:, 0], pointer.source
       )
-    tokens = likeliest(hidden, self.projection(), pointer, excluded, ~ended)
+    if keys is not None:
+      keys = decoding.step_keys(keys, index)
+    tokens = likeliest(
+      hidden, self.projection(), pointer, excluded, ~ended, keys
+    )
     return tokens, cache
 
   def decode_embedded(
@@ -367,7 +376,7 @@ class EncoderDecoder(nn.Module):
       of `project`, `[batch, d]`.
     """
     hidden, pointer, cache, excluded = self._advance(encoded, x, cache, index)
-    logits = self.project(hidden) + added
+    logits = checkpoint_name(self.project(hidden), decoding.SAVED) + added
     log_probs = log_mixture(logits[:, None], pointer)[:, 0]
     return exclude(log_probs, excluded), cache, hidden
 

@@ -59,9 +59,12 @@ def _project_backward(
   x, kernel = residuals
   rows = x.reshape(-1, x.shape[-1])
   gradient = gradient.astype(x.dtype)
+  # Without the barrier XLA gives the second product the rows as they are, to
+  # transpose in passing, for which its CPU backend has no fast product.
+  columns = jax.lax.optimization_barrier(rows.T)
   return (
     product(gradient, kernel.T.astype(x.dtype)).astype(x.dtype),
-    product(rows.T, gradient.reshape(len(rows), -1)),
+    product(columns, gradient.reshape(len(rows), -1)),
   )
 
 

@@ -552,7 +552,7 @@ def choose_step(
     )
 
   def choose(*of_step: Any) -> Any:
-    return model.apply(variables, encoded, *of_step, method="greedy_step")
+    return model.apply(variables, encoded, *of_step, method="choose_token")
 
   ids = {"eos": vocab.EOS, "pad": vocab.PAD}
   if choices is not None and config.temperature:
