@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from empdg_jax.rng import gumbel
 
@@ -367,7 +368,8 @@ def straight_through_sample(
     index, extra = inputs
     log_probs, cache, record = step(x, cache, index, extra)
     vocab = log_probs.shape[-1]
-    noisy = log_probs + gumbel(step_keys(keys, index), vocab)
+    noise = checkpoint_name(gumbel(step_keys(keys, index), vocab), SAVED)
+    noisy = log_probs + noise
     tokens = jnp.where(ended, pad, argmax(noisy))
     x = embed(tokens, jax.nn.softmax(noisy / temperature))
     return (x, ended | (tokens == eos), cache), (tokens, x, record)
