@@ -16,8 +16,9 @@ from empdg_jax.rng import gumbel
 
 Step = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 Choose = Callable[[jax.Array, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
-# The name, for `checkpoint_name`, of what `step` computes by a product that JAX
-# cannot see, such as one with a derivative of its own.
+# The name, for `checkpoint_name`, of what the backward pass of sampling shall
+# read back, beside the products that JAX sees: noise, and in a `step` products
+# with a derivative of their own.
 SAVED = "saved"
 # Below every sum of log-probabilities, also of tokens that a model makes
 # impossible with -1e9.
@@ -375,10 +376,10 @@ def straight_through_sample(
     return (x, ended | (tokens == eos), cache), (tokens, x, record)
 
   # A scan of fixed length: a `while_loop` that stops at the last EOS has no
-  # backward pass. That pass reads the products of each step back and computes
-  # the rest anew: several numbers for each word of the vocabulary would take
-  # longer to write and to read. The loop itself keeps XLA from merging both
-  # computations.
+  # backward pass. That pass reads the products and the noise of each step back
+  # and computes the rest anew: several more numbers for each word of the
+  # vocabulary would take longer to write and to read. The loop itself keeps XLA
+  # from merging both computations.
   policies = jax.checkpoint_policies
   saved = policies.save_from_both_policies(
     policies.dots_saveable, policies.save_only_these_names(SAVED)
