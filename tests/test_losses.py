@@ -271,7 +271,8 @@ def test_likeliest_is_the_argmax(
     active,
     keys,
   )
-  assert set(np.asarray(wanted.argmax(-1))) & set(np.asarray(task.source[0]))
+  if pointer:  # Words of the source win somewhere.
+    assert set(np.asarray(wanted.argmax(-1))) & set(np.asarray(task.source[0]))
   np.testing.assert_array_equal(found[active], wanted.argmax(axis=-1)[active])
 
 
