@@ -60,7 +60,7 @@ def test_benchmark(
   printed = console.export_text()
   assert "x floor" in printed
   assert "x MLE step" in printed
-  assert "vocabulary's products" in printed
+  assert "vocabulary's loss" in printed
   assert "bfloat16" in printed
   benchmark.write_benchmark(values, tmp_path / "b.json")
   assert json.loads((tmp_path / "b.json").read_text()) == values
