@@ -517,7 +517,8 @@ def test_copies_end_with_a_killed_script(cloud: Cloud, seconds: str) -> None:
   cloud.env["EMPDG_LOG_COPY_SECONDS"] = seconds
   train = f"{LAUNCH}/train.sh --workdir=gs://b/run --play=wait"
   process = cloud.shell(f"exec 3> lock; flock 3; exec {train}")
-  wait_for_files(cloud.folder / "empdg-0")
+  # For its line: the file is there a moment earlier.
+  wait_until(lambda: bool(cloud.empdg()), "the training")
   (started,) = cloud.empdg()
   process.kill()  # `empdg` goes on, and holds the lock.
   process.wait()
