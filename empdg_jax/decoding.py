@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from empdg_jax.rng import gumbel
+from empdg_jax.rng import fold_in, gumbel
 
 Step = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 Choose = Callable[[jax.Array, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -32,14 +32,6 @@ def argmax(x: jax.Array) -> jax.Array:
   size = x.shape[-1]
   largest = x == jnp.max(x, axis=-1, keepdims=True)
   return jnp.min(jnp.where(largest, jnp.arange(size), size), axis=-1)
-
-
-def step_keys(keys: jax.Array, index: jax.Array) -> jax.Array:
-  """Returns the keys of a step, `[rows]`, from those of the rows.
-
-  With a key per row and step, the draws of a row depend on no other row.
-  """
-  return jax.vmap(jax.random.fold_in, (0, None))(keys, index)
 
 
 def greedy_search(
@@ -163,7 +155,7 @@ def sample_search(
     log_probs = jax.nn.log_softmax(log_probs / temperature[:, None])
     # A key per row and step, so that a row's words do not depend on the batch
     # around it.
-    noise = gumbel(step_keys(keys, index), log_probs.shape[-1])
+    noise = gumbel(fold_in(keys, index), log_probs.shape[-1])
     return argmax(nucleus(log_probs, top_p) + noise), (inner, *of_rows)
 
   # In the cache, since a search may rearrange the rows of its cache.
@@ -369,7 +361,7 @@ def straight_through_sample(
     index, extra = inputs
     log_probs, cache, record = step(x, cache, index, extra)
     vocab = log_probs.shape[-1]
-    noise = checkpoint_name(gumbel(step_keys(keys, index), vocab), SAVED)
+    noise = checkpoint_name(gumbel(fold_in(keys, index), vocab), SAVED)
     noisy = log_probs + noise
     tokens = jnp.where(ended, pad, argmax(noisy))
     x = embed(tokens, jax.nn.softmax(noisy / temperature))

@@ -26,6 +26,11 @@ def exponential(key: jax.Array, count: int) -> jax.Array:
   return -jnp.log(fraction * 2.0**-23)
 
 
+def fold_in(keys: jax.Array, data: jax.typing.ArrayLike) -> jax.Array:
+  """Returns a key per row for a step or a purpose, `[rows]`."""
+  return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+
+
 def gumbel(keys: jax.Array, count: int) -> jax.Array:
   """Draws Gumbel noise from a key per row, `[rows, count]`."""
   return -jnp.log(jax.vmap(exponential, (0, None))(keys, count))

@@ -261,15 +261,17 @@ def test_samples_are_the_same_without_a_gradient() -> None:
   chosen = adversary(TRAIN)
 
   def respond(params: Any, seed: Any) -> Any:
-    keys = jax.random.split(jax.random.key(jnp.int32(seed)), ROWS)
+    keys = jax.random.split(jax.random.key(seed), ROWS)
     return adversary_lib.respond(
       params, inputs, batch.target, keys, MODEL, chosen
     )[0]
 
   searched = jax.jit(respond)
-  scanned = jax.jit(lambda params, seed: jax.vjp(respond, params, seed)[0])
+  scanned = jax.jit(
+    lambda params, seed: jax.vjp(lambda p: respond(p, seed), params)[0]
+  )
   ends = []
-  for seed in map(float, range(20)):
+  for seed in range(20):
     one, other = searched(params, seed), scanned(params, seed)
     np.testing.assert_array_equal(one.tokens, other.tokens)
     np.testing.assert_array_equal(one.embedded, other.embedded)

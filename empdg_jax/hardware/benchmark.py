@@ -113,15 +113,12 @@ def _vocabulary_loss(
   projection = jnp.ones((dim, vocab_size))
   targets, weights = jnp.zeros((1, rows), int), jnp.ones((1, rows))
 
-  @jax.jit
-  def gradients(hidden: jax.Array, projection: jax.Array) -> Any:
-    return jax.grad(
-      lambda *factors: losses.vocabulary_loss(
-        *factors, targets, None, weights, 0.0
-      )[0],
-      argnums=(0, 1),
-    )(hidden, projection)
+  def loss(hidden: jax.Array, projection: jax.Array) -> jax.Array:
+    return losses.vocabulary_loss(
+      hidden, projection, targets, None, weights, 0.0
+    )[0]
 
+  gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))
   return lambda: gradients(hidden, projection)
 
 

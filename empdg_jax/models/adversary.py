@@ -28,7 +28,7 @@ from empdg_jax.models.discriminators import (
   pick,
 )
 from empdg_jax.models.encoder_decoder import EncoderDecoder, Encoding, Inputs
-from empdg_jax.rng import gumbel
+from empdg_jax.rng import fold_in, gumbel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +218,7 @@ def _sample(
 
 def _gumbel(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Draws Gumbel noise `[batch, N, V]` from a key per example."""
-  purpose = zlib.crc32(b"teacher_forced")
-  keys = jax.vmap(jax.random.fold_in, (0, None))(keys, purpose)
+  keys = fold_in(keys, zlib.crc32(b"teacher_forced"))
   return gumbel(keys, math.prod(shape[1:])).reshape(shape)
 
 

@@ -23,6 +23,7 @@ from empdg_jax.losses import (
   product,
 )
 from empdg_jax.models import decoder, layers
+from empdg_jax.rng import fold_in
 
 # The special tokens that a response may hold: UNK copies a source word.
 _GENERATED = (vocab.UNK, vocab.EOS)
@@ -347,7 +348,7 @@ class EncoderDecoder(nn.Module):
         pointer.gate[:, 0], pointer.attention[:, 0], pointer.source
       )
     if keys is not None:
-      keys = decoding.step_keys(keys, index)
+      keys = fold_in(keys, index)
     tokens = likeliest(
       hidden, self.projection(), pointer, excluded, ~ended, keys
     )

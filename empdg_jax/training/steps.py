@@ -21,6 +21,7 @@ from empdg_jax.models.adversary import Adversary
 from empdg_jax.models.encoder_decoder import EncoderDecoder, Inputs
 from empdg_jax.parallel import devices as parallel
 from empdg_jax.parallel.devices import psum
+from empdg_jax.rng import fold_in
 from empdg_jax.training.train_state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -71,7 +72,6 @@ def example_keys(key: jax.Array, step: jax.Array, batch: Batch) -> jax.Array:
 
 def _fold_in(keys: jax.Array, purpose: bytes) -> jax.Array:
   """Returns keys for a single purpose, `[B]`."""
-  fold_in = jax.vmap(jax.random.fold_in, (0, None))
   return fold_in(keys, zlib.crc32(purpose))
 
 
