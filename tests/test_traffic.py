@@ -77,6 +77,30 @@ def test_a_loop_counts_as_often_as_it_runs(config: str) -> None:
   assert work == tuple(5 * x for x in once)
 
 
+@pytest.mark.parametrize(
+  ("source", "place", "expected"),
+  [
+    ("", "S(1)", 2 * 8 * 4),  # Into on-chip memory: rows are read.
+    ("S(1)", "", 2 * 8 * 4),
+    ("", "", 2 * (2 * 8 * 4)),
+    ("S(1)", "S(1)", 0),
+  ],
+)
+def test_a_slice_that_is_fetched_ahead_counts_its_rows(
+  source: str, place: str, expected: int
+) -> None:
+  table = f"f32[1000,8]{{1,0:T(8,128){source}}}"
+  rows = f"f32[2,8]{{1,0:T(8,128){place}}}"
+  text = f"""\
+ENTRY %main (t: f32[1000,8]) -> f32[2,8] {{
+  %t = {table} parameter(0)
+  %s = (({table}), {rows}, s32[]{{:S(2)}}) slice-start(%t), slice={{[0:2]}}
+  ROOT %d = {rows} slice-done(%s)
+}}
+"""
+  assert traffic.count_work(text).traffic == expected
+
+
 def test_products_as_convolutions() -> None:
   text = """\
 ENTRY %main (x: bf16[208,300], w: bf16[300,20100]) -> bf16[208,20100] {

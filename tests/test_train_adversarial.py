@@ -297,6 +297,7 @@ def break_steps(monkeypatch: pytest.MonkeyPatch, broken: range) -> None:
       after, sums = compiled(state.replace(params=huge), *inputs)
       return after.replace(params=params), sums
 
+    vars(run)["lower"] = compiled.lower
     return run
 
   monkeypatch.setattr(steps, "compile_step", breaking)

@@ -187,6 +187,12 @@ def collate(
   )
 
 
+def blank_batch(shape: Shape, batch_size: int) -> Batch:
+  """Returns a batch of nothing but filling, which is enough to compile for."""
+  nothing = EncodedExample([], [], [], [], [], 0, (), (), (0, 0, 0, 0))
+  return collate([nothing], np.zeros(1, int), shape, batch_size)
+
+
 class BatchPlan:
   """The order of global batches: a function of seed and epoch alone."""
 

@@ -18,7 +18,7 @@ from rich.progress import track
 from empdg_jax import storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import corpora, pipeline
-from empdg_jax.data.pipeline import Batch, EncodedExample, Shape
+from empdg_jax.data.pipeline import Batch, Shape
 from empdg_jax.hardware import chips
 from empdg_jax.hardware.compile_report import (
   WITHOUT_UPDATE,
@@ -93,8 +93,7 @@ def describe_topology(name: str) -> Slice:
 
 def _batch(shape: Shape, devices: int, per_device: int) -> Batch:
   """Returns the shapes of a sharded batch, `[devices, per_device, ...]`."""
-  blank = EncodedExample([], [], [], [], [], 0, (), (), (0, 0, 0, 0))
-  one = pipeline.collate([blank], np.zeros(1, int), shape, 1)
+  one = pipeline.blank_batch(shape, 1)
   # Shapes and types are those of a real batch, whatever a batch holds.
   sharded = devices, per_device
   return jax.tree.map(

@@ -137,6 +137,8 @@ class _Counter:
       return Work(0.0, products)
     if one.opcode == "copy-start":  # Its type has both places.
       return Work(_size(one.type), 0.0)
+    if one.opcode == "slice-start":
+      return Work(_sliced(one.type), 0.0)
     given = [scope[o].type for o in one.operands if o in scope]
     if one.opcode == "fusion":
       reads = sum(
@@ -211,6 +213,16 @@ class _Counter:
         total += _size(one.type)
     # Inner types name no memory; the fusion's own does.
     return min(total, _size(type_))
+
+
+def _sliced(type_: str) -> float:
+  """Returns the traffic of a slice's copy, from the type of its start.
+
+  The type has the whole array first, and then the slice.
+  """
+  source, sliced = (found[0] for found in list(_ARRAY.finditer(type_))[:2])
+  places = ("S(" not in source) + ("S(" not in sliced)
+  return places * _size(re.sub(r"S\(\d+\)", "", sliced))
 
 
 def _updated(one: _Instruction, scope: dict[str, _Instruction]) -> float:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -66,14 +66,28 @@ class Update(NamedTuple):
     return json.dumps({"player": self.player, "sums": sums, "batch": batch})
 
 
+class Step(NamedTuple):
+  """A step of one player.
+
+  Attributes:
+    player: The player that it updates.
+    function: The compiled step; see `trainable.TrainSteps`.
+    reads: The players whose parameters it reads.
+  """
+
+  player: str
+  function: Any
+  reads: tuple[str, ...] = ()
+
+
 class Learner:
   """A system's generator, and its discriminators if it has any.
 
-  Each step takes a call's batches, and returns before the devices have computed
-  it. It donates the memory of the state that it replaces: no
-  other reference to that state may be used afterwards.
-
   Attributes:
+    mle: Maximum likelihood, for the generator.
+    discriminator: The step of the discriminators; the generator stays as it is.
+    adversarial: The generator's step by likelihood and the discriminators'
+      signal. Systems without discriminators have neither of these two steps.
     parameters: The generator's number of parameters.
     has_discriminators: Whether the system has discriminators.
     running: An array of the latest update, None before the first.
@@ -106,7 +120,14 @@ class Learner:
     self.has_discriminators = trainable.adversary is not None
     self._states = trainable.create_states(self._seed, embeddings)
     self.steps_per_call = calls.steps_per_call(config)
-    self._p_steps = trainable.compile_steps(steps_per_call=self.steps_per_call)
+    compiled = trainable.compile_steps(steps_per_call=self.steps_per_call)
+    self.mle = Step(GENERATOR, compiled.mle)
+    self.discriminator = Step(
+      DISCRIMINATOR, compiled.discriminator, reads=(GENERATOR,)
+    )
+    self.adversarial = Step(
+      GENERATOR, compiled.adversarial, reads=(DISCRIMINATOR,)
+    )
     self._dataset = dataset
     self._p_eval_step = steps.compile_step(
       steps.eval_step, model=trainable.evaluator
@@ -184,34 +205,42 @@ class Learner:
     """Returns the learning rate of the generator's latest update."""
     return np.asarray(self._rate(self._generator_steps - 1)).item()
 
-  def mle_step(self, call: Call) -> list[Update]:
-    """Updates the generator by maximum likelihood, once for each batch."""
-    return self._take(GENERATOR, self._p_steps.mle, call)
+  def compile_ahead(self) -> Callable[[Step, tuple[Any, ...]], None]:
+    """Returns a function that compiles a step for a call's inputs.
 
-  def discriminator_step(self, call: Call) -> list[Update]:
-    """Updates the discriminators; the generator stays as it is."""
-    step = self._p_steps.discriminator
-    return self._take(DISCRIMINATOR, step, call, reads=[GENERATOR])
-
-  def adversarial_generator_step(self, call: Call) -> list[Update]:
-    """Updates the generator by likelihood and the discriminators' signal."""
-    step = self._p_steps.adversarial
-    self._rate = self._adversarial_rate
-    return self._take(GENERATOR, step, call, reads=[DISCRIMINATOR])
-
-  def _take(
-    self, player: str, step: Any, call: Call, reads: Sequence[str] = ()
-  ) -> list[Update]:
-    """Updates a player by a step that reads others' parameters."""
-    others = [self._states[other].params for other in reads]
-    self._states[player], sums = step(
-      self._states[player], *others, *call.inputs, self._key
+    It may run in another thread while steps are taken.
+    """
+    # Only shapes, since steps donate the states themselves.
+    states = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      self._states,
     )
-    self._generator_steps += len(call.batches) * (player == GENERATOR)
+    key = self._key
+
+    def compile_step(step: Step, inputs: tuple[Any, ...]) -> None:
+      read = [states[other].params for other in step.reads]
+      step.function.lower(states[step.player], *read, *inputs, key).compile()
+
+    return compile_step
+
+  def take(self, step: Step, call: Call) -> list[Update]:
+    """Updates a player, once for each batch of a call.
+
+    It returns before the devices have computed the step. The step donates the
+    memory of the state that it replaces: no other reference to that state may
+    be used afterwards.
+    """
+    if step is self.adversarial:
+      self._rate = self._adversarial_rate
+    read = [self._states[other].params for other in step.reads]
+    self._states[step.player], sums = step.function(
+      self._states[step.player], *read, *call.inputs, self._key
+    )
+    self._generator_steps += len(call.batches) * (step.player == GENERATOR)
     self.running = sums["examples"]
     sums_of_call = CallSums(sums)
     return [
-      Update(player, batch, sums_of_call, index)
+      Update(step.player, batch, sums_of_call, index)
       for index, batch in enumerate(call.batches)
     ]
 

@@ -1,6 +1,7 @@
 """The training loop over phases, with validation, early stop and preemption."""
 
 import contextlib
+import functools
 import pathlib
 import signal
 import time
@@ -9,9 +10,11 @@ from collections.abc import Callable
 import jax
 
 from empdg_jax.config import Config, InputError, TrainConfig
+from empdg_jax.data import pipeline
 from empdg_jax.data.pipeline import Shape
 from empdg_jax.parallel import hosts
 from empdg_jax.training import (
+  calls,
   checkpoint,
   run_lock,
   session,
@@ -20,9 +23,9 @@ from empdg_jax.training import (
   validation,
   watchdog,
 )
-from empdg_jax.training.calls import Call
-from empdg_jax.training.learner import Update
-from empdg_jax.training.phases import MLE, Phase, Step, phases_of
+from empdg_jax.training.compiling import Compiler
+from empdg_jax.training.learner import Step, Update
+from empdg_jax.training.phases import MLE, Phase, phases_of
 
 
 def train(config: Config, workdir: pathlib.Path) -> bool:
@@ -114,7 +117,7 @@ class _Trainer:
     self._window: list[Update] = []
     self._window_start = 0.0
     self._skipped_in_a_row = 0
-    self._compiled: set[tuple[Step, Shape]] = set()
+    self._used: set[tuple[Step, Shape]] = set()
 
   def run(self) -> bool:
     """Runs the phases from the run's position; see `train`."""
@@ -124,8 +127,11 @@ class _Trainer:
       if self._progress.phase != phase.name:
         self._begin(phase)
       until_due = _until_due(self._config.train, phase, self._progress)
-      with self.session.batches.reading(phase.steps_per_call, until_due):
-        stopped_by = self._run_phase(phase)
+      with (
+        self.session.batches.reading(phase.steps_per_call, until_due),
+        contextlib.closing(self._compile_ahead(phase)) as compiler,
+      ):
+        stopped_by = self._run_phase(phase, compiler)
       if stopped_by:
         # Launchers look for this line, and for the last one, on every host.
         terminal.say(
@@ -152,8 +158,30 @@ class _Trainer:
     progress.best, progress.worse = None, 0
     batches.open(phase.name, batches.state())
 
-  def _run_phase(self, phase: Phase) -> int:
+  def _compile_ahead(self, phase: Phase) -> Compiler:
+    """Begins to compile a phase's steps for all of its padded lengths."""
+    compile_step = self._learner.compile_ahead()
+    batch_size = self._config.train.batch_size
+
+    def compile_one(step: Step, shape: Shape) -> None:
+      blank = pipeline.blank_batch(shape, batch_size)
+      compile_step(step, calls.stack((blank,), phase.steps_per_call))
+
+    return Compiler(
+      {
+        (step, shape): functools.partial(compile_one, step, shape)
+        for shape in self.session.batches.shapes
+        for step in dict.fromkeys(phase.steps)
+        if (step, shape) not in self._used
+      }
+    )
+
+  def _run_phase(self, phase: Phase, compiler: Compiler) -> int:
     """Runs a phase from the run's position.
+
+    Args:
+      phase: The phase.
+      compiler: What `_compile_ahead` returned for it.
 
     Returns:
       0 if the phase is finished, else the signal that stopped it.
@@ -179,7 +207,7 @@ class _Trainer:
         self._window_start = time.perf_counter()
       while progress.done < phase.total and progress.worse < phase.patience:
         before = progress.updates
-        self._take_round(phase)
+        self._take_round(phase, compiler)
         self.session.watchdog.feed()
         after, last = progress.updates, progress.done == phase.total
 
@@ -234,7 +262,7 @@ class _Trainer:
       line += f": best valid {name} {progress.best:.4g}"
     self._log.say(line)
 
-  def _take_round(self, phase: Phase) -> None:
+  def _take_round(self, phase: Phase, compiler: Compiler) -> None:
     """Takes a round's steps, without waiting for their results.
 
     A call of several steps is as many rounds.
@@ -245,22 +273,24 @@ class _Trainer:
     with self._log.trace.before(progress.updates, ahead):
       for step in phase.steps:
         call = self.session.batches.next(learner.running)
-        self._announce(phase, step, call)
-        taken += step(call)
+        self._prepare(compiler, step, call.shape)
+        taken += learner.take(step, call)
     self._window += taken
     progress.done += len(taken) // len(phase.steps)
     progress.updates += len(taken)
     self._log.after(progress.updates, learner.running)
 
-  def _announce(self, phase: Phase, step: Step, call: Call) -> None:
-    """Says that a step will be compiled, at its first batch of a shape."""
-    if (step, call.shape) in self._compiled:
+  def _prepare(self, compiler: Compiler, step: Step, shape: Shape) -> None:
+    """Waits for a step's program; says so if that takes a while."""
+    program = step, shape
+    if program in self._used:
       return
-    self._compiled.add((step, call.shape))
-    number = sum(step in phase.steps for step, _ in self._compiled)
-    total = len(set(phase.steps)) * self.session.batches.num_shapes
-    lengths = " x ".join(map(str, call.shape[:3]))
-    self._log.say(f"Compiling step {number} of {total}, for {lengths} tokens")
+    self._used.add(program)
+    lengths = " x ".join(map(str, shape[:3]))
+    compiler.wait(
+      program,
+      say=lambda n: self._log.say(f"Compiling {n}, for {lengths} tokens"),
+    )
 
   def _log_window(self, phase: Phase) -> dict[str, float]:
     """Writes the averages since the last call; waits for the devices.

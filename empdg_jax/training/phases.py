@@ -1,13 +1,10 @@
 """The three phases of training as data: their steps, length and early stop."""
 
 import dataclasses
-from collections.abc import Callable
 
 from empdg_jax.config import TrainConfig
-from empdg_jax.training.calls import Call
-from empdg_jax.training.learner import Learner, Update
+from empdg_jax.training.learner import Learner, Step
 
-Step = Callable[[Call], list[Update]]
 MLE, DISCRIMINATOR, ADVERSARIAL = "mle", "discriminator", "adversarial"
 
 
@@ -46,7 +43,7 @@ def phases_of(config: TrainConfig, learner: Learner) -> list[Phase]:
     MLE,
     "Training",
     total=config.mle_steps,
-    steps=(learner.mle_step,),
+    steps=(learner.mle,),
     steps_per_call=learner.steps_per_call,
     eval_every=config.mle_eval_every,
     patience=config.mle_patience,
@@ -60,14 +57,14 @@ def phases_of(config: TrainConfig, learner: Learner) -> list[Phase]:
       DISCRIMINATOR,
       "Training the discriminators",
       total=config.discriminator_steps,
-      steps=(learner.discriminator_step,),
+      steps=(learner.discriminator,),
     ),
     Phase(
       ADVERSARIAL,
       "Adversarial rounds",
       total=config.adversarial_rounds,
-      steps=(learner.discriminator_step,) * config.d_steps
-      + (learner.adversarial_generator_step,) * config.g_steps,
+      steps=(learner.discriminator,) * config.d_steps
+      + (learner.adversarial,) * config.g_steps,
       eval_every=config.adversarial_eval_every,
       patience=config.adversarial_patience,
       metric=config.selection_metric,

@@ -13,7 +13,7 @@ from empdg_jax import config as config_lib
 from empdg_jax import storage
 from empdg_jax.config import Config, InputError
 from empdg_jax.data import pipeline, prepare, vectors
-from empdg_jax.data.pipeline import Batch
+from empdg_jax.data.pipeline import Batch, Shape
 from empdg_jax.models import registry
 from empdg_jax.parallel import devices, hosts
 from empdg_jax.training import checkpoint, precision, record, run_folder
@@ -53,7 +53,8 @@ class TrainBatches:
 
   Attributes:
     wait: The time for which the devices waited for batches.
-    num_shapes: The number of padded lengths in this phase.
+    shapes: The padded lengths of this phase's batches, as an epoch first has
+      them.
   """
 
   def __init__(self, config: Config, dataset: prepare.Dataset) -> None:
@@ -67,7 +68,7 @@ class TrainBatches:
     self._batches: Any = None
     self._reader: Any = None
     self._position: Any = None
-    self.num_shapes = 0
+    self.shapes: list[Shape] = []
     self.wait = InputWait()
 
   def open(self, phase: str, state: Any) -> None:
@@ -78,15 +79,18 @@ class TrainBatches:
     # on the padding.
     first = phase == MLE
     shapes = self._shapes if first else pipeline.coarse_shapes(self._shapes)
-    self.num_shapes = len(shapes)
+    run = run if first else 1
     self._batches = pipeline.train_batches(
       self._encoded,
       shapes,
       batch_size=train.batch_size,
       seed=train.seed,
       rows=hosts.rows(train.batch_size),
-      batches_per_run=run if first else 1,
+      batches_per_run=run,
     )
+    plan = pipeline.BatchPlan(self._encoded, shapes, train.batch_size)
+    epoch = plan.shuffled_epoch(train.seed, 0, run)
+    self.shapes = list(dict.fromkeys(shape for shape, _ in epoch))
     if state is not None:
       self._batches.set_state(state)
     self._position = self._batches.get_state()

@@ -16,13 +16,14 @@ import jax
 from empdg_jax import config as config_lib
 
 _PATIENCE = 6  # Times as long a wait while steps are compiled.
-# The modules of JAX whose functions the main thread is in while it compiles.
+# The modules whose functions the main thread is in while a step is compiled.
 _COMPILING = tuple(
-  os.path.join("jax", "_src", *names)
+  os.path.join(*names)
   for names in (
-    ("compiler.py",),
-    ("interpreters", "mlir.py"),
-    ("interpreters", "partial_eval.py"),
+    ("jax", "_src", "compiler.py"),
+    ("jax", "_src", "interpreters", "mlir.py"),
+    ("jax", "_src", "interpreters", "partial_eval.py"),
+    ("empdg_jax", "training", "compiling.py"),
   )
 )
 _WRITE_SECONDS = 10  # The longest wait for the file with the stacks.
