@@ -1,6 +1,7 @@
 """Fixtures of all tests: the embedded corpus and the real data, if there."""
 
 import copy
+import fcntl
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -15,6 +16,11 @@ from empdg_jax.data.prepare import Dataset, load_dataset
 # Before any test module makes an array: for the CPU, whatever there is.
 jax.config.update("jax_platforms", "cpu")
 os.environ["JAX_PLATFORMS"] = "cpu"
+if jax.version.__version_info__ < (0, 11):
+  # Kernels take half the time to compile. Later versions of XLA, in which the
+  # flag is unknown, refuse it.
+  _FLAG = "--xla_cpu_use_fusion_emitters=false"
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,9 +53,13 @@ def real_data_config(
   real_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> DataConfig:
   """The real dataset with the paper's lexicon; copy before changing it."""
+  # Of all workers: their own folders lie in one of the whole run.
+  of_run = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    of_run = of_run.parent
   return DataConfig(
     source=str(real_data / "empatheticdialogues.tar.gz"),
-    data_dir=str(tmp_path_factory.mktemp("real")),
+    data_dir=str(of_run / "real"),
     lexicon=str(real_data / "nrc_words.txt"),
   )
 
@@ -57,7 +67,12 @@ def real_data_config(
 @pytest.fixture(scope="session")
 def real_dataset(real_data_config: DataConfig) -> Dataset:
   """The real dataset, prepared; this takes about a minute."""
-  return load_dataset(real_data_config)
+  folder = Path(real_data_config.data_dir)
+  folder.mkdir(exist_ok=True)
+  with (folder / "lock").open("w") as lock:
+    # The first worker prepares it, and the others read it.
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return load_dataset(real_data_config)
 
 
 @pytest.fixture(scope="session")

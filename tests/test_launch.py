@@ -342,11 +342,12 @@ def test_a_signal_ends_run(
   (cloud.folder / "bin" / "gcloud").write_text(
     '#!/bin/sh\ncase "$*" in *describe*) echo ACTIVE; exit;; '
     "*delete*) : > deleted; exit;; esac\n"
-    'trap "exit 1" INT\n: > called\nsleep 9 > /dev/null & wait\n'
+    'trap "exit 1" INT\n: > called\nsleep 6 > /dev/null & wait\n'
   )
   line = f"tpu_pod.sh run {SLICE} --delete_at_end --project=p"
   process = cloud.start(f"{line} --skip_checks")
   wait_for_files(cloud.folder / "called")
+  time.sleep(0.5)  # Until the script itself waits.
   send(process, number)
   assert process.wait(timeout=5) == status
   assert process.stdout
