@@ -347,7 +347,6 @@ def test_a_signal_ends_run(
   line = f"tpu_pod.sh run {SLICE} --delete_at_end --project=p"
   process = cloud.start(f"{line} --skip_checks")
   wait_for_files(cloud.folder / "called")
-  time.sleep(0.5)  # Until the script itself waits.
   send(process, number)
   assert process.wait(timeout=5) == status
   assert process.stdout
