@@ -7,6 +7,9 @@ from collections.abc import Callable, Hashable, Mapping
 import jax
 
 THREADS = "compile"  # How the names of the threads begin.
+# Each program takes some 300 MB while it is compiled, and a container may have
+# fewer cores than its machine.
+_MOST_THREADS = 8
 
 
 class Compiler:
@@ -24,13 +27,15 @@ class Compiler:
     """
     # The caller compiles as well. Several processes must run the same programs
     # in the same order, so there each is compiled when all of them need it.
-    threads = (os.cpu_count() or 1) - 1 if jax.process_count() == 1 else 0
+    threads = min(_MOST_THREADS, (os.cpu_count() or 1) - 1)
+    if jax.process_count() > 1:
+      threads = 0
     self._pool = concurrent.futures.ThreadPoolExecutor(max(1, threads), THREADS)
     self._futures = {
       key: self._pool.submit(compile_one)
       for key, compile_one in (programs.items() if threads else ())
     }
-    self._total, self._left = len(programs), 0
+    self._total, self._callers = len(programs), 0
 
   def wait(self, key: Hashable, say: Callable[[str], None]) -> None:
     """Returns once a program is compiled, or is the caller's to compile.
@@ -39,16 +44,17 @@ class Compiler:
       key: The program; each is waited for once.
       say: Called with its number, if it is not ready yet.
 
-    Raises what compiling it raised.
+    Raises:
+      Exception: What compiling it raised.
     """
     future = self._futures.get(key)
     mine = future is None or future.cancel()
     ready = sum(f.done() and not f.cancelled() for f in self._futures.values())
     if mine or not future.done():
-      number = ready + self._left + 1
+      number = ready + self._callers + 1
       say(f"step {number} of {max(number, self._total)}")
     if mine:
-      self._left += 1
+      self._callers += 1
     else:
       future.result()
 
