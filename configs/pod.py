@@ -8,6 +8,7 @@ is small: an epoch has 81 steps on 8 devices and only 3 on 256.
 
 from empdg_jax.config import Config, InputError
 
+# launch/README.md compares it with fewer and more.
 PER_DEVICE = 32
 
 

@@ -274,7 +274,7 @@ def in_words(
   >>> print(*in_words(report, 8, 20_724), sep="\n")
   mle: 256 examples, 32 a chip: 3.1 of 16 GiB a chip: fits
     at least 4.00 ms a step; model FLOPs utilisation 25%; 64,000 examples/s
-    at least 0.00009 hours an epoch of 20,724 examples
+    at least 0.32 s an epoch of 20,724 examples
   """
   memory, share = report["memory"] / 2**30, report["memory_share"]
   rows, rate = report["examples"], report["examples_per_second"]
@@ -287,8 +287,7 @@ def in_words(
   ]
   if epoch and report["step"] not in WITHOUT_UPDATE:
     lines.append(
-      f"  at least {epoch / rate / 3600:.5f} hours an epoch of {epoch:,} "
-      "examples"
+      f"  at least {epoch / rate:.2f} s an epoch of {epoch:,} examples"
     )
   return lines
 
