@@ -135,10 +135,8 @@ class _Counter:
     products = _products(one, scope)
     if one.opcode in _FREE or one.opcode.endswith("-done"):
       return Work(0.0, products)
-    if one.opcode == "copy-start":  # Its type has both places.
-      return Work(_size(one.type), 0.0)
-    if one.opcode == "slice-start":
-      return Work(_sliced(one.type), 0.0)
+    if one.opcode in ("copy-start", "slice-start"):
+      return Work(_moved(one.type), 0.0)
     given = [scope[o].type for o in one.operands if o in scope]
     if one.opcode == "fusion":
       reads = sum(
@@ -215,14 +213,15 @@ class _Counter:
     return min(total, _size(type_))
 
 
-def _sliced(type_: str) -> float:
-  """Returns the traffic of a slice's copy, from the type of its start.
+def _moved(type_: str) -> float:
+  """Returns the traffic of a copy between places, from the type of its start.
 
-  The type has the whole array first, and then the slice.
+  A copy's type has both places of the array. A slice's has the whole array
+  first, and then the slice, which is what moves.
   """
-  source, sliced = (found[0] for found in list(_ARRAY.finditer(type_))[:2])
-  places = ("S(" not in source) + ("S(" not in sliced)
-  return places * _size(re.sub(r"S\(\d+\)", "", sliced))
+  first, second = (found[0] for found in list(_ARRAY.finditer(type_))[:2])
+  places = ("S(" not in first) + ("S(" not in second)
+  return places * _size(re.sub(r"S\(\d+\)", "", second))
 
 
 def _updated(one: _Instruction, scope: dict[str, _Instruction]) -> float:

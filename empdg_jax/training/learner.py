@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -215,11 +215,10 @@ class Learner:
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       self._states,
     )
-    key = self._key
 
     def compile_step(step: Step, inputs: tuple[Any, ...]) -> None:
-      read = [states[other].params for other in step.reads]
-      step.function.lower(states[step.player], *read, *inputs, key).compile()
+      arguments = self._arguments(step, states, inputs)
+      step.function.lower(*arguments).compile()
 
     return compile_step
 
@@ -232,9 +231,8 @@ class Learner:
     """
     if step is self.adversarial:
       self._rate = self._adversarial_rate
-    read = [self._states[other].params for other in step.reads]
     self._states[step.player], sums = step.function(
-      self._states[step.player], *read, *call.inputs, self._key
+      *self._arguments(step, self._states, call.inputs)
     )
     self._generator_steps += len(call.batches) * (step.player == GENERATOR)
     self.running = sums["examples"]
@@ -243,6 +241,13 @@ class Learner:
       Update(step.player, batch, sums_of_call, index)
       for index, batch in enumerate(call.batches)
     ]
+
+  def _arguments(
+    self, step: Step, states: Mapping[str, Any], inputs: tuple[Any, ...]
+  ) -> tuple[Any, ...]:
+    """Returns a step's arguments from the states and a call's inputs."""
+    read = [states[other].params for other in step.reads]
+    return states[step.player], *read, *inputs, self._key
 
   def validate(self, batches: list[Batch]) -> dict[str, float]:
     """Scores the valid split, and its responses if the run asks for them.
